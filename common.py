@@ -1,0 +1,2029 @@
+"""What eclipse.py, clip_cid.py and dlip.py share: command line, run folder, tokenizer, data, evaluation, plots.
+
+The models, the losses and the training loops are not here: they stand in each script, to be read there. In order:
+
+    errors · command line · devices and processes · run folder · published weights · tokenizer · images
+    · captioned and labelled sets on disk · emoji scenes · loading · evaluation · pictures
+
+Letters in shape comments: B batch, N images, T texts, D embedding width, K classes, S image side in pixels.
+"""
+
+import argparse
+import collections
+import contextlib
+import csv
+import dataclasses
+import functools
+import gzip
+import hashlib
+import html
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import textwrap
+import time
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
+from tqdm import tqdm
+
+DATA = Path(__file__).resolve().parent / "data"
+
+
+# ---------------------------------------------------------------------------------------------------------------- errors
+
+
+class UserError(Exception):
+    """Something the user gave cannot be used: main prints this one line and exits with code 2."""
+
+
+class BadSample(Exception):
+    """One sample cannot be used (corrupt image, no caption): it is skipped, counted and reported."""
+
+
+def run_main(main):
+    """Call main(); a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_fail(error, 2))
+    except FloatingPointError as error:
+        sys.exit(_fail(error, 1))
+    except KeyboardInterrupt as error:
+        sys.exit(_fail(str(error) or "interrupted", 130))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _fail(message, code):
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    return code
+
+
+@functools.cache
+def import_torchvision():
+    """The torchvision module, also where it is a CUDA build beside a CPU-only torch.
+
+    PyPI has no CPU build of torchvision. Beside a CPU-only torch its compiled operators do not load, and Python code
+    that only describes their shapes then fails with "operator torchvision::nms does not exist". Declaring the schemas
+    it looks for is enough: this project calls none of those operators.
+    """
+    try:
+        import torchvision
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        for module in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[module]  # the half-imported package
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import_torchvision.library = library  # the schemas live as long as this object
+        import torchvision
+    return torchvision
+
+
+# ---------------------------------------------------------------------------------------------------------- command line
+
+
+def option(default, help, choices=None, section=None):
+    """A dataclass field that is also a command-line flag. `section` opens a new group in --help."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "section": section})
+
+
+def parse_command_line(config_class, description, argv=None):
+    """The flags given on the command line, as {field: value}; those not given are absent.
+
+    Flags come from the fields of the dataclass: `keep_rate: float` is --keep-rate X, a bool is --fuse / --no-fuse, a
+    tuple takes several values. A wrong flag or value is one line and exit code 2.
+    """
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise UserError(f"{message} (see --help)")
+
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    group = parser
+    for field in dataclasses.fields(config_class):
+        meta, default = field.metadata, field.default
+        if meta["section"]:
+            group = parser.add_argument_group(meta["section"])
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        text = meta["help"].replace("%", "%%") + ("" if default is None or default == () else f" [{shown}]")
+        flag = "--" + field.name.replace("_", "-")
+        if field.type is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        elif isinstance(default, tuple):
+            kind = field.type.__args__[0]
+            group.add_argument(flag, type=kind, nargs="+", metavar=kind.__name__.upper(), help=text)
+        else:
+            kind = next(t for t in (getattr(field.type, "__args__", None) or (field.type,)) if t is not type(None))
+            group.add_argument(flag, type=kind, choices=meta["choices"], help=text,
+                               metavar=None if meta["choices"] else kind.__name__.upper())
+    given = vars(parser.parse_args(argv))
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+# ------------------------------------------------------------------------------------------------- devices and processes
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))  # set by torchrun
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start_device(name, seed):
+    """Join the processes torchrun started, pick the device ("auto": CUDA, else MPS, else CPU), seed, allow TF32."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
+    if name.split(":")[0] not in available or not available[name.split(":")[0]]():
+        raise UserError(f"--device {name}: not available here; try --device auto")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if name == "cuda":
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
+        dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
+    if name.startswith("cuda"):
+        torch.cuda.set_device(torch.device(name))
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    torch.manual_seed(seed)
+    return torch.device(name)
+
+
+class Gather(torch.autograd.Function):
+    """(b, D) on each process -> (B, D) on all of them; the gradient is summed over the processes."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad.chunk(world_size())[rank()]
+
+
+def gather(x):
+    """Every process's rows of x, with gradient to each of them: (b, D) -> (B, D)."""
+    return Gather.apply(x) if world_size() > 1 else x
+
+
+def average_gradients(parameters):
+    """Replace each gradient by its mean over the processes."""
+    if world_size() == 1:
+        return
+    grads = [p.grad for p in parameters if p.grad is not None]
+    for work in [dist.all_reduce(grad, async_op=True) for grad in grads]:
+        work.wait()
+    torch._foreach_div_(grads, world_size())
+
+
+def mean_over_processes(terms):
+    """{name: scalar tensor} -> {name: float}, averaged over the processes; waits for the device once."""
+    values = torch.stack([value.float() for value in terms.values()])
+    if world_size() > 1:
+        dist.all_reduce(values)
+        values /= world_size()
+    return dict(zip(terms, values.tolist()))
+
+
+class StopRequest:
+    """`with StopRequest() as stop`: the first Ctrl-C or SIGTERM is noted for the end of the step, a second interrupts."""
+
+    def __enter__(self):
+        self.asked = False
+        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, signum, frame):
+        if self.asked:
+            raise KeyboardInterrupt("interrupted; the run is as it was at its last checkpoint")
+        self.asked = True
+
+    def agreed(self, synchronise):
+        """Whether to stop now. Several processes agree on it where `synchronise` is true, so that none waits in vain."""
+        if world_size() == 1:
+            return self.asked
+        return synchronise and mean_over_processes({"asked": torch.tensor(float(self.asked), device=_device())})["asked"] > 0
+
+    def __exit__(self, *exception):
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+
+def _device():
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+# ------------------------------------------------------------------------------------------------------------ run folder
+
+
+def run_folder(stem, newest):
+    """The default run folder: `stem`, stem-2, stem-3, ... - the first that is free, or the newest that is not."""
+    taken = 0
+    while Path(stem if taken == 0 else f"{stem}-{taken + 1}").exists():
+        taken += 1
+    number = max(1, taken) if newest else taken + 1
+    return stem if number == 1 else f"{stem}-{number}"
+
+
+def saved_values(values, given, free):
+    """The fields of the run being resumed. UserError when a flag given now differs from it, but for those in `free`."""
+    path = Path(values["out"]) / "config.json"
+    if not path.is_file():
+        print(f"--resume: no run in {values['out']} yet, starting one")
+        return values
+    saved = read_json(path)["config"]
+    saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    for name, value in given.items():
+        if name not in free and saved[name] != value:
+            raise UserError(f"--{name.replace('_', '-')} {value}: the run in {values['out']} has {saved[name]}; "
+                            "leave the flag out, or start another run with --out")
+    return {**saved, "out": values["out"]}
+
+
+def is_done(config):
+    """Whether the run folder of a config holds its results. UserError when they are those of another config."""
+    folder, ignored = Path(config.out), {"out", "resume", "device", "workers", "log_every", "save_every", "seeds", "ablate"}
+    if not (folder / "config.json").is_file():
+        return False
+    saved, wanted = read_json(folder / "config.json")["config"], json.loads(json.dumps(dataclasses.asdict(config)))
+    for name in [n for n in wanted if n not in ignored and wanted[n] != saved.get(n)]:
+        raise UserError(f"{folder} was run with --{name.replace('_', '-')} {saved.get(name)}, not {wanted[name]}: "
+                        "choose another --out")
+    return (folder / "results.json").is_file()
+
+
+TIMING_COLUMNS = ["step", "images_per_second", "data_share"]
+
+
+class Run:
+    """A run folder: config.json, log.csv, timing.csv, results.json, last.pt, best.pt and pictures.
+
+    log.csv holds only what a rerun reproduces to the digit; wall-clock figures go to timing.csv. Only rank 0 writes.
+    """
+
+    def __init__(self, folder, columns):
+        self.folder, self.columns = Path(folder), columns
+
+    def path(self, name):
+        return self.folder / name
+
+    def start(self, config, step):
+        """Begin at a step: at 0 the folder must hold no run; later rows of an interrupted run are dropped."""
+        if rank() > 0:
+            return
+        if self.path("log.csv").exists() and not config.resume:
+            raise UserError(f"{self.folder} holds a run: go on with --resume, or choose another --out")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if step == 0:
+            self.write_json("config.json", {"config": dataclasses.asdict(config), "environment": environment()})
+        for name in self.columns:
+            if self.path(name).exists():
+                rows = [row for row in read_csv(self.path(name)) if int(row["step"]) <= step]
+                self.path(name).unlink()
+                for row in rows:
+                    self.log(name, row)
+
+    def write_json(self, name, content):
+        if rank() == 0:
+            _replace(self.path(name), lambda new: new.write_text(json.dumps(content, indent=2) + "\n", "utf-8"))
+
+    def log(self, name, row):
+        """Append a row to a csv file; absent columns stay empty."""
+        if rank() > 0:
+            return
+        new = not self.path(name).exists()
+        with open(self.path(name), "a", newline="") as file:
+            writer = csv.DictWriter(file, self.columns[name], restval="", lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerow({key: f"{v:.8g}" if isinstance(v, float) else v for key, v in row.items()})
+
+    def save(self, name, content):
+        """torch.save, atomic: a crash while writing leaves the previous checkpoint whole."""
+        if rank() == 0:
+            _replace(self.path(name), lambda temporary: torch.save(content, temporary))
+
+
+def _replace(path, write):
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def read_json(path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+class Progress:
+    """The progress bar, and the clock behind timing.csv and the log lines.
+
+    On a terminal a bar shows every step; elsewhere a line is printed whenever a row is logged.
+    """
+
+    def __init__(self, sampler, step, batch_size, device):
+        self.batch_size, self.device, self.steps_per_epoch = batch_size, device, sampler.steps_per_epoch
+        self.bar = tqdm(total=sampler.steps, initial=step, unit="step", disable=True if rank() > 0 else None,
+                        dynamic_ncols=True, smoothing=0.05)
+        self.step = self.last_step = step
+        self.waited, self.since = 0.0, time.perf_counter()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.bar.close()
+
+    def watch(self, loader):
+        """Iterate over the loader, noting how long each batch is waited for."""
+        batches = iter(loader)
+        while True:
+            before = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - before
+            if batch is None:
+                return
+            yield batch
+            self.step += 1
+            self.bar.update()
+
+    def report(self, row, chance, line):
+        """Show a log row (with ln(batch), the loss of a model that knows nothing); returns the row of timing.csv."""
+        now, steps = time.perf_counter(), row["step"] - self.last_step
+        speed = steps * self.batch_size / (now - self.since)
+        timing = {"step": row["step"], "images_per_second": speed, "data_share": self.waited / (now - self.since)}
+        metrics = " ".join(f"{k} {v:.4g}" for k, v in row.items() if k.startswith(("nce", "kd", "val", "loss")) and k != "kd_weight")
+        text = (f"epoch {row['epoch']:.2f} {metrics} (chance nce {chance:.2f}) scale {row['logit_scale']:.1f} "
+                f"lr {row['lr']:.1e} | {speed:.0f} images/s, {timing['data_share']:.0%} waiting for data")
+        if self.bar.disable and rank() == 0:
+            print(f"step {row['step']} {text}", flush=True)
+        elif rank() == 0:
+            self.bar.set_postfix_str(text) if not line else self.bar.write(text)
+        self.last_step, self.waited, self.since = row["step"], 0.0, now
+        return timing
+
+
+def environment():
+    """Versions, hardware and git commit, for config.json."""
+    git = ["git", "-C", str(DATA.parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "not a git checkout"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"commit": commit, "python": platform.python_version(), "torch": torch.__version__,
+            "numpy": np.__version__, "platform": platform.platform(), "cpu_threads": torch.get_num_threads(),
+            "gpu": gpu, "processes": world_size(), "command": " ".join(sys.argv)}
+
+
+# ----------------------------------------------------------------------------------------------------- published weights
+
+
+def read_weights(path):
+    """({name: tensor}, config or None) of a .pt, .bin or .safetensors file, untouched.
+
+    config is what this project's checkpoints store beside the weights. Pickles are read with weights_only, so nothing
+    in the file is executed; OpenAI's archives are TorchScript and are read by torch.jit. UserError when the file is
+    missing or is no checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return _read_safetensors(path), None
+        if zipfile.is_zipfile(path) and any(n.endswith("constants.pkl") for n in zipfile.ZipFile(path).namelist()):
+            return torch.jit.load(path, map_location="cpu").state_dict(), {"act": "quick_gelu"}
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        config = content.get("config")
+        for wrapper in ("model", "state_dict"):
+            content = content.get(wrapper, content)
+        if not all(isinstance(value, torch.Tensor) for value in content.values()):
+            raise ValueError("it holds no table of tensors")
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} is no checkpoint that can be read ({reason})") from error
+    return {name.removeprefix("module."): tensor for name, tensor in content.items()}, config
+
+
+def _read_safetensors(path):
+    """The format: 8 bytes little-endian header length, a json header with dtype, shape and offsets, then the data."""
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+              "I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+    content = path.read_bytes()
+    start = 8 + struct.unpack("<Q", content[:8])[0]
+    header, tensors = json.loads(content[8:start]), {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            begin, end = (start + offset for offset in entry["data_offsets"])
+            flat = torch.frombuffer(bytearray(content[begin:end]), dtype=dtypes[entry["dtype"]]) if end > begin \
+                else torch.empty(0, dtype=dtypes[entry["dtype"]])
+            tensors[name] = flat.reshape(entry["shape"])
+    return tensors
+
+
+# ------------------------------------------------------------------------------------- published CLIP weights, one naming
+
+VISION_HEADS = {1280: 16, 1408: 16, 1664: 16}  # ViT-H, g and bigG; every other published CLIP ViT has width / 64 heads
+
+
+def read_clip(path, act=None):
+    """(weights under OpenAI's parameter names, {config field: value}) of an OpenAI, OpenCLIP or Hugging Face CLIP ViT.
+
+    The sizes are read off the tensors. The activation is not in them: it comes from `act`, else from a config.json or
+    open_clip_config.json beside the file, else OpenAI's TorchScript archives mean QuickGELU and anything else GELU.
+    """
+    weights, config = read_weights(path)
+    if any(name.startswith("online.") for name in weights):  # a checkpoint of this project: the trained towers
+        weights = {n.removeprefix("online."): t for n, t in weights.items() if n.startswith("online.")}
+    if "vision_model.embeddings.class_embedding" in weights:
+        weights = _from_hugging_face(weights)
+    missing = [n for n in ("visual.conv1.weight", "visual.proj", "token_embedding.weight") if n not in weights]
+    if missing:
+        raise UserError(f"{path} is no CLIP ViT: it has no {missing[0]}")
+    weights = {n: t.float() for n, t in weights.items() if n not in ("input_resolution", "context_length", "vocab_size")}
+    sizes = clip_sizes(weights)
+    config = config or _config_beside(Path(path)) or {}
+    sizes["act"] = act or config.get("act", "gelu")
+    for field in ("vision_heads", "text_heads"):
+        sizes[field] = config.get(field, sizes[field])
+    return weights, sizes
+
+
+def clip_sizes(weights):
+    """The sizes of a CLIP ViT, as config fields, read off its tensors."""
+    width, _, _, patch = weights["visual.conv1.weight"].shape
+    grid = round((weights["visual.positional_embedding"].shape[0] - 1) ** 0.5)
+    vocab, text_width = weights["token_embedding.weight"].shape
+    layers = {stem: 1 + max(int(n[len(stem):].split(".")[0]) for n in weights if n.startswith(stem))
+              for stem in ("visual.transformer.resblocks.", "transformer.resblocks.")}
+    return {
+        "image_size": grid * patch, "patch_size": patch, "vision_width": width,
+        "vision_layers": layers["visual.transformer.resblocks."], "vision_heads": VISION_HEADS.get(width, width // 64),
+        "vision_mlp": weights["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
+        "text_width": text_width, "text_layers": layers["transformer.resblocks."], "text_heads": text_width // 64,
+        "context_length": weights["positional_embedding"].shape[0], "vocab_size": vocab,
+        "embed_dim": weights["visual.proj"].shape[1],
+    }
+
+
+def _from_hugging_face(weights):
+    """Rename Hugging Face CLIPModel's tensors; q, k and v become one in_proj, projections are transposed."""
+    renames = [("vision_model.encoder.layers.", "visual.transformer.resblocks."),
+               ("text_model.encoder.layers.", "transformer.resblocks."),
+               ("self_attn.out_proj", "attn.out_proj"), ("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"),
+               ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"),
+               ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
+               ("vision_model.embeddings.patch_embedding", "visual.conv1"),
+               ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
+               ("vision_model.pre_layrnorm", "visual.ln_pre"), ("vision_model.post_layernorm", "visual.ln_post"),
+               ("text_model.embeddings.token_embedding", "token_embedding"),
+               ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
+               ("text_model.final_layer_norm", "ln_final"), ("visual_projection.weight", "visual.proj"),
+               ("text_projection.weight", "text_projection")]
+    renamed = {}
+    for name, tensor in weights.items():
+        if name.endswith("position_ids") or ".self_attn.k_proj." in name or ".self_attn.v_proj." in name:
+            continue
+        if ".self_attn.q_proj." in name:
+            tensor = torch.cat([weights[name.replace("q_proj", p)] for p in ("q_proj", "k_proj", "v_proj")])
+            name = name.replace("self_attn.q_proj.", "attn.in_proj_")
+        if name in ("visual_projection.weight", "text_projection.weight"):
+            tensor = tensor.T.contiguous()
+        for theirs, ours in renames:
+            name = name.replace(theirs, ours)
+        renamed[name] = tensor
+    return renamed
+
+
+def _config_beside(path):
+    """{"act": ...} from the config a hub repository keeps beside its weights, None when there is none."""
+    if (path.parent / "open_clip_config.json").is_file():
+        model = json.loads((path.parent / "open_clip_config.json").read_text())["model_cfg"]
+        return {"act": "quick_gelu" if model.get("quick_gelu") else "gelu"}
+    if (path.parent / "config.json").is_file():
+        config = json.loads((path.parent / "config.json").read_text())
+        vision = config.get("vision_config", {})
+        if "hidden_act" in vision:
+            heads = {"vision_heads": vision.get("num_attention_heads"),
+                     "text_heads": config.get("text_config", {}).get("num_attention_heads")}
+            return {"act": vision["hidden_act"], **{k: v for k, v in heads.items() if v}}
+    return None
+
+
+def resize_positions(positions, count):
+    """Position embeddings (1 + g*g, D) of a square grid with its CLS, bicubically resized to `count` rows."""
+    if positions.shape[0] == count:
+        return positions
+    old, new = (round((n - 1) ** 0.5) for n in (positions.shape[0], count))
+    grid = positions[1:].float().T.reshape(1, -1, old, old)
+    grid = F.interpolate(grid, (new, new), mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([positions[:1], grid.reshape(-1, new * new).T.to(positions.dtype)])
+
+
+def load_weights(module, weights):
+    """load_state_dict, with one line that names what does not fit."""
+    own = module.state_dict()
+    wrong = [n for n in own if n not in weights] + [n for n in weights if n not in own] + \
+            [n for n in own if n in weights and own[n].shape != weights[n].shape]
+    if wrong:
+        raise UserError(f"the checkpoint does not fit the model: {wrong[0]} and {len(wrong) - 1} more "
+                        "are missing, unknown or of another shape")
+    module.load_state_dict(weights)
+
+
+# ----------------------------------------------------------------------------------------------------------- tokenizer
+
+# The runs that byte pairs are merged in. `re` has no class for letters alone, but [^\W_] is exactly the Unicode letters
+# and numbers: the numbers are split off later. Two quirks of CLIP's pattern, which ignores case in the `regex` module:
+# the long s counts as s, and U+0345, a mark that folds to a letter, matches nothing.
+RUNS = re.compile(r"<[sſ]tart_of_text>|<end_of_text>|'[sſtmd]|'re|'ve|'ll|[^\W_]+|(?:[^\w\s\u0345]|_)+")
+SPECIALS = "<start_of_text>", "<end_of_text>"
+# GPT-2's order of the 256 bytes: the 188 that print as Latin-1, then the others. A byte's place here is its token id.
+BYTES = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+BYTES += [b for b in range(256) if b not in BYTES]
+
+
+@functools.lru_cache(maxsize=4)
+def load_merges(n_merges: int) -> tuple[dict[tuple[int, int], int], list[bytes]]:
+    """The first n_merges byte pairs of data/bpe_simple_vocab_16e6.txt.gz, in order of rank.
+
+    Returns {(left id, right id): id of the merged token} and each id's bytes, with a space where the token ends a word.
+    Ids: 0..255 a byte, 256..511 a byte that ends a word, from 512 the merges.
+    """
+    # The file writes a byte as one printable character: itself where it prints, else the next one from U+0100 on.
+    symbols = [chr(b) if i < 188 else chr(256 + i - 188) for i, b in enumerate(BYTES)]
+    ids = {symbol: i for i, symbol in enumerate(symbols + [s + "</w>" for s in symbols])}
+    texts = [bytes([b]) for b in BYTES] + [bytes([b]) + b" " for b in BYTES]
+    merges = {}
+    with gzip.open(DATA / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8") as file:
+        for line in itertools.islice(file, 1, n_merges + 1):  # line 0 names the format's version
+            left, right = line.split()
+            pair = ids[left], ids[right]
+            merges[pair] = ids[left + right] = len(texts)
+            texts.append(texts[pair[0]] + texts[pair[1]])
+    return merges, texts
+
+
+class CLIPTokenizer:
+    """CLIP's byte-pair encoding (Radford et al. 2021, section 2.4), token for token as in openai/CLIP and open_clip.
+
+    One step is left out: both first run ftfy, which repairs mis-decoded text and also rewrites curly quotes, ligatures,
+    full-width forms, control characters and decomposed accents. Of that only surrogates are treated here. What is a
+    letter or a number is what Python's own Unicode tables say; a newer `regex` knows some more scripts.
+
+    context_length: tokens per text, start and end included. vocab_size: 49408 gives CLIP's ids; a smaller one keeps
+    only the first merges (vocabulary: 512 bytes, merges, 2 specials), for a small embedding table.
+    Raises UserError for a context_length below 2 or a vocab_size outside 514..49408.
+    """
+
+    def __init__(self, context_length: int = 77, vocab_size: int = 49408):
+        if context_length < 2:
+            raise UserError(f"context_length must be at least 2 (start and end token), not {context_length}")
+        if not 514 <= vocab_size <= 49408:
+            raise UserError(f"vocab_size must be 514 to 49408 (512 bytes, merges, 2 specials), not {vocab_size}")
+        self.context_length, self.vocab_size = context_length, vocab_size
+        self.sot, self.eot = vocab_size - 2, vocab_size - 1
+        self._merges, texts = load_merges(vocab_size - 514)
+        self._texts = texts + [special.encode() for special in SPECIALS]
+        self._byte_ids = {b: i for i, b in enumerate(BYTES)}
+        self._cache: dict[str, list[int]] = {}
+
+    def __call__(self, texts: str | list[str]) -> torch.Tensor:
+        """Long tensor (B, context_length): start, text, end, zeros. A text that is too long keeps its end token."""
+        texts = [texts] if isinstance(texts, str) else texts
+        rows = [[self.sot, *self.encode(text)[:self.context_length - 2], self.eot] for text in texts]
+        rows = [row + [0] * (self.context_length - len(row)) for row in rows]
+        return torch.tensor(rows, dtype=torch.long).view(len(rows), self.context_length)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text of any length, without start and end token."""
+        # A surrogate has no UTF-8: a pair becomes its character, a lone one U+FFFD, as ftfy has it.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        text = " ".join(html.unescape(html.unescape(text)).split()).lower()
+        ids = []
+        for run in RUNS.findall(text):
+            run_ids = self._cache.get(run)
+            if run_ids is None:
+                if len(self._cache) >= 2**16:  # web captions never stop bringing new words
+                    self._cache.clear()
+                run_ids = self._cache[run] = self._encode_run(run)
+            ids += run_ids
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids: a space after each word, specials by name, padding (id 0) as "!", broken UTF-8 as U+FFFD."""
+        return b"".join(self._texts[i] for i in ids).decode("utf-8", "replace")
+
+    def _encode_run(self, run: str) -> list[int]:
+        """Token ids of one match of RUNS: a special, or words, of which each number is one by itself."""
+        if run in SPECIALS:
+            return [self.sot + SPECIALS.index(run)]
+        words = "".join(f" {c} " if c.isnumeric() and not c.isalpha() else c for c in run).split()
+        return [i for word in words for i in self._merge(word.encode())]
+
+    def _merge(self, word: bytes) -> list[int]:
+        """Token ids of one word: merges the pair of lowest rank, wherever it stands, until none is in the table."""
+        ids = [self._byte_ids[b] for b in word]
+        ids[-1] += 256
+        while len(ids) > 1:
+            # A merged token's id grows with its rank and stands for it here; sot is above them all.
+            pair = min(set(zip(ids, ids[1:])), key=lambda p: self._merges.get(p, self.sot))
+            if pair not in self._merges:
+                break
+            merged: list[int] = []
+            for i in ids:
+                if merged and (merged[-1], i) == pair:
+                    merged[-1] = self._merges[pair]
+                else:
+                    merged.append(i)
+            ids = merged
+        return ids
+
+
+# --------------------------------------------------------------------------------------------------------------- images
+
+IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
+
+
+def open_image(source: bytes | Image.Image, at_least: int | None = None) -> Image.Image:
+    """RGB image, transparency over white; the first frame of an animation; EXIF orientation ignored.
+
+    at_least: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size while the shorter side stays >= at_least pixels.
+    Raises BadSample for whatever PIL cannot read, truncated files included.
+    """
+    image = _open_header(source)
+    return _decode(image, min(image.size) // at_least if at_least else 1)[0]
+
+
+def random_resized_crop(source: bytes | Image.Image, size: int, rng: np.random.Generator,
+                        scale: tuple[float, float] = (0.5, 1.0),
+                        ratio: tuple[float, float] = (3 / 4, 4 / 3)) -> np.ndarray:
+    """uint8 (3, size, size): a random crop, resized (bicubic, antialiased). Raises BadSample as open_image does.
+
+    The crop is drawn from the size in the header, so that a JPEG need only be decoded as finely as this crop needs.
+    """
+    image = _open_header(source)
+    left, top, width, height = random_crop_box(*image.size, rng, scale, ratio)
+    image, factor = _decode(image, min(width, height) // size)
+    box = [round(edge / factor) for edge in (left, top, left + width, top + height)]
+    return _channels_first(image.crop(box).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def resize_center_crop(source: bytes | Image.Image, size: int) -> np.ndarray:
+    """uint8 (3, size, size): shorter side to `size` (bicubic, antialiased), then the central square. For evaluation."""
+    image = open_image(source, at_least=size)
+    short = min(image.size)
+    width, height = (size if side == short else int(size * side / short) for side in image.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return _channels_first(image.crop((left, top, left + size, top + size)))
+
+
+def random_crop_box(width: int, height: int, rng: np.random.Generator, scale: tuple[float, float],
+                    ratio: tuple[float, float]) -> tuple[int, int, int, int]:
+    """(left, top, width, height) in pixels with the distribution of torchvision's RandomResizedCrop.
+
+    scale: range of the crop's share of the area (uniform); ratio: range of width / height (log-uniform).
+    """
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
+    # A very long or very tall image: its largest central crop of an allowed ratio.
+    w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def _open_header(source: bytes | Image.Image) -> Image.Image:
+    """Image whose size and mode are known and whose pixels are not decoded yet (bytes), or the image itself."""
+    if isinstance(source, Image.Image):
+        return source
+    try:
+        return Image.open(io.BytesIO(source))
+    except Exception as error:  # PIL's parsers raise errors of many types on damaged files
+        raise BadSample("corrupt image") from error
+
+
+def _decode(image: Image.Image, shrink: int) -> tuple[Image.Image, float]:
+    """RGB pixels and the factor (1, 2, 4 or 8, at most `shrink`) by which the JPEG decoder has reduced both sides."""
+    shrink = min(max(shrink, 1), 8)
+    width, height = image.size
+    try:
+        draft = image.draft("RGB", (width // shrink, height // shrink))  # None: not a JPEG, or decoded before
+        factor = width / draft[1][2] if draft else 1
+        return _to_rgb(image), factor
+    except Exception as error:
+        raise BadSample("corrupt image") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):  # 16 bits per pixel; PIL's own conversion clips at 255
+        image = Image.fromarray((np.asarray(image).astype(np.float32).clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def _channels_first(image: Image.Image) -> np.ndarray:
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+# ------------------------------------------------------------------------------------------------------- captioned sets
+
+# len(d); d.key(i); d.read(i) -> (encoded image, captions); d.bad: unusable samples, counted by reason
+NOT_DOWNLOADED = "not downloaded"
+COMPRESSED = "{} is compressed, its samples cannot be read one by one: unpack it first (gzip -d)"
+
+
+def clean_caption(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _read_bytes(path: Path | str, start: int = 0, size: int = -1) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            file.seek(start)
+            return file.read(size)
+    except OSError as error:
+        raise BadSample("unreadable file") from error
+
+
+class TarShards:
+    """Image-text pairs in all *.tar files below `root`, in the layout img2dataset and webdataset write.
+
+    A sample is `key.jpg` (jpeg, png, webp) with `key.txt`, or `key.json` with "caption"; the key ends at the first dot
+    of the file name. Samples are read by their offset, so any order is possible and workers share no open file. The
+    offsets are found once and kept beside the shards in `.index-*.npz`. The folders `val` and `test` in `root` are
+    left out: they are for evaluation.
+    Raises UserError when there is no shard or a shard is compressed.
+    """
+    # Positions count tar blocks of 512 bytes. 25 bytes a sample, plus its key: 3 M samples fit in 110 MB.
+    ROW = np.dtype([("shard", "u4"), ("image", "u4"), ("image_size", "u4"), ("caption", "u4"), ("caption_size", "u4"),
+                    ("json", "?"), ("key_end", "u4")])
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+        self.shards = sorted(path for path in self.root.rglob("*")
+                             if path.name.endswith((".tar", ".tar.gz", ".tgz")) and not path.name.startswith(".")
+                             and path.relative_to(self.root).parts[0] not in ("val", "test"))
+        for path in self.shards:
+            if path.suffix != ".tar":
+                raise UserError(COMPRESSED.format(path))
+        if not self.shards:
+            raise UserError(f"no *.tar shards found in {self.root} (see data/README.md for how to make them)")
+        self.rows, self.keys, self.bad = self._load_index()
+        if not len(self.rows):
+            raise UserError(f"no image with a caption in the {len(self.shards)} shards of {self.root}: members must be "
+                            "key.jpg with key.txt, or key.json with \"caption\" (see data/README.md)")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def key(self, i: int) -> str:
+        """`<shard>/<key>`: keys need only be unique within a shard."""
+        start = self.rows[i - 1]["key_end"] if i else 0
+        shard = self.shards[self.rows[i]["shard"]].relative_to(self.root).with_suffix("").as_posix()
+        return f"{shard}/{self.keys[start:self.rows[i]['key_end']].tobytes().decode(errors='surrogateescape')}"
+
+    def read(self, i: int) -> tuple[bytes, list[str]]:
+        """Raises BadSample when the caption is empty, not text, or missing in the json."""
+        row = self.rows[i]
+        text = self._read(row, "caption")
+        try:
+            text = json.loads(text).get("caption") if row["json"] else text.decode("utf-8-sig")
+        except (ValueError, AttributeError) as error:
+            raise BadSample("unreadable caption") from error
+        if not isinstance(text, str) or not text.strip():
+            raise BadSample("empty caption")
+        return self._read(row, "image"), [clean_caption(text)]
+
+    def _read(self, row: np.void, part: str) -> bytes:
+        return _read_bytes(self.shards[row["shard"]], int(row[part]) * tarfile.BLOCKSIZE, int(row[f"{part}_size"]))
+
+    def _load_index(self) -> tuple[np.ndarray, np.ndarray, collections.Counter]:
+        """rows, all keys as one byte array, and the unusable samples: from the cache if it fits these shards."""
+        stats = [(path.relative_to(self.root).as_posix(), path.stat()) for path in self.shards]
+        state = json.dumps([(name, stat.st_size, int(stat.st_mtime)) for name, stat in stats])
+        cache = self.root / f".index-{hashlib.sha256(state.encode()).hexdigest()[:16]}.npz"
+        with contextlib.suppress(Exception):  # absent, or damaged in any way: build it again
+            with np.load(cache) as index:
+                return index["rows"], index["keys"], collections.Counter(json.loads(str(index["bad"])))
+        rows, keys, bad = [], bytearray(), collections.Counter()
+        quiet = len(self.shards) < 20 or rank() != 0
+        for number, path in enumerate(tqdm(self.shards, "indexing shards", disable=quiet)):
+            samples, shard_bad = _scan_shard(path)
+            bad.update(shard_bad)
+            rows.append(np.zeros(len(samples), self.ROW))
+            for i, (key, image, caption, is_json) in enumerate(samples):
+                keys += key.encode(errors="surrogateescape")
+                rows[-1][i] = (number, *image, *caption, is_json, len(keys))
+        rows, keys = np.concatenate(rows), np.frombuffer(bytes(keys), np.uint8)
+        if rank() == 0:
+            _save_arrays(cache, rows=rows, keys=keys, bad=np.array(json.dumps(bad)))
+        return rows, keys, bad
+
+
+def _scan_shard(path: Path) -> tuple[list[tuple], collections.Counter]:
+    """([(key, (block, size) of the image, (block, size) of the caption, caption is json)], unusable samples)."""
+    parts: dict[str, dict[str, tuple[int, int] | None]] = {}  # key -> kind -> place; None: cut off
+    bad, length, ended = collections.Counter(), path.stat().st_size, False
+    try:
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                tar.members.clear()  # tarfile would keep all of them
+                folder, slash, name = member.name.rpartition("/")
+                stem, _, extension = name.partition(".")
+                extension = extension.lower()
+                kind = "image" if extension in ("jpg", "jpeg", "png", "webp") else extension
+                if member.isreg() and stem and kind in ("image", "txt", "json"):
+                    whole = member.offset_data + member.size <= length
+                    place = (member.offset_data // tarfile.BLOCKSIZE, member.size) if whole else None
+                    parts.setdefault(folder + slash + stem, {}).setdefault(kind, place)
+            file.seek(tar.offset)  # a sound archive ends with blocks of zeros; tarfile also stops at damage
+            ended = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+    except (tarfile.TarError, OSError, ValueError) as error:
+        with contextlib.suppress(BadSample):
+            if _read_bytes(path, size=2) == b"\x1f\x8b":
+                raise UserError(COMPRESSED.format(path)) from error
+    samples = []
+    for key, places in parts.items():
+        image, caption = places.get("image"), places.get("txt") or places.get("json")
+        if image and caption:
+            samples.append((key, image, caption, not places.get("txt")))
+        else:
+            bad["cut off" if None in places.values() else "without caption" if image else "without image"] += 1
+    if not ended and not bad["cut off"]:
+        bad["in a damaged shard"] += 1  # how many is not known: at least one
+    return samples, bad
+
+
+def _save_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """Write an .npz in one step, so that no process ever reads half a file."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, **arrays)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        print(f"cannot write {path} ({error.strerror}): the shards will be indexed again at the next start")
+
+
+class CaptionTSV:
+    """Google's TSV of captions and addresses (CC3M, CC12M) with images downloaded beforehand.
+
+    tsv: a line `caption <tab> url` per image, with or without the header line "caption<tab>url".
+    images: folder, with or without sub-folders, of images named by row (`000000123.jpg` is row 123, the first is 0),
+    which is what img2dataset writes with `--output_format files` and 10,000 images a shard.
+    Raises UserError when there are no such images, or captions beside them contradict the TSV.
+    """
+    def __init__(self, tsv: str | Path, images: str | Path):
+        self.tsv, self.images = Path(tsv), Path(images)
+        lines = self._line_starts()
+        rows, paths = self._find_images()
+        known = rows < len(lines)
+        self.rows, self.paths = rows[known], paths[known]
+        self.starts = lines[self.rows]
+        self.bad = collections.Counter({NOT_DOWNLOADED: len(lines) - len(self.rows)})
+        self.bad["without caption"] = int((~known).sum())
+        if not len(self.rows):
+            raise UserError(f"no images named by their row in {self.tsv.name} (000000123.jpg) found in {self.images} "
+                            "(see data/README.md for how to download them)")
+        self._compare_captions()
+
+    def _line_starts(self) -> np.ndarray:
+        with open(self.tsv, "rb") as file:
+            lengths = np.fromiter((len(line) for line in file), np.int64)
+            file.seek(0)
+            header = file.readline().strip().lower().startswith(b"caption\turl")
+        return (np.cumsum(lengths) - lengths)[int(header):]
+
+    def _find_images(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sorted row numbers and the paths of the images, relative to self.images, as bytes."""
+        rows, paths = [np.zeros(0, np.int64)], [np.zeros(0, "S1")]
+        for folder, _, names in os.walk(self.images):
+            names = [n for n in names if n.rpartition(".")[0].isdecimal() and n.lower().endswith(IMAGE_TYPES)]
+            if names:
+                rows.append(np.array([int(name.rpartition(".")[0]) for name in names]))
+                paths.append(np.array([os.fsencode(Path(folder, name).relative_to(self.images)) for name in names]))
+        rows, first = np.unique(np.concatenate(rows), return_index=True)
+        return rows, np.concatenate(paths)[first]
+
+    def _compare_captions(self) -> None:
+        """img2dataset may write key.txt beside key.jpg: with other settings its keys are not the rows of the TSV."""
+        for i in np.linspace(0, len(self) - 1, 20).astype(int):
+            beside = self._path(i).with_suffix(".txt")
+            if beside.is_file() and clean_caption(beside.read_text("utf-8")) != self._caption(i):
+                raise UserError(f"{beside} is not the caption of row {self.rows[i]} of {self.tsv}: download with "
+                                "10,000 images a shard, or as tar shards (see data/README.md)")
+
+    def _path(self, i: int) -> Path:
+        return self.images / os.fsdecode(self.paths[i])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def key(self, i: int) -> str:
+        return f"{self.rows[i]:09d}"
+
+    def _caption(self, i: int) -> str:
+        with open(self.tsv, "rb") as file:
+            file.seek(self.starts[i])
+            return clean_caption(file.readline().split(b"\t")[0].decode("utf-8", errors="replace"))
+
+    def read(self, i: int) -> tuple[bytes, list[str]]:
+        caption = self._caption(i)
+        if not caption:
+            raise BadSample("empty caption")
+        return _read_bytes(self._path(i)), [caption]
+
+
+class CaptionedFiles:
+    """Captioned images listed in a file; the base of COCO and Flickr30k.
+
+    listed: (key, path or None when there is no such file, captions) of each image; listing: the file they come from.
+    Raises UserError when most of the images are missing.
+    """
+    def __init__(self, listed: Iterable[tuple[str, Path | None, list[str]]], listing: Path, images: Path):
+        self.samples, self.bad = [], collections.Counter()
+        for key, path, captions in listed:
+            captions = [text for text in map(clean_caption, captions) if text]
+            if path and captions:
+                self.samples.append((key, path, captions))
+            else:
+                self.bad["without caption" if path else "missing image file"] += 1
+        if not self.samples or self.bad["missing image file"] > len(self.samples):
+            raise UserError(f"{self.bad['missing image file']:,} of the images listed in {listing} not found in "
+                            f"{images} (see data/README.md)")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def key(self, i: int) -> str:
+        return self.samples[i][0]
+
+    def read(self, i: int) -> tuple[bytes, list[str]]:
+        _, path, captions = self.samples[i]
+        return _read_bytes(path), captions
+
+
+class CocoCaptions(CaptionedFiles):
+    """COCO captions, five or more an image. split: "train", "val" or "test".
+
+    With Karpathy's `dataset_coco.json` (in root or annotations/): his splits, train with restval, test of 5,000 images.
+    Without it: train2017 for training, val2017 for testing, and "val" raises UserError.
+    """
+    def __init__(self, root: str | Path, split: str):
+        root = Path(root)
+        listing = next((path for path in (root / "dataset_coco.json", root / "annotations" / "dataset_coco.json")
+                        if path.is_file()), None)
+        if listing:
+            captions = {image["cocoid"]: texts for image, texts in _karpathy_split(listing, split)}
+        elif split == "val":
+            raise UserError(f"COCO has a val split only with Karpathy's dataset_coco.json, not found in {root} "
+                            "(see data/README.md)")
+        else:
+            listing = root / "annotations" / f"captions_{'train2017' if split == 'train' else 'val2017'}.json"
+            content = _read_json(listing)
+            captions = {image["id"]: [] for image in content["images"]}
+            for annotation in content["annotations"]:
+                captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
+        files = {}
+        for folder in ("val2014", "train2014", "val2017", "train2017"):
+            if (root / folder).is_dir():  # 000000000139.jpg (2017) or COCO_val2014_000000000139.jpg
+                files.update((int(name[:-4].split("_")[-1]), root / folder / name)
+                             for name in os.listdir(root / folder) if name.endswith(".jpg"))
+        super().__init__(((f"{i:012d}", files.get(i), texts) for i, texts in captions.items()), listing, root)
+
+
+class Flickr30k(CaptionedFiles):
+    """Flickr30k, five captions an image, with Karpathy's splits: "train", "val" or "test" (1,000 images)."""
+    def __init__(self, root: str | Path, split: str):
+        root = Path(root)
+        listing = root / "dataset_flickr30k.json"
+        folder = root / ("flickr30k-images" if (root / "flickr30k-images").is_dir() else "images")
+        files = set(os.listdir(folder)) if folder.is_dir() else ()
+        listed = ((image["filename"], folder / image["filename"] if image["filename"] in files else None, texts)
+                  for image, texts in _karpathy_split(listing, split))
+        super().__init__(listed, listing, folder)
+
+
+def _karpathy_split(path: Path, split: str) -> Iterator[tuple[dict, list[str]]]:
+    for image in _read_json(path)["images"]:
+        if image["split"].replace("restval", "train") == split:
+            yield image, [sentence["raw"] for sentence in image["sentences"]]
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no file {path} (see data/README.md for how to get it)") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+class Subset:
+    """The samples of a captioned set at the given indices, in that order."""
+    def __init__(self, data, indices: range | np.ndarray):
+        self.data, self.indices, self.bad = data, indices, data.bad
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def key(self, i: int) -> str:
+        return self.data.key(self.indices[i])
+
+    def read(self, i: int) -> tuple[bytes, list[str]]:
+        return self.data.read(self.indices[i])
+
+
+# -------------------------------------------------------------------------------------------------------- labelled sets
+
+# len(d); d.classes; d.templates; d.read(i) -> (encoded image or PIL image, label)
+TEMPLATES = ["a photo of a {}."]
+
+
+class ImageFolderSet:
+    """Images in one folder per class: root/<class>/..., or root/<split>/<class>/... with split train, val or test.
+
+    "test" falls back on val/, then on root itself; "train" needs root/train/. A class is called as its folder, with
+    spaces for _ and -. Raises UserError when the split, its class folders or its images do not exist.
+    """
+    def __init__(self, root: str | Path, split: str):
+        root, self.templates = Path(root), TEMPLATES
+        folders = {name: root / name for name in ("train", "val", "test") if (root / name).is_dir()}
+        folder = folders.get(split) or (folders.get("val", root) if split == "test" else None)
+        if folder is None or (folder == root and folders):
+            raise UserError(f"no folder {root / split} with one folder of images per class (see data/README.md)")
+        # Labels must mean the same in each split, even if a class is absent from one.
+        names = sorted({entry.name for parent in (folders or {split: root}).values() for entry in os.scandir(parent)
+                        if entry.is_dir() and not entry.name.startswith(".")})
+        if not any(entry.is_dir() for entry in os.scandir(folder)):
+            raise UserError(self._no_classes(folder))
+        self.classes = self._class_names(names, folder)
+        self.images = [(Path(parent, file), label) for label, name in enumerate(names)
+                       for parent, _, files in sorted(os.walk(folder / name))
+                       for file in sorted(files) if file.lower().endswith(IMAGE_TYPES)]
+        if not self.images:
+            raise UserError(f"no images in the {len(names)} class folders of {folder} (see data/README.md)")
+
+    def _class_names(self, names: list[str], folder: Path) -> list[str]:
+        return [name.replace("_", " ").replace("-", " ") for name in names]
+
+    def _no_classes(self, folder: Path) -> str:
+        return f"no class folders in {folder}: one folder of images per class is needed (see data/README.md)"
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, i: int) -> tuple[bytes, int]:
+        path, label = self.images[i]
+        return _read_bytes(path), label
+
+
+class ImageNet(ImageFolderSet):
+    """ImageNet or a part of it: root/val/<wnid or class name>/*.JPEG as split "test"; only the classes found count.
+
+    Class names and templates come from data/imagenet_classes.tsv and data/templates_imagenet.txt.
+    """
+    def __init__(self, root: str | Path, split: str):
+        super().__init__(root, split)
+        self.templates = (DATA / "templates_imagenet.txt").read_text("utf-8").splitlines()
+
+    def _class_names(self, names: list[str], folder: Path) -> list[str]:
+        lines = (DATA / "imagenet_classes.tsv").read_text("utf-8").splitlines()
+        known = dict(line.split("\t") for line in lines)
+        known |= {name.replace(" ", "_"): name for name in known.values()} | {name: name for name in known.values()}
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise UserError(f"{folder / unknown[0]} is no ImageNet class: folders are wnids (n01440764) or the names "
+                            f"in {DATA / 'imagenet_classes.tsv'}")
+        return [known[name] for name in names]
+
+    def _no_classes(self, folder: Path) -> str:
+        return (f"no class folders in {folder}: sort the images into one folder per wnid, with "
+                "torchvision.datasets.ImageNet or as data/README.md shows")
+
+
+# name -> torchvision class, its splits for training (linear probe), its splits for testing. None: there is no official
+# split, every fifth image is for testing.
+TORCHVISION = {
+    "caltech101": ("Caltech101", [None], [None]),
+    "cifar10": ("CIFAR10", [True], [False]),
+    "cifar100": ("CIFAR100", [True], [False]),
+    "country211": ("Country211", ["train", "valid"], ["test"]),
+    "dtd": ("DTD", ["train", "val"], ["test"]),
+    "eurosat": ("EuroSAT", [None], [None]),
+    "fer2013": ("FER2013", ["train"], ["test"]),
+    "fgvc_aircraft": ("FGVCAircraft", ["trainval"], ["test"]),
+    "flowers102": ("Flowers102", ["train", "val"], ["test"]),
+    "food101": ("Food101", ["train"], ["test"]),
+    "gtsrb": ("GTSRB", ["train"], ["test"]),
+    "mnist": ("MNIST", [True], [False]),
+    "oxford_pets": ("OxfordIIITPet", ["trainval"], ["test"]),
+    "pcam": ("PCAM", ["train", "val"], ["test"]),
+    "rendered_sst2": ("RenderedSST2", ["train", "val"], ["test"]),
+    "stanford_cars": ("StanfordCars", ["train"], ["test"]),
+    "stl10": ("STL10", ["train"], ["test"]),
+    "sun397": ("SUN397", [None], [None]),
+    "svhn": ("SVHN", ["train"], ["test"]),
+}
+# Names where torchvision has none, or none that is a word. country211 keeps its two-letter country codes.
+CLASS_NAMES = {
+    "eurosat": ["annual crop land", "forest", "herbaceous vegetation", "highway", "industrial area", "pasture",
+                "permanent crop land", "residential area", "river", "sea or lake"],
+    "fer2013": ["angry face", "disgusted face", "fearful face", "happy face", "sad face", "surprised face",
+                "neutral face"],
+    "gtsrb": [*(f"{v} km/h speed limit sign" for v in (20, 30, 50, 60, 70, 80)), "end of 80 km/h speed limit sign",
+              "100 km/h speed limit sign", "120 km/h speed limit sign", "no overtaking sign",
+              "no overtaking by trucks sign", "right of way at the next crossing sign", "priority road sign",
+              "yield sign", "stop sign", "no vehicles sign", "no trucks sign", "no entry sign", "general danger sign",
+              "curve to the left sign", "curve to the right sign", "double curve sign", "bumpy road sign",
+              "slippery road sign", "road narrows on the right sign", "road works sign", "traffic lights ahead sign",
+              "pedestrians sign", "children crossing sign", "bicycles crossing sign", "ice or snow sign",
+              "wild animals crossing sign", "end of all limits sign", "turn right ahead sign", "turn left ahead sign",
+              "straight ahead only sign", "straight ahead or right sign", "straight ahead or left sign",
+              "keep right sign", "keep left sign", "roundabout sign", "end of no overtaking sign",
+              "end of no overtaking by trucks sign"],
+    "mnist": [str(digit) for digit in range(10)],
+    "pcam": ["healthy lymph node tissue", "lymph node tumor tissue"],
+    "svhn": [str(digit) for digit in range(10)],
+}
+
+
+class TorchvisionSet:
+    """A classification set of torchvision, downloaded beforehand into `root`. split: "train" or "test".
+
+    Raises UserError when it is not there, or a package that this set needs (scipy, h5py) is not installed.
+    """
+    def __init__(self, name: str, root: str | Path, split: str):
+        kind, *splits = TORCHVISION[name]
+        make = getattr(import_torchvision().datasets, kind, None)
+        if make is None:
+            raise UserError(f"{name}: this version of torchvision has no {kind}")
+        choices = [{} if part is None else {"train" if isinstance(part, bool) else "split": part}
+                   for part in splits[split == "test"]]
+        try:
+            parts = [make(str(root), download=False, **choice) for choice in choices]
+        except ImportError as error:
+            raise UserError(f"{name} needs the package {error.name or error}: pip install it") from None
+        except (RuntimeError, OSError) as error:
+            arguments = "".join(f", {key}={value!r}" for key, value in choices[0].items())
+            raise UserError(f"{name} cannot be read from {root} ({str(error).splitlines()[0]}), get it with: python -c "
+                            f"\"import torchvision; torchvision.datasets.{kind}('{root}'{arguments}, download=True)\" "
+                            "(see data/README.md)") from None
+        self.data, self.templates = ConcatDataset(parts), TEMPLATES
+        self.indices = [i for i in range(len(self.data)) if splits[0] != [None] or (i % 5 == 4) == (split == "test")]
+        names = CLASS_NAMES.get(name) or getattr(parts[0], "classes", None) or parts[0].categories
+        self.classes = [text.replace("_", " ").replace("/", " " if name == "sun397" else "/") for text in names]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, i: int) -> tuple[Image.Image, int]:
+        try:
+            image, label = self.data[self.indices[i]]
+        except (OSError, SyntaxError, ValueError) as error:
+            raise BadSample("corrupt image") from error
+        if label is None:  # the test part of fer2013 as first published
+            raise BadSample("without label")
+        return image, int(label)
+
+
+# ---------------------------------------------------------------------------------------------------- data sets by name
+
+CAPTIONED = ("cc3m", "coco", "flickr30k")
+LABELLED = ("imagenet", "folder", *TORCHVISION)
+HELD_OUT = 5000  # at most; the last 1 % of a set without validation split
+
+
+def open_train(name: str, root: str | Path | None = None):
+    """Captioned set to train on. root: its folder, default data/<name>.
+
+    Names: "coco", "flickr30k", "cc3m"; any other name with a root: a folder of tar shards, or TSV and images.
+    Raises UserError (unknown name, no folder, wrong layout, more than 10 % unusable samples) in one line.
+    """
+    root = _find_root(name, root, CAPTIONED)
+    if name in ("coco", "flickr30k"):
+        data = CocoCaptions(root, "train") if name == "coco" else Flickr30k(root, "train")
+    else:
+        data = _shards_or_tsv(root / "train" if (root / "train").is_dir() else root)
+        if not (root / "val").is_dir():
+            data = Subset(data, range(len(data) - _held_out(data)))
+    return _checked(data, root)
+
+
+def open_retrieval(name: str, root: str | Path | None, split: str):
+    """Captioned set for image-text retrieval, or None if this set has no such split. split: "val" or "test"."""
+    root = _find_root(name, root, (*CAPTIONED, *LABELLED))
+    if name == "coco":
+        has_val = any((folder / "dataset_coco.json").is_file() for folder in (root, root / "annotations"))
+        return _checked(CocoCaptions(root, split), root) if split == "test" or has_val else None
+    if name == "flickr30k":
+        return _checked(Flickr30k(root, split), root)
+    if (root / split).is_dir():
+        return _checked(_shards_or_tsv(root / split), root / split)
+    data = _shards_or_tsv(root / "train" if (root / "train").is_dir() else root) if split == "val" else ()
+    return Subset(data, range(len(data) - _held_out(data), len(data))) if _held_out(data) else None
+
+
+def open_labelled(name: str, root: str | Path | None, split: str):
+    """Labelled set, or None if this set has no such split. split: "test", "val", or "train" for a linear probe.
+
+    Names: "imagenet" (whose val/ is the test split), those in TORCHVISION, "folder" for any folder of class folders.
+    """
+    root = _find_root(name, root, LABELLED)
+    if split == "val" and (name in TORCHVISION or not ((root / "val").is_dir() and (root / "test").is_dir())):
+        return None
+    if name in TORCHVISION:
+        return TorchvisionSet(name, root, split)
+    return (ImageNet if name == "imagenet" else ImageFolderSet)(root, split)
+
+
+def _find_root(name: str, root: str | Path | None, known: tuple[str, ...]) -> Path:
+    folder = Path(root).expanduser() if root else DATA / name
+    if not root and name not in known and not folder.is_dir():
+        raise UserError(f"unknown data set {name!r}: known are emoji, {', '.join(known)}; any other needs its folder")
+    if not folder.is_dir():
+        raise UserError(f"{name}: no folder {folder} (see data/README.md for how to get the data)")
+    return folder
+
+
+def _shards_or_tsv(root: Path) -> TarShards | CaptionTSV:
+    tables = sorted(root.glob("Train*.tsv")) or sorted(root.glob("*.tsv"))
+    return CaptionTSV(tables[0], root / "images") if tables and (root / "images").is_dir() else TarShards(root)
+
+
+def _held_out(data) -> int:
+    return min(HELD_OUT, len(data) // 100)
+
+
+def _checked(data, where: Path):
+    check_bad(data.bad, len(data) + sum(data.bad.values()), str(where))
+    return data
+
+
+# -------------------------------------------------------------------------------------------------------------- loading
+
+
+class TrainSamples(Dataset):
+    """samples[(epoch, index)] -> image uint8 (3, S, S), tokens int64 (context,), number of unusable samples skipped.
+
+    The crop and the choice among several captions depend on (seed, epoch, index) alone, not on workers or resuming.
+    An unusable sample is replaced by the next one; UserError after 100 in a row.
+    tokenizer: list of n strings -> int64 (n, context). crop_scale: least and largest share of the image area.
+    """
+    def __init__(self, data, tokenizer, image_size: int, crop_scale: tuple[float, float], seed: int):
+        self.data, self.tokenizer, self.seed = data, tokenizer, seed
+        self.image_size, self.crop_scale = image_size, crop_scale
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, int]:
+        epoch, first = place
+        for bad in range(100):
+            index = (first + bad) % len(self.data)
+            rng = np.random.default_rng((self.seed, epoch, index))
+            try:
+                source, captions = self.data.read(index)
+                image = random_resized_crop(source, self.image_size, rng, self.crop_scale)
+            except BadSample as error:
+                reason = error
+                continue
+            tokens = self.tokenizer([captions[rng.integers(len(captions))]])[0]
+            return torch.from_numpy(image), tokens, bad
+        raise UserError(f"100 samples in a row cannot be used, from {self.data.key(first)!r} on (last: {reason})")
+
+
+class StepSampler(Sampler):
+    """One rank's share of the global batches of steps start..steps - 1, each a list of (epoch, index).
+
+    Every epoch is a new permutation of the n samples, cut into global batches; the rest is dropped. Rank r takes each
+    world-th sample of a batch, so the global batch is the same for any number of ranks.
+    Raises UserError when a global batch is larger than the set or not divisible by the number of ranks.
+    """
+    def __init__(self, n: int, batch: int, steps: int, start: int = 0, seed: int = 0, rank: int = 0, world: int = 1):
+        if batch % world:
+            raise UserError(f"the global batch of {batch} cannot be shared evenly by {world} processes")
+        if n < batch:
+            raise UserError(f"the training set has {n} samples, fewer than one global batch of {batch}")
+        self.n, self.batch, self.steps, self.start = n, batch, steps, start
+        self.seed, self.rank, self.world = seed, rank, world
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.n // self.batch
+
+    def __len__(self) -> int:
+        return max(0, self.steps - self.start)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        current = None
+        for step in range(self.start, self.steps):
+            epoch, position = divmod(step, self.steps_per_epoch)
+            if epoch != current:
+                generator = torch.Generator().manual_seed(
+                    int(np.random.SeedSequence((self.seed, epoch)).generate_state(1, np.uint64)[0]))
+                order, current = torch.randperm(self.n, generator=generator), epoch
+            share = order[position * self.batch + self.rank:(position + 1) * self.batch:self.world]
+            yield [(epoch, index) for index in share.tolist()]
+
+
+class EvalSamples(Dataset):
+    """samples[i] -> (image uint8 (3, S, S), i, label or captions), or None when the sample cannot be used."""
+    def __init__(self, data, image_size: int):
+        self.data, self.image_size = data, image_size
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int, int | list[str]] | None:
+        try:
+            source, target = self.data.read(i)
+            return torch.from_numpy(resize_center_crop(source, self.image_size)), i, target
+        except BadSample:
+            return None
+
+
+class Loader(DataLoader):
+    """DataLoader that leaves out empty batches and passes on a worker's UserError without the worker's traceback."""
+    def __iter__(self) -> Iterator[tuple]:
+        try:
+            for batch in super().__iter__():
+                if len(batch[0]):
+                    yield batch
+        except UserError as error:
+            raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+
+
+def train_loader(samples: TrainSamples, sampler: StepSampler, workers: int, device_type: str) -> Loader:
+    """Yields images uint8 (B, 3, S, S), tokens int64 (B, context), number of unusable samples skipped (int)."""
+    return Loader(samples, batch_sampler=sampler, num_workers=workers, collate_fn=_collate_train,
+                  pin_memory=device_type == "cuda", persistent_workers=workers > 0)
+
+
+def eval_loader(data, image_size: int, batch_size: int, workers: int) -> Loader:
+    """Yields images uint8 (b, 3, S, S), their indices in `data` and their labels or captions (lists of b), in order.
+
+    Unusable samples are left out: the evaluation sees which indices are missing.
+    """
+    return Loader(EvalSamples(data, image_size), batch_size=batch_size, num_workers=workers,
+                  collate_fn=_collate_eval)
+
+
+def _collate_train(batch: list[tuple]) -> tuple[torch.Tensor, torch.Tensor, int]:
+    images, tokens, bad = zip(*batch)
+    return torch.stack(images), torch.stack(tokens), sum(bad)
+
+
+def _collate_eval(batch: list[tuple | None]) -> tuple:
+    good = [sample for sample in batch if sample is not None]
+    if not good:
+        return (), (), ()
+    images, indices, targets = zip(*good)
+    return torch.stack(images), list(indices), list(targets)
+
+
+def check_bad(bad: int | collections.Counter, seen: int, where: str) -> None:
+    """Report unusable samples in one line. Raises UserError when they are more than 10 % of the samples seen.
+
+    Images that are no longer on the web ("not downloaded") are reported and do not count.
+    """
+    reasons = collections.Counter({"unreadable": bad}) if isinstance(bad, int) else +bad
+    lost = reasons[NOT_DOWNLOADED]
+    count = sum(reasons.values()) - lost
+    if not count and not lost:
+        return
+    line = (f"{where}: {count + lost:,} of {seen:,} samples cannot be used: "
+            + ", ".join(f"{number:,} {reason}" for reason, number in reasons.most_common()))
+    if count > 0.1 * (seen - lost):
+        raise UserError(f"{line}; more than 10 % is too many (see data/README.md)")
+    if rank() == 0:
+        print(line)
+
+
+# ---------------------------------------------------------------------------------------------------------- emoji scenes
+
+COLOURS = {  # background names and their RGB; the light ones are the easy backgrounds
+    "white": (250, 250, 250), "light blue": (205, 226, 250), "light green": (208, 240, 208), "pink": (252, 214, 226),
+    "yellow": (252, 244, 190), "grey": (205, 205, 205), "lilac": (226, 212, 246), "beige": (240, 228, 208),
+    "blue": (70, 110, 190), "green": (70, 150, 80), "red": (190, 70, 70), "brown": (130, 95, 65), "black": (35, 35, 40),
+    "orange": (240, 150, 60), "purple": (125, 75, 160), "turquoise": (60, 175, 170),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Difficulty:
+    """What a scene looks like: how many objects, how large (side / canvas), on which background."""
+    objects: tuple  # probability of one, two, three objects
+    scale: tuple  # smallest and largest side of a single object; several objects are smaller
+    colours: int  # how many of COLOURS are used
+    background: str  # plain, gradient or clutter
+
+
+DIFFICULTIES = {
+    "easy": Difficulty((0.8, 0.2, 0.0), (0.55, 0.85), 8, "plain"),
+    "medium": Difficulty((0.5, 0.4, 0.1), (0.4, 0.75), 16, "gradient"),
+    "hard": Difficulty((0.3, 0.4, 0.3), (0.25, 0.6), 16, "clutter"),
+}
+
+
+class EmojiDrawings:
+    """The shipped drawings: data/emoji/emoji.tsv and one sprite sheet per artist. See data/README.md.
+
+    concepts: rows of the table (concept, phrase, plural, group, synonyms, sets). Every concept's artists are divided
+    once and for all: two for test, one for val, the rest for train, so that no drawing of an evaluation was trained on.
+    """
+
+    TILE, COLUMNS = 64, 22
+
+    def __init__(self, concepts):
+        with open(DATA / "emoji" / "emoji.tsv", encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file, delimiter="\t"))
+        if not 2 <= concepts <= len(rows):
+            raise UserError(f"--concepts {concepts}: choose 2 to {len(rows)}")
+        self.concepts = rows[:concepts]
+        for row in self.concepts:
+            row["names"] = [row["phrase"], *filter(None, row["synonyms"].split("|"))]
+        self.sheets = {}
+
+    def artists(self, concept, split):
+        """The names of the sets whose drawing of `concept` belongs to the split."""
+        sets = self.concepts[concept]["sets"].split()
+        order = np.random.default_rng((2312, concept)).permutation(len(sets))  # fixed: not the run's seed
+        part = {"test": order[:2], "val": order[2:3], "train": order[3:]}[split]
+        return [sets[i] for i in part]
+
+    def tile(self, concept, artist):
+        """One drawing as an RGBA image of TILE x TILE pixels."""
+        if artist not in self.sheets:
+            self.sheets[artist] = Image.open(DATA / "emoji" / f"{artist}.webp").convert("RGBA")
+        y, x = divmod(concept, self.COLUMNS)
+        box = (x * self.TILE, y * self.TILE, (x + 1) * self.TILE, (y + 1) * self.TILE)
+        return self.sheets[artist].crop(box)
+
+    def __getstate__(self):  # spawned workers open the sheets themselves
+        return {**self.__dict__, "sheets": {}}
+
+
+@functools.cache
+def emoji_drawings(concepts):
+    return EmojiDrawings(concepts)
+
+
+class EmojiScenes:
+    """Captioned scenes of emoji drawings, each determined by (split, seed, index).
+
+    split "train" draws the training drawings, with one caption a scene and the web's flaws: `noise` is the share of
+    scenes captioned with another scene's caption, `long_tail` the exponent z of concept frequencies 1 / rank^z (0 is
+    uniform), `duplicates` the share of scenes that nearly repeat an earlier one. "val" and "test" draw held-out
+    drawings, without flaws and with five captions a scene.
+    """
+
+    def __init__(self, split, scenes, image_size, seed=0, concepts=150, difficulty="easy", noise=0.0, long_tail=0.0,
+                 duplicates=0.0):
+        if split not in ("train", "val", "test"):
+            raise UserError(f"emoji scenes have the splits train, val and test, not {split}")
+        self.split, self.scenes, self.seed = split, scenes, seed
+        self.drawings = emoji_drawings(concepts)
+        self.difficulty = DIFFICULTIES[difficulty]
+        self.noise, self.duplicates = noise, duplicates
+        self.canvas = image_size + image_size // 8
+        frequency = 1.0 / np.arange(1, concepts + 1) ** long_tail
+        self.frequency = (frequency / frequency.sum())[np.random.default_rng(seed).permutation(concepts)]
+        self.bad = collections.Counter()
+        self.rendered = {}  # small scenes are drawn once and kept: 50 px x 10,000 is 75 MB
+
+    def __len__(self):
+        return self.scenes
+
+    def key(self, index):
+        return f"emoji-{self.split}-{self.seed}-{index:07d}"
+
+    def _rng(self, index, purpose):
+        split = ("train", "val", "test").index(self.split)
+        return np.random.default_rng((split, self.seed, index, purpose))
+
+    def scene(self, index):
+        """{"background": name, "objects": [{"concept", "artist", "x", "y", "size"}]}, as fractions of the canvas."""
+        rng = self._rng(index, 0)
+        if self.split == "train" and index and rng.random() < self.duplicates:
+            scene = self.scene(int(index * rng.random() ** 3))  # skewed: a few scenes are repeated often, as on the web
+            for thing in scene["objects"]:
+                for field in ("x", "y", "size"):
+                    thing[field] *= 1 + 0.03 * rng.standard_normal()
+            return scene
+        count = 1 + rng.choice(3, p=self.difficulty.objects)
+        concepts = rng.choice(len(self.frequency), count, replace=False, p=self.frequency)
+        artists = [rng.choice(self.drawings.artists(concept, self.split)) for concept in concepts]
+        return compose_scene(rng, self.difficulty, concepts, artists)
+
+    def captions(self, index):
+        """One caption of a training scene, perhaps another scene's; five of an evaluation scene."""
+        rng = self._rng(index, 1)
+        if self.split != "train":
+            return caption_scene(rng, self.scene(index), self.drawings.concepts, 5)
+        described = index
+        if rng.random() < self.noise:
+            described = int(rng.integers(self.scenes))
+        return caption_scene(rng, self.scene(described), self.drawings.concepts, 1)
+
+    def questions(self, index):
+        """[(question, answer)] about the scene, for visual question answering."""
+        return ask_scene(self._rng(index, 3), self.scene(index), self.drawings.concepts)
+
+    def read(self, index):
+        if index not in self.rendered:
+            image = render_scene(self._rng(index, 2), self.scene(index), self.difficulty, self.drawings, self.canvas)
+            if self.canvas > 80:
+                return image, self.captions(index)
+            self.rendered[index] = image, self.captions(index)
+        return self.rendered[index]
+
+
+class EmojiClasses:
+    """Single-emoji images of held-out drawings, `views` of each, labelled by concept or by group (zero-shot sets)."""
+
+    templates = ["{}", "a picture of {}", "a drawing of {}"]
+
+    def __init__(self, split, image_size, by="concept", concepts=150, difficulty="easy", views=3):
+        self.drawings, self.difficulty = emoji_drawings(concepts), DIFFICULTIES[difficulty]
+        self.split, self.canvas = split, image_size + image_size // 8
+        names = [row["phrase"] if by == "concept" else row["group"] for row in self.drawings.concepts]
+        self.classes = list(dict.fromkeys(names))
+        self.items = [(concept, artist, self.classes.index(name), view) for concept, name in enumerate(names)
+                      for artist in self.drawings.artists(concept, split) for view in range(views)]
+
+    def __len__(self):
+        return len(self.items)
+
+    def read(self, index):
+        concept, artist, label, view = self.items[index]
+        rng = np.random.default_rng((("train", "val", "test").index(self.split), 1, index, view))
+        scene = compose_scene(rng, self.difficulty, [concept], [artist])
+        return render_scene(rng, scene, self.difficulty, self.drawings, self.canvas), label
+
+
+def compose_scene(rng, difficulty, concepts, artists):
+    """Draw the background and, for each concept, place and size. Objects stand in equal strips, side by side or stacked."""
+    count, vertical, objects = len(concepts), bool(rng.random() < 0.5), []
+    for strip, (concept, artist) in enumerate(zip(concepts, artists)):
+        size = rng.uniform(*difficulty.scale) * min(1, 1.15 / count)
+        along = (strip + rng.uniform(size * count / 2, 1 - size * count / 2)) / count
+        across = rng.uniform(size / 2, 1 - size / 2)
+        x, y = (across, along) if vertical else (along, across)
+        objects.append({"concept": int(concept), "artist": str(artist), "x": x, "y": y, "size": size})
+    background = list(COLOURS)[rng.integers(difficulty.colours)]
+    return {"background": background, "vertical": vertical, "objects": objects}
+
+
+def render_scene(rng, scene, difficulty, drawings, canvas):
+    """The scene as an RGB image of canvas x canvas pixels."""
+    colour = np.array(COLOURS[scene["background"]], np.float32)
+    pixels = np.broadcast_to(colour, (canvas, canvas, 3))
+    if difficulty.background != "plain":  # a linear gradient towards a darker or lighter shade
+        angle = rng.uniform(0, 2 * np.pi)
+        y, x = np.mgrid[-1:1:canvas * 1j, -1:1:canvas * 1j]
+        pixels = pixels + 35 * (np.cos(angle) * x + np.sin(angle) * y)[..., None]
+    pixels = pixels + rng.normal(0, 4, (canvas, canvas, 1))
+    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    if difficulty.background == "clutter":
+        brush = ImageDraw.Draw(image, "RGBA")
+        for _ in range(12):
+            x, y, w, h = (rng.uniform(-0.2, 1), rng.uniform(-0.2, 1), *rng.uniform(0.05, 0.5, 2))
+            shape = brush.ellipse if rng.random() < 0.5 else brush.rectangle
+            shape([v * canvas for v in (x, y, x + w, y + h)], fill=(*rng.integers(0, 256, 3).tolist(), 90))
+    for thing in scene["objects"]:
+        side = max(2, round(thing["size"] * canvas))
+        tile = jitter_drawing(rng, drawings.tile(thing["concept"], thing["artist"]), side)
+        image.paste(tile, (round(thing["x"] * canvas - side / 2), round(thing["y"] * canvas - side / 2)), tile)
+    return image
+
+
+def jitter_drawing(rng, tile, side):
+    """The drawing at side x side pixels, mirrored or not, slightly turned, its colours a little shifted."""
+    if rng.random() < 0.5:
+        tile = tile.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    tile = tile.rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC).resize((side, side), Image.Resampling.BICUBIC)
+    pixels = np.asarray(tile).astype(np.float32)
+    pixels[..., :3] = (pixels[..., :3] - 128) * rng.uniform(0.7, 1.1) + 128 + rng.uniform(-25, 25, 3)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def caption_scene(rng, scene, rows, count):
+    """`count` different captions in plain English, from names and synonyms, places and background."""
+    forms = {
+        1: ["{a}", "a picture of {a}", "a drawing of {a}", "there is {a}", "{a} on a {bg} background", "{a} {where}",
+            "{a} {where} of a {bg} picture"],
+        2: ["{a} and {b}", "{a} next to {b}", "a picture of {a} and {b}", "{a} and {b} on a {bg} background",
+            *(["{a} above {b}", "{b} below {a}", "{a} at the top and {b} at the bottom"] if scene["vertical"] else
+              ["{a} to the left of {b}", "{b} to the right of {a}", "{a} on the left and {b} on the right"])],
+        3: ["{a}, {b} and {c}", "a picture of {a}, {b} and {c}", "{c}, {a} and {b} on a {bg} background",
+            *(["{a} above {b} and {c}", "{b} between {a} and {c}", "{c} below {a} and {b}"] if scene["vertical"] else
+              ["{a} to the left of {b} and {c}", "{b} between {a} and {c}", "{c} to the right of {a} and {b}"])],
+    }[len(scene["objects"])]
+    captions = []
+    for form in rng.permutation(len(forms))[:count]:
+        names = [rng.choice(rows[thing["concept"]]["names"][:1 + int(rng.integers(3))]) for thing in scene["objects"]]
+        captions.append(forms[form].format(**dict(zip("abc", names)), bg=scene["background"], where=place_in_words(scene)))
+    return captions
+
+
+def place_in_words(scene):
+    """Where the first object stands, on a 3 x 3 grid."""
+    thing = scene["objects"][0]
+    column = ["left", "", "right"][int(min(2, 3 * thing["x"]))]
+    row = ["top", "", "bottom"][int(min(2, 3 * thing["y"]))]
+    if row and column:
+        return f"in the {row} {column} corner"
+    return f"at the {row}" if row else f"on the {column}" if column else "in the middle"
+
+
+def ask_scene(rng, scene, rows):
+    """[(question, answer)] on presence, number, relation, background and the thing itself."""
+    things = [rows[thing["concept"]] for thing in scene["objects"]]
+    bare = [thing["concept"] for thing in things]
+    absent = next(row for row in (rows[i] for i in rng.permutation(len(rows))) if row["concept"] not in bare)
+    pairs = [("how many objects are there?", str(len(things))), ("what is the background colour?", scene["background"]),
+             (f"is there {things[rng.integers(len(things))]['phrase']}?", "yes"), (f"is there {absent['phrase']}?", "no")]
+    if len(things) == 1:
+        return [*pairs, ("what is in the picture?", bare[0]), ("where is it?", place_in_words(scene))]
+    before, after = ("above", "below") if scene["vertical"] else ("left of", "right of")
+    pairs.append((f"what is {before} the {bare[1]}?", bare[0]))
+    pairs.append((f"what is {after} the {bare[-2]}?", bare[-1]))
+    return pairs
+
+
+# -------------------------------------------------------------------------------------------- what a configuration names
+
+
+PIXELS = {  # mean and std of the channels: ImageNet's, as in SLIP, and those of OpenAI's CLIP
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+}
+
+
+def training_set(cfg):
+    """The captioned training set a Config names: emoji scenes, or a set on disk."""
+    if cfg.data == "emoji":
+        return EmojiScenes("train", cfg.scenes, cfg.image_size, cfg.seed, cfg.concepts, cfg.difficulty, cfg.noise,
+                           cfg.long_tail, cfg.duplicates)
+    return open_train(cfg.data, cfg.root)
+
+
+def evaluation_sets(cfg, split):
+    """{name: set} of --eval-data (default: what belongs to --data) in a split, "val" or "test".
+
+    A set without a validation split is left out of "val"; a default set that is not on disk is left out with a line.
+    """
+    if cfg.data == "emoji" and not cfg.eval_data:
+        scenes = dict(concepts=cfg.concepts, difficulty=cfg.difficulty)
+        sets = {"concept": EmojiClasses(split, cfg.image_size, "concept", **scenes)}
+        if split == "test":
+            sets["group"] = EmojiClasses(split, cfg.image_size, "group", **scenes)
+            sets["retrieval"] = EmojiScenes(split, 1000, cfg.image_size, **scenes)
+        return sets
+    found = {}
+    for name in cfg.eval_data or (cfg.data,):
+        root = cfg.eval_root or (cfg.root if name == cfg.data else None)
+        labelled = name in LABELLED or (name != cfg.data and name not in CAPTIONED)
+        if labelled and split == "val":
+            continue
+        data = (open_labelled if labelled else open_retrieval)(name, root, split)
+        if data is not None:
+            found[name] = data
+    return found
+
+
+def loader_workers(cfg):
+    """--workers -1: no extra process for the emoji scenes, else a share of the machine's cores."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return cfg.workers if cfg.workers >= 0 else 0 if cfg.data == "emoji" else min(8, max(1, os.cpu_count() // local))
+
+
+def example_images(data, image_size, count):
+    """(count, 3, S, S) uint8 and one caption each, of the first readable samples of a captioned set."""
+    images, captions = [], []
+    for index in range(len(data)):
+        if len(images) == count:
+            break
+        with contextlib.suppress(BadSample):
+            source, texts = data.read(index)
+            images.append(torch.from_numpy(resize_center_crop(source, image_size)))
+            captions.append(texts[0])
+    return torch.stack(images), captions
+
+
+# ------------------------------------------------------------------------------------------------------------ evaluation
+
+
+def evaluate(encoders, encode_text, tokenizer, data, cfg):
+    """Every image encoder on one evaluation set: zero-shot classification when it has classes, else retrieval.
+
+    encoders: {name: function (B, 3, S, S) uint8 -> (B, D) unit length}; encode_text: (T, context) tokens -> (T, D) unit
+    length. Returns {name: {metric: percent}}. Images that could not be read are left out and counted ("unreadable").
+    """
+    features, targets = embed_images(encoders, eval_loader(data, cfg.image_size, 128, loader_workers(cfg)))
+    if hasattr(data, "classes"):
+        classifier = zero_shot_classifier(encode_text, tokenizer, data.classes, data.templates)
+        scores = {name: zero_shot(f, torch.tensor(targets), classifier) for name, f in features.items()}
+    else:
+        texts = [text for captions in targets for text in captions]
+        image_of_text = torch.tensor([i for i, captions in enumerate(targets) for _ in captions])
+        text_features = embed_texts(encode_text, tokenizer, texts)
+        scores = {name: retrieval(f, text_features, image_of_text) for name, f in features.items()}
+    unreadable = len(data) - len(targets)
+    return {name: {**metrics, **({"unreadable": unreadable} if unreadable else {})} for name, metrics in scores.items()}
+
+
+@torch.no_grad()
+def embed_images(encoders, loader):
+    """One pass over an evaluation loader: ({name: (N, D) float32}, [N labels or lists of captions])."""
+    features, targets = {name: [] for name in encoders}, []
+    for images, _, batch_targets in loader:
+        for name, encode in encoders.items():
+            features[name].append(encode(images).float())
+        targets += batch_targets
+    if not targets:
+        raise UserError("the evaluation set holds no readable image")
+    return {name: torch.cat(parts) for name, parts in features.items()}, targets
+
+
+@torch.no_grad()
+def embed_texts(encode_text, tokenizer, texts, block=512):
+    """(T, D) float32 features of a list of strings."""
+    return torch.cat([encode_text(tokenizer(texts[i:i + block])).float() for i in range(0, len(texts), block)])
+
+
+def zero_shot_classifier(encode_text, tokenizer, classes, templates):
+    """(K, D): per class the templates' unit features, averaged and renormalised (CLIP's prompt ensemble)."""
+    texts = [template.format(name) for name in classes for template in templates]
+    features = embed_texts(encode_text, tokenizer, texts).unflatten(0, (len(classes), len(templates)))
+    return F.normalize(features.mean(1), dim=-1)
+
+
+def zero_shot(features, labels, classifier, block=4096):
+    """{"top1", "top5"} in percent; features (N, D), labels (N,), classifier (K, D). Ties count against the model."""
+    ranks = []
+    for x, y in zip(features.split(block), labels.split(block)):
+        scores = x @ classifier.T  # (block, K)
+        own = scores.gather(1, y.to(scores.device)[:, None])
+        ranks.append((scores >= own).sum(1) - 1)
+    rank_of_class = torch.cat(ranks)
+    return {f"top{k}": 100 * (rank_of_class < k).float().mean().item() for k in (1, 5)}
+
+
+def retrieval(image_features, text_features, image_of_text, block=1024):
+    """Recall at 1, 5 and 10 in percent, both ways; image_of_text (T,) says which image each text describes.
+
+    Image to text: the rank of the best of the image's own texts, among the texts of other images. Text to image: the
+    rank of its image. Ties count against the model, so a collapsed model scores 0, not 100. Blocked: memory is
+    block x T, never N x T.
+    """
+    image_of_text = image_of_text.to(image_features.device)
+    to_text, to_image = [], []
+    for start in range(0, len(image_features), block):
+        scores = image_features[start:start + block] @ text_features.T  # (block, T)
+        own = image_of_text[None] == torch.arange(start, start + len(scores), device=scores.device)[:, None]
+        best = scores.masked_fill(~own, -math.inf).amax(1, keepdim=True)
+        to_text.append(((scores >= best) & ~own).sum(1))
+    for start in range(0, len(text_features), block):
+        scores = text_features[start:start + block] @ image_features.T  # (block, N)
+        own = scores.gather(1, image_of_text[start:start + block, None])
+        to_image.append((scores >= own).sum(1) - 1)
+    return {f"{way}_r{k}": 100 * (torch.cat(ranks) < k).float().mean().item()
+            for way, ranks in (("i2t", to_text), ("t2i", to_image)) for k in (1, 5, 10)}
+
+
+def linear_probe(train, val, test, classes, strengths=tuple(10.0 ** e for e in range(-2, 7))):
+    """Accuracy in percent of L-BFGS logistic regression on frozen features; each split is (features (N, D), labels (N,)).
+
+    The inverse regularisation (scikit-learn's C: minimise C * sum of losses + |W|^2 / 2) is chosen on `val`, then the
+    classifier is refitted on train + val. Returns {"top1", "C"}.
+    """
+    def accuracy(weights, split):
+        x, y = split
+        return 100 * ((_with_bias(x) @ weights).argmax(1).cpu() == y.cpu()).float().mean().item()
+
+    scores = {c: accuracy(_fit_logistic(*train, classes, c), val) for c in strengths}
+    best = max(scores, key=scores.get)
+    both = [torch.cat(parts) for parts in zip(train, val)]
+    return {"top1": accuracy(_fit_logistic(*both, classes, best), test), "C": best}
+
+
+def _with_bias(x):
+    return torch.cat([x, x.new_ones(len(x), 1)], 1)
+
+
+def _fit_logistic(x, y, classes, c, block=65536):
+    """(D + 1, K) weights of multinomial logistic regression; the last row is the bias and is not regularised."""
+    x, y = _with_bias(x), y.to(x.device)
+    weights = torch.zeros(x.shape[1], classes, device=x.device, requires_grad=True)
+    optimiser = torch.optim.LBFGS([weights], max_iter=1000, history_size=10, tolerance_grad=1e-6,
+                                  tolerance_change=1e-10, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimiser.zero_grad()
+        total = weights[:-1].square().sum() / (2 * c * len(x))
+        total.backward()
+        for xs, ys in zip(x.split(block), y.split(block)):
+            loss = F.cross_entropy(xs @ weights, ys, reduction="sum") / len(x)
+            loss.backward()
+            total = total + loss
+        return total.detach()
+
+    optimiser.step(closure)
+    return weights.detach()
+
+
+def compare_speeds(encoders, images, rounds=5):
+    """{name: images/s} of functions of one batch: median over rounds in turn, so that a slow moment meets all of them.
+
+    Each is warmed up first; the device is synchronised before every reading of the clock.
+    """
+    def seconds(encode):
+        start = time.perf_counter()
+        encode(images)
+        if images.device.type != "cpu":
+            getattr(torch, images.device.type).synchronize()
+        return time.perf_counter() - start
+
+    with torch.inference_mode():
+        for encode in encoders.values():
+            seconds(encode), seconds(encode)
+        times = {name: [] for name in encoders}
+        for _ in range(rounds):
+            for name, encode in encoders.items():
+                times[name].append(seconds(encode))
+    return {name: len(images) / float(np.median(found)) for name, found in times.items()}
+
+
+def probe(encoders, cfg):
+    """--linear-probe: {name: {"<set>_probe_top1", "<set>_probe_C"}} on each labelled set of --eval-data.
+
+    Every fifth training image is the validation split on which the regularisation is chosen.
+    """
+    scores = {name: {} for name in encoders}
+    for set_name in cfg.eval_data or (cfg.data,):
+        splits = {split: open_labelled(set_name, cfg.eval_root or cfg.root, split) for split in ("train", "test")}
+        embedded = {split: embed_images(encoders, eval_loader(data, cfg.image_size, 128, loader_workers(cfg)))
+                    for split, data in splits.items()}
+        for name in encoders:
+            (x, y), test = [(features[name], torch.tensor(labels)) for features, labels in embedded.values()]
+            held = torch.arange(len(x)) % 5 == 4
+            found = linear_probe((x[~held], y[~held]), (x[held], y[held]), test, len(splits["test"].classes))
+            scores[name].update({f"{set_name}_probe_{key}": value for key, value in found.items()})
+    return scores
+
+
+# -------------------------------------------------------------------------------------------------------------- pictures
+
+
+def pyplot():
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
+
+
+def print_table(cells, markdown=None):
+    """{row: {column: number or text}} as an aligned table on stdout, and as markdown in a file."""
+    columns = list(dict.fromkeys(column for cell in cells.values() for column in cell))
+    lines = [["", *columns]] + [[name, *(_shown(cell.get(c)) for c in columns)] for name, cell in cells.items()]
+    if len(columns) > 7:  # too wide for a terminal: turn it
+        lines = [list(line) for line in zip(*lines)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    for line in lines:
+        print("  ".join(text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths))))
+    if markdown:
+        rows = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+        markdown.write_text("".join(f"| {' | '.join(row)} |\n" for row in rows), encoding="utf-8")
+
+
+def _shown(value):
+    if value is None or isinstance(value, str):
+        return value or ""
+    return f"{value:.1f}" if 10 <= abs(value) < 1000 else f"{value:.3g}" if abs(value) < 10 else f"{value:.0f}"
+
+
+def mean_std(runs):
+    """[{metric: value}] over seeds -> {metric: "mean ± std"}; the std is the sample's, absent for one seed."""
+    table = {}
+    for metric in runs[0]:
+        values = np.array([run[metric] for run in runs], float)
+        spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
+        table[metric] = f"{values.mean():.1f}{spread}"
+    return table
+
+
+def plot_curves(path, rows, chance, title):
+    """Losses (with ln(batch), chance) and validation metrics of log.csv against the epoch."""
+    plt = pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for axis, wanted in ((left, ("loss", "nce", "kd")), (right, ("val_",))):
+        for column in [c for c in rows[0] if c.startswith(wanted) and c != "kd_weight"]:
+            points = [(float(row["epoch"]), float(row[column])) for row in rows if row[column]]
+            if points:
+                axis.plot(*zip(*points), label=column, marker="." if axis is right else None)
+        axis.set_xlabel("epoch")
+        axis.legend()
+    left.axhline(chance, color="grey", ls=":")
+    left.text(0, chance, " chance of one NCE, ln(batch)", color="grey", va="bottom", fontsize=8)
+    left.set_ylabel("loss")
+    right.set_ylabel("validation, %")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_grid(path, rows, names, captions, title):
+    """Rows of images (each (n, 3, S, S) uint8), row names at the left, captions on top of the columns."""
+    plt = pyplot()
+    figure, axes = plt.subplots(len(rows), len(captions), figsize=(1.6 * len(captions), 1.75 * len(rows) + 0.8),
+                                layout="constrained", squeeze=False)
+    for line, images, name in zip(axes, rows, names):
+        for axis, image in zip(line, images):
+            axis.imshow(image.permute(1, 2, 0).cpu().numpy())
+            axis.set(xticks=[], yticks=[])
+        line[0].set_ylabel(name)
+    for axis, caption in zip(axes[0], captions):
+        axis.set_title("\n".join(textwrap.wrap(caption, 20)), fontsize=8)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_retrieval(path, images, captions, scores, texts=6, shown=5):
+    """For the first texts, the images a model ranks highest, the right one framed; scores (N images, N texts)."""
+    plt = pyplot()
+    figure, axes = plt.subplots(texts, shown, figsize=(1.6 * shown + 2.6, 1.6 * texts), layout="constrained")
+    for text, line in enumerate(axes):
+        for axis, image in zip(line, scores[:, text].topk(shown).indices.tolist()):
+            axis.imshow(images[image].permute(1, 2, 0).cpu().numpy())
+            axis.set(xticks=[], yticks=[])
+            for spine in axis.spines.values():
+                spine.set(color="tab:green" if image == text else "none", linewidth=4)
+        line[0].set_ylabel("\n".join(textwrap.wrap(captions[text], 26)), rotation=0, ha="right", va="center")
+    figure.suptitle(f"best of {len(images)} images for each caption; the caption's own image is framed")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main_metric(metrics):
+    """The number a set is judged by: top-1 accuracy, or the mean of both R@1."""
+    return metrics["top1"] if "top1" in metrics else (metrics["i2t_r1"] + metrics["t2i_r1"]) / 2
+
+
+def plot_sweet_spot(path, series, ylabel):
+    """{label: [(training keep rate, relative throughput, [accuracy per seed])]}: mean and std against throughput."""
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(7.5, 5), layout="constrained")
+    for label, points in series.items():
+        points = sorted(points)
+        means = [np.mean(values) for _, _, values in points]
+        spread = [np.std(values, ddof=1) if len(values) > 1 else 0 for _, _, values in points]
+        axis.errorbar([x for _, x, _ in points], means, spread, label=label, capsize=3,
+                      marker="*" if len(points) == 1 else "o", markersize=12 if len(points) == 1 else 5)
+        for (keep_rate, x, _), mean in zip(points, means):
+            axis.annotate(f"{keep_rate:g}", (x, mean), textcoords="offset points", xytext=(4, 4), fontsize=7)
+    axis.set(xlabel="measured inference throughput, CLIP = 1 (small numbers: κ in training)", ylabel=ylabel)
+    axis.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

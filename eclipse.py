@@ -1,0 +1,831 @@
+"""ECLIPSE: Expediting Contrastive Language-Image Pretraining via Self-distilled Encoders
+Kim, Kim, Jo, Kim (LG AI Research), AAAI 2024, https://arxiv.org/abs/2312.12659. No official code was released.
+
+An online image encoder is made cheap by dropping tokens (EViT): it sees a partial view of every image. Its moving
+average, the momentum image encoder, sees the full view. Both are aligned with ONE text encoder, so that two matrices
+of image-text similarities exist for the same batch, and the online matrix learns to match the momentum matrix: soft
+targets that say which captions fit an image better than its own, possibly wrong, one. At test time either encoder
+runs at any keep rate without tuning: pruned for speed, full for accuracy.
+
+    python eclipse.py                                         # emoji scenes, a few minutes on a laptop
+    python eclipse.py --ablate all                            # the ladder of ablations on the emoji scenes
+    python eclipse.py --data coco --root DIR --preset vit_b32
+    torchrun --nproc_per_node=8 eclipse.py --data cc3m        # ViT-B/16, shards in data/cc3m
+    python eclipse.py --evaluate ViT-B-32.pt --data coco      # any OpenAI, OpenCLIP or Hugging Face CLIP ViT
+"""
+
+import copy
+import math
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+import common
+from common import Run, UserError, average_gradients, gather, option, rank, world_size
+
+# Letters in shape comments: B images (and texts) of the global batch, b of one process, N tokens, D width, H heads,
+# K kept tokens, E width of the joint embedding.
+
+# ---------------------------------------------------------------------------------------------------------------- config
+
+
+@dataclass
+class Config:
+    data: str = option("emoji", "training data: emoji, cc3m, coco, flickr30k, or any name with --root FOLDER of tar "
+                       "shards; picks preset and recipe", section="run")
+    root: str | None = option(None, "folder of the data (default data/NAME)")
+    out: str | None = option(None, "run folder (default runs/METHOD-DATA, numbered when taken)")
+    resume: bool = option(False, "go on from the last checkpoint in --out")
+    evaluate: str | None = option(None, "evaluate this checkpoint (ours, OpenAI, OpenCLIP, Hugging Face) and stop")
+    eval_data: tuple[str, ...] = option((), "evaluation sets (default: those that belong to --data)")
+    eval_root: str | None = option(None, "folder of the evaluation set when it is not data/NAME")
+    linear_probe: bool = option(False, "with --evaluate: also fit a linear classifier on the frozen image features")
+    ablate: tuple[str, ...] = option((), "run these ablation arms (all, a group, or arm names) and tabulate them")
+    seeds: tuple[int, ...] = option((0, 1, 2), "seeds of the ablation")
+    profile: bool = option(False, "print parameters, MACs, tokens and images/s of the preset for each keep rate, and stop")
+    seed: int = option(0, "seed of weights, data order and augmentation")
+    device: str = option("auto", "auto, cuda, mps or cpu")
+    workers: int = option(-1, "loader processes (-1: none for emoji, else up to 8 per training process)")
+    log_every: int = option(20, "steps between rows of log.csv")
+    save_every: int = option(500, "steps between checkpoints (one is also saved after every evaluation)")
+
+    method: str = option("eclipse", "clip: no teacher, no distillation", ["eclipse", "clip"], section="method")
+    keep_rate: float = option(0.7, "κ, share of patch tokens the online encoder keeps in each pruning block")
+    keep_rate_warmup: float = option(0.0, "share of training over which κ falls from 1 along a cosine")
+    prune_blocks: tuple[int, ...] = option((), "0-based blocks that prune (default: a quarter, half and three quarters "
+                                           "of the depth, 3 6 9 of 12)")
+    prune_by: str = option("attention", "what ranks the tokens", ["attention", "random"])
+    fuse: bool = option(True, "merge dropped tokens into one, weighted by attention")
+    teacher_keep_rate: float = option(1.0, "κ of the momentum encoder while training (1: full view)")
+    text_teacher: str = option("shared", "shared: one text encoder for both image encoders; momentum: a second, "
+                               "moving-average text encoder as in ALBEF", ["shared", "momentum"])
+    text_grad: str = option("both", "whose contrastive loss trains the text encoder", ["momentum", "online", "both"])
+    kd_weight: float = option(1.0, "λ, weight of the distillation loss")
+    kd_ramp: tuple[float, float] = option((0.0, 0.0), "λ is 0 before the first and whole after the second fraction of "
+                                          "training, linear between")
+    ema: float = option(0.995, "momentum of the teacher per step (0: a copy of the student)")
+    ema_schedule: str = option("const", "cosine: momentum rises to 1 at the end", ["const", "cosine"])
+
+    preset: str = option("demo", "sizes of both towers", ["demo", "vit_b32", "vit_b16"], section="model")
+    image_size: int = option(48, "image side in pixels")
+    patch_size: int = option(8, "patch side in pixels")
+    vision_width: int = option(128, "width of the image tower")
+    vision_layers: int = option(4, "blocks of the image tower")
+    vision_heads: int = option(4, "attention heads of the image tower")
+    vision_mlp: int = option(512, "hidden width of the image tower's MLPs")
+    text_width: int = option(128, "width of the text tower")
+    text_layers: int = option(2, "blocks of the text tower")
+    text_heads: int = option(4, "attention heads of the text tower")
+    context_length: int = option(20, "tokens of a text, start and end included")
+    vocab_size: int = option(4096, "vocabulary; less than 49408 uses only the first BPE merges")
+    embed_dim: int = option(128, "width E of the joint embedding")
+    act: str = option("quick_gelu", "activation of the MLPs", ["quick_gelu", "gelu"])
+    pixel_stats: str = option("imagenet", "mean and std that normalise the pixels", ["imagenet", "clip"])
+    init: str | None = option(None, "start from this CLIP checkpoint; the towers take its sizes")
+
+    epochs: int = option(20, "passes over the training set", section="optimisation")
+    batch_size: int = option(128, "pairs per step, over all processes")
+    accum: int = option(1, "split each process's batch into this many chunks; the gradient stays exactly the same")
+    lr: float = option(1e-3, "peak learning rate")
+    lr_start: float = option(1e-6, "learning rate at the first step")
+    lr_end: float = option(1e-5, "learning rate at the last step")
+    warmup: float = option(1.0, "epochs of linear warm-up; cosine after it")
+    weight_decay: float = option(0.5, "AdamW weight decay, on matrices only")
+    beta2: float = option(0.98, "AdamW β₂ (β₁ is 0.9)")
+    eps: float = option(1e-8, "AdamW ε")
+    crop_scale: float = option(0.5, "smallest area of the random crop, as a share of the image")
+    precision: str = option("auto", "auto: bf16 autocast on CUDA, fp32 elsewhere; fp16 uses a GradScaler",
+                            ["auto", "fp32", "bf16", "fp16"])
+    compile: bool = option(False, "torch.compile the towers")
+    grad_checkpoint: bool = option(False, "recompute each block in the backward pass to save memory")
+
+    scenes: int = option(6000, "training scenes", section="emoji scenes (--data emoji)")
+    concepts: int = option(150, "how many concepts are drawn")
+    difficulty: str = option("easy", "objects, sizes and backgrounds", ["easy", "medium", "hard"])
+    noise: float = option(0.4, "share of training scenes with another scene's caption")
+    long_tail: float = option(0.0, "exponent z of concept frequencies 1 / rank^z")
+    duplicates: float = option(0.0, "share of training scenes that nearly repeat another")
+
+
+VIT_B = dict(image_size=224, vision_width=768, vision_layers=12, vision_heads=12, vision_mlp=3072, text_width=512,
+             text_layers=12, text_heads=8, context_length=77, vocab_size=49408, embed_dim=512)
+PRESETS = {"demo": {}, "vit_b32": {**VIT_B, "patch_size": 32}, "vit_b16": {**VIT_B, "patch_size": 16}}
+# SLIP's CLIP recipe; every field can be overridden.
+LARGE = dict(preset="vit_b16", epochs=40, batch_size=4096, lr=5e-4, log_every=50)
+RECIPES = {"emoji": {}, "coco": {**LARGE, "batch_size": 1024}, "flickr30k": {**LARGE, "batch_size": 1024}, "cc3m": LARGE}
+
+
+def configure(argv=None):
+    """(Config, weights or None): defaults <- recipe of --data <- preset <- run or checkpoint in use <- flags given."""
+    given = common.parse_command_line(Config, __doc__, argv)
+    recipe = RECIPES.get(given.get("data", "emoji"), LARGE)
+    values = {**recipe, **PRESETS[given.get("preset", recipe.get("preset", "demo"))]}
+    stem = f"runs/{given.get('method', 'eclipse')}-{given.get('data', 'emoji')}"
+    values["out"] = "runs/ablation" if "ablate" in given else common.run_folder(stem, newest=given.get("resume", False))
+    values["out"] = given.get("out", values["out"])
+    if given.get("resume"):
+        values = common.saved_values(values, given, free={"out", "resume", "root", "device", "workers"})
+    weights, sizes = None, {}
+    if source := given.get("evaluate") or given.get("init"):
+        weights, sizes = common.read_clip(source, given.get("act"))
+    cfg = Config(**{**values, **sizes, **given})
+    check(cfg, sizes)
+    return cfg, weights
+
+
+def check(cfg, sizes):
+    """UserError for values that argparse cannot judge; `sizes` are those of a checkpoint in use."""
+    for name, value in sizes.items():
+        if name != "image_size" and getattr(cfg, name) != value:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)} does not fit the checkpoint, which has {value}")
+    shares = ("keep_rate", "teacher_keep_rate", "crop_scale")
+    for name in [n for n in shares if not 0 < getattr(cfg, n) <= 1]:
+        raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: a share above 0, at most 1")
+    for name in [n for n in ("noise", "duplicates", "ema", "keep_rate_warmup") if not 0 <= getattr(cfg, n) <= 1]:
+        raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: a share from 0 to 1")
+    positive = ("epochs", "batch_size", "accum", "lr", "log_every", "save_every", "scenes", "patch_size")
+    for name in [n for n in positive if getattr(cfg, n) <= 0]:
+        raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be positive")
+    for size, part in (("image_size", "patch_size"), ("vision_width", "vision_heads"), ("text_width", "text_heads")):
+        if getattr(cfg, size) % getattr(cfg, part):
+            raise UserError(f"--{size.replace('_', '-')} {getattr(cfg, size)} is no multiple of "
+                            f"--{part.replace('_', '-')} {getattr(cfg, part)}")
+    if any(not 0 <= block < cfg.vision_layers for block in cfg.prune_blocks):
+        raise UserError(f"--prune-blocks: the image tower has blocks 0 to {cfg.vision_layers - 1}")
+    if len(cfg.kd_ramp) != 2 or not 0 <= cfg.kd_ramp[0] <= cfg.kd_ramp[1] <= 1:
+        raise UserError("--kd-ramp takes two rising fractions from 0 to 1")
+    if cfg.text_teacher == "momentum" and cfg.text_grad != "online":
+        raise UserError("--text-teacher momentum needs --text-grad online: its own contrastive loss has no gradient")
+
+
+# ----------------------------------------------------------------------------------------------------------------- model
+
+
+class QuickGELU(nn.Module):
+    """OpenAI CLIP's approximation of GELU."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; parameters named and laid out as nn.MultiheadAttention's."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x, causal=False, cls_row=False):
+        """(B, N, D) -> (B, N, D) and, with cls_row, the attention CLS pays to each other token, (B, N-1)."""
+        B, N, D = x.shape
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = qkv.view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each (B, H, N, D/H)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        out = self.out_proj(out.transpose(1, 2).reshape(B, N, D))
+        if not cls_row:
+            return out, None
+        # The fused kernel keeps its N x N probabilities to itself; the CLS row alone costs O(N).
+        row = q[:, :, :1] @ k.transpose(-2, -1) * (D // self.heads) ** -0.5  # (B, H, 1, N)
+        return out, row.float().softmax(-1).mean(1)[:, 0, 1:]
+
+
+def reorganise_tokens(x, cls_attn, keep_rate, fuse, prune_by):
+    """EViT token reorganisation: keep the patches CLS attends to, merge the rest into one token.
+
+    x (B, N, D) with CLS first, cls_attn (B, N-1). Returns (B, 1 + K [+ 1], D) and the kept positions (B, K), with
+    K = ceil(keep_rate * (N - 1)). The fused token, sum of a_i x_i over the dropped ones, comes last; a fused token
+    from an earlier block competes like any patch. Nothing dropped: x is returned as it is, with None.
+    """
+    B, N, D = x.shape
+    K = math.ceil(keep_rate * (N - 1))
+    if K == N - 1:
+        return x, None
+    score = cls_attn if prune_by == "attention" else torch.rand_like(cls_attn)
+    kept = score.topk(K, dim=1).indices  # (B, K)
+    cls, patches = x[:, :1], x[:, 1:]
+    parts = [cls, patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, D))]
+    if fuse:
+        dropped_attn = cls_attn.scatter(1, kept, 0.0).unsqueeze(1).to(x.dtype)  # (B, 1, N-1), zero where kept
+        parts.append(dropped_attn @ patches)  # (B, 1, D); not renormalised, gradient flows into the attention
+    return torch.cat(parts, 1), kept
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; below keep_rate 1 it drops tokens between attention and MLP."""
+
+    def __init__(self, width, heads, mlp_width, act):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential()
+        self.mlp.add_module("c_fc", nn.Linear(width, mlp_width))
+        self.mlp.add_module("act", QuickGELU() if act == "quick_gelu" else nn.GELU())
+        self.mlp.add_module("c_proj", nn.Linear(mlp_width, width))
+
+    def forward(self, x, causal=False, keep_rate=1.0, fuse=True, prune_by="attention"):
+        """(B, N, D) -> (B, N', D) and the kept positions (B, K), None when no token was dropped."""
+        out, cls_attn = self.attn(self.ln_1(x), causal, cls_row=keep_rate < 1)
+        x, kept = x + out, None
+        if keep_rate < 1:
+            x, kept = reorganise_tokens(x, cls_attn, keep_rate, fuse, prune_by)
+        return x + self.mlp(self.ln_2(x)), kept
+
+
+class Transformer(nn.Module):
+    """A stack of blocks, initialised as CLIP's."""
+
+    def __init__(self, width, layers, heads, mlp_width, act):
+        super().__init__()
+        self.resblocks = nn.ModuleList(Block(width, heads, mlp_width, act) for _ in range(layers))
+        self.grad_checkpoint = False
+        for block in self.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
+            for linear in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj):
+                nn.init.zeros_(linear.bias)
+
+    def run_block(self, i, x, *args):
+        if self.grad_checkpoint and torch.is_grad_enabled():
+            return checkpoint(self.resblocks[i], x, *args, use_reentrant=False)
+        return self.resblocks[i](x, *args)
+
+    def forward(self, x):
+        """Causal: (B, N, D) -> (B, N, D)."""
+        for i in range(len(self.resblocks)):
+            x, _ = self.run_block(i, x, True)
+        return x
+
+
+class VisionTransformer(nn.Module):
+    """CLIP's ViT with EViT pruning: 1 x 1 block of EViT per entry of prune_blocks, no extra parameters."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        width, patches = cfg.vision_width, (cfg.image_size // cfg.patch_size) ** 2
+        self.conv1 = nn.Conv2d(3, width, cfg.patch_size, cfg.patch_size, bias=False)
+        self.class_embedding = nn.Parameter(width ** -0.5 * torch.randn(width))
+        self.positional_embedding = nn.Parameter(width ** -0.5 * torch.randn(1 + patches, width))
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = Transformer(width, cfg.vision_layers, cfg.vision_heads, cfg.vision_mlp, cfg.act)
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(width ** -0.5 * torch.randn(width, cfg.embed_dim))
+        depth = cfg.vision_layers
+        self.prune_blocks = tuple(cfg.prune_blocks) or tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
+        self.fuse, self.prune_by = cfg.fuse, cfg.prune_by
+
+    def forward(self, image, keep_rate=1.0, trace=None):
+        """(B, 3, S, S) -> (B, E). A list given as `trace` receives per pruning block the patches kept, (B, K)."""
+        x = self.conv1(image).flatten(2).transpose(1, 2)  # (B, N-1, D)
+        x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], 1)  # (B, N, D)
+        x = self.ln_pre(x + self.positional_embedding.to(x.dtype))
+        patch = torch.arange(x.shape[1] - 1, device=x.device).expand(len(x), -1)  # which patch each token is
+        for i in range(len(self.transformer.resblocks)):
+            rate = keep_rate if i in self.prune_blocks else 1.0
+            x, kept = self.transformer.run_block(i, x, False, rate, self.fuse, self.prune_by)
+            if trace is not None and i in self.prune_blocks:
+                if kept is not None:
+                    patch = patch.gather(1, kept)
+                    if self.fuse:
+                        patch = F.pad(patch, (0, 1), value=-1)  # the fused token is no patch
+                trace.append(patch)
+        return self.ln_post(x[:, 0]) @ self.proj
+
+
+class CLIP(nn.Module):
+    """Image tower, text tower and logit scale; parameters named as OpenAI's, so that public checkpoints load."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.visual = VisionTransformer(cfg)
+        self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.text_width)
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(cfg.context_length, cfg.text_width))
+        self.transformer = Transformer(cfg.text_width, cfg.text_layers, cfg.text_heads, 4 * cfg.text_width, cfg.act)
+        self.ln_final = nn.LayerNorm(cfg.text_width)
+        self.text_projection = nn.Parameter(cfg.text_width ** -0.5 * torch.randn(cfg.text_width, cfg.embed_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+
+    def encode_image(self, image, keep_rate=1.0):
+        """(B, 3, S, S) normalised pixels -> (B, E) of unit length."""
+        return F.normalize(self.visual(image, keep_rate).float(), dim=-1)
+
+    def encode_text(self, text):
+        """(B, context) token ids -> (B, E) of unit length, read at the end token (the largest id)."""
+        x = self.token_embedding(text) + self.positional_embedding
+        x = self.ln_final(self.transformer(x))
+        x = x[torch.arange(len(x), device=x.device), text.argmax(1)] @ self.text_projection
+        return F.normalize(x.float(), dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- losses
+
+
+def similarities(scale, image, text):
+    """s<u_i, v_j> of this process's images with all texts and of its texts with all images, two (b, B).
+
+    Gathered with gradient: averaging the processes' gradients gives the gradient of one process with the whole batch.
+    """
+    return scale * image @ gather(text).T, scale * text @ gather(image).T
+
+
+def info_nce(logits):
+    """NCE(M) = 1/2 [CE(rows of M, diagonal) + CE(rows of M^T, diagonal)], logits = (M, M^T), each (b, B)."""
+    b, device = len(logits[0]), logits[0].device
+    target = torch.arange(rank() * b, (rank() + 1) * b, device=device)
+    return sum(F.cross_entropy(rows, target) for rows in logits) / 2
+
+
+def distillation(teacher_logits, student_logits):
+    """KD = 1/2 [KL(softmax(M_t) || softmax(M_s)) + the same of the transposes], mean over the rows (assumption A1)."""
+    return sum(F.kl_div(s.log_softmax(-1), t.detach().log_softmax(-1), reduction="batchmean", log_target=True)
+               for t, s in zip(teacher_logits, student_logits)) / 2
+
+
+# ---------------------------------------------------------------------------------------------------------------- method
+
+
+class ECLIPSE(nn.Module):
+    """Online image encoder (partial view), momentum image encoder (full view), one text encoder.
+
+    `online` is a whole CLIP: the online image encoder, the shared text encoder and the logit scale. `momentum` is the
+    moving average of online.visual. With method "clip" there is no momentum encoder and the loss is NCE alone.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg, self.online = cfg, CLIP(cfg)
+        self.reset_momentum()
+
+    def reset_momentum(self):
+        """Teacher = student: at the start, and again after --init."""
+        def frozen(module):
+            return copy.deepcopy(module).eval().requires_grad_(False)
+
+        has_teacher = self.cfg.method == "eclipse"
+        self.momentum = frozen(self.online.visual) if has_teacher else None
+        self.momentum_text = frozen(self.online) if has_teacher and self.cfg.text_teacher == "momentum" else None
+        if self.momentum_text:
+            self.momentum_text.visual = nn.Identity()
+
+    def embed(self, image, text, keep_rate):
+        """u (b, E) and v (b, E), with gradient: the partial view of the images, and the texts."""
+        return self.online.encode_image(image, keep_rate), self.online.encode_text(text)
+
+    @torch.no_grad()
+    def teach(self, image, text):
+        """ū (b, E), the full view of the images, and v̄ (b, E) or None when the text encoder is shared."""
+        if self.momentum is None:
+            return None, None
+        u_bar = F.normalize(self.momentum(image, self.cfg.teacher_keep_rate).float(), dim=-1)
+        return u_bar, self.momentum_text.encode_text(text) if self.momentum_text else None
+
+    def loss(self, u, v, u_bar, v_bar, kd_weight):
+        """L = NCE(A) + NCE(Ā) + λ KD(Ā, A) and its terms; A = s<u, sg(v)>, Ā = s<ū, v> (assumptions A1, A2)."""
+        cfg, scale = self.cfg, self.online.logit_scale.exp()
+        if u_bar is None:
+            nce = info_nce(similarities(scale, u, v))
+            return nce, {"nce_online": nce.detach()}
+        online = similarities(scale, u, v if cfg.text_grad != "momentum" else v.detach())  # A
+        momentum = similarities(scale, u_bar, v if v_bar is None else v_bar)  # Ā
+        nce_online, nce_momentum = info_nce(online), info_nce(momentum)
+        kd = distillation(momentum, online)
+        total = nce_online + kd_weight * kd + (nce_momentum if cfg.text_grad != "online" else 0)
+        return total, {"nce_online": nce_online.detach(), "nce_momentum": nce_momentum.detach(), "kd": kd.detach()}
+
+    @torch.no_grad()
+    def update_momentum(self, m):
+        """Teacher <- m teacher + (1 - m) student, projection included."""
+        for teacher, student in ((self.momentum, self.online.visual), (self.momentum_text, self.online)):
+            if teacher is not None:
+                source = dict(student.named_parameters())
+                names, averages = zip(*teacher.named_parameters())
+                torch._foreach_lerp_(list(averages), [source[name] for name in names], 1 - m)
+
+
+# -------------------------------------------------------------------------------------------------------------- training
+
+
+def build(cfg, weights=None):
+    """ECLIPSE with fresh weights, or with those of a CLIP checkpoint in OpenAI's naming."""
+    method = ECLIPSE(cfg)
+    if weights:
+        rows = method.online.visual.positional_embedding.shape[0]
+        key = "visual.positional_embedding"
+        weights = {**weights, key: common.resize_positions(weights[key], rows)}
+        common.load_weights(method.online, weights)
+        method.reset_momentum()
+    return method
+
+
+def build_optimiser(method, cfg, device):
+    """AdamW, weight decay on matrices only; fused where the device has it."""
+    trained = [p for p in method.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), eps=cfg.eps, fused=device.type in ("cuda", "cpu"))
+
+
+def schedules(cfg, step, steps, steps_per_epoch):
+    """{"lr", "keep_rate", "kd_weight", "ema"} at a step."""
+    warmup, done = cfg.warmup * steps_per_epoch, step / steps
+    if step < warmup:
+        lr = cfg.lr_start + (cfg.lr - cfg.lr_start) * step / warmup
+    else:
+        lr = cfg.lr_end + (cfg.lr - cfg.lr_end) * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
+    keep_rate = cfg.keep_rate
+    if done < cfg.keep_rate_warmup:
+        keep_rate += (1 - keep_rate) * (1 + math.cos(math.pi * done / cfg.keep_rate_warmup)) / 2
+    zero_until, whole_from = cfg.kd_ramp
+    ramp = 1.0 if done >= whole_from else max(0.0, (done - zero_until) / (whole_from - zero_until))
+    ema = cfg.ema if cfg.ema_schedule == "const" else 1 - (1 - cfg.ema) * (1 + math.cos(math.pi * done)) / 2
+    return {"lr": lr, "keep_rate": keep_rate, "kd_weight": cfg.kd_weight * ramp, "ema": ema}
+
+
+def backward(method, image, text, now, amp, scaler, seed):
+    """Backpropagate one batch; returns the loss and its terms, on the device.
+
+    With --accum k > 1 the batch is embedded without graph, the loss is taken on all of it, and its gradient with
+    respect to the embeddings is carried into the towers chunk by chunk: the full-batch gradient, in a chunk's memory.
+    The loss is evaluated once, so the logit scale receives its gradient once.
+    """
+    k = method.cfg.accum
+    images, texts = image.chunk(k), text.chunk(k)
+
+    def embed(i):
+        torch.manual_seed(seed + i)  # random pruning draws the same tokens in both passes, and after --resume
+        with amp:
+            return method.embed(images[i], texts[i], now["keep_rate"])
+
+    with amp:
+        u_bar, v_bar = method.teach(image, text) if k == 1 else cat_features(method.teach(*c) for c in zip(images, texts))
+    with torch.set_grad_enabled(k == 1):
+        u, v = cat_features(embed(i) for i in range(k))
+    if k > 1:
+        u.requires_grad_(), v.requires_grad_()
+    loss, terms = method.loss(u, v, u_bar, v_bar, now["kd_weight"])
+    scaler.scale(loss).backward()
+    if k > 1:
+        for i, gradients in enumerate(zip(u.grad.chunk(k), v.grad.chunk(k))):
+            torch.autograd.backward(embed(i), gradients)
+    return {"loss": loss.detach(), **terms}
+
+
+def cat_features(chunks):
+    """[(u, v), (u, v), ...] -> (u, v); None stays None."""
+    return tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*chunks))
+
+
+def mixed_precision(cfg, device):
+    """The autocast context and the GradScaler (idle except for fp16)."""
+    precision = cfg.precision if cfg.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    amp = torch.autocast(device.type, dtype) if dtype else nullcontext()
+    return amp, torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+
+def update(method, optimiser, scaler, lr, ema):
+    """One optimiser step on the processes' mean gradient, then the clamp of the logit scale, then the teacher."""
+    for group in optimiser.param_groups:
+        group["lr"] = lr
+    average_gradients(method.parameters())
+    scaler.step(optimiser)
+    scaler.update()
+    optimiser.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        method.online.logit_scale.clamp_(0, math.log(100))
+    if method.momentum is not None:
+        method.update_momentum(ema)
+
+
+def train(cfg, weights=None):
+    """Train, validate after every epoch, evaluate at the end; returns what results.json holds."""
+    device = common.start_device(cfg.device, cfg.seed)
+    run, data = Run(cfg.out, {"log.csv": LOG_COLUMNS, "timing.csv": common.TIMING_COLUMNS}), common.training_set(cfg)
+    method = build(cfg, weights).to(device)
+    optimiser, (amp, scaler) = build_optimiser(method, cfg, device), mixed_precision(cfg, device)
+    state = {"step": 0, "best": -1.0, "best_epoch": 0, "bad": 0}
+    if cfg.resume and run.path("last.pt").exists():
+        state = load_state(run, method, optimiser, scaler)
+    prepare_towers(method, cfg)
+    evaluator = Evaluator(method, cfg, device, amp)
+    samples = common.TrainSamples(data, evaluator.tokenizer, cfg.image_size, (cfg.crop_scale, 1.0), cfg.seed)
+    total = cfg.epochs * (len(data) // cfg.batch_size)
+    sampler = common.StepSampler(len(data), cfg.batch_size, total, state["step"], cfg.seed, rank(), world_size())
+    run.start(cfg, state["step"])
+    loader = common.train_loader(samples, sampler, common.loader_workers(cfg), device.type)
+    progress = common.Progress(sampler, state["step"], cfg.batch_size, device)
+    with common.StopRequest() as stop, progress:
+        for image, text, bad in progress.watch(loader):
+            now = schedules(cfg, state["step"], sampler.steps, sampler.steps_per_epoch)
+            terms = backward(method, evaluator.pixels(image), text.to(device, non_blocking=True), now, amp, scaler,
+                             seed=cfg.seed * 10 ** 9 + state["step"] * cfg.accum)
+            update(method, optimiser, scaler, now["lr"], now["ema"])
+            state["step"] += 1
+            state["bad"] += bad
+            epoch_ends, logs = state["step"] % sampler.steps_per_epoch == 0, state["step"] % cfg.log_every == 0
+            stopping = stop.agreed(synchronise=logs or epoch_ends)
+            if logs or epoch_ends:
+                row = log_row(method, state, sampler, now, terms)
+                if epoch_ends:
+                    common.check_bad(state["bad"], sampler.steps_per_epoch * cfg.batch_size, cfg.data)
+                    state["bad"] = 0
+                    row.update(validate(run, evaluator, state))
+                run.log("log.csv", row)
+                run.log("timing.csv", progress.report(row, chance=math.log(cfg.batch_size), line=epoch_ends))
+            if epoch_ends or stopping or state["step"] % cfg.save_every == 0:
+                save_state(run, method, optimiser, scaler, state, terms["loss"])
+            if stopping:
+                raise KeyboardInterrupt(f"stopped at step {state['step']}; --resume --out {run.folder} goes on")
+    return finish(run, method, evaluator, state)
+
+
+LOG_COLUMNS = ["step", "epoch", "lr", "keep_rate", "kd_weight", "ema", "loss", "nce_online", "nce_momentum", "kd",
+               "logit_scale", "val_online", "val_momentum"]
+
+
+def log_row(method, state, sampler, now, terms):
+    """The row of log.csv: the one place where the host waits for the device. FloatingPointError ends a diverged run."""
+    values = common.mean_over_processes(terms)
+    if not math.isfinite(values["loss"]):
+        raise FloatingPointError(f"the loss is {values['loss']} at step {state['step']}: lower --lr, lengthen --warmup or "
+                                 "use --precision fp32; the last good checkpoint is last.pt")
+    return {"step": state["step"], "epoch": state["step"] / sampler.steps_per_epoch, **now, **values,
+            "logit_scale": method.online.logit_scale.exp().item()}
+
+
+def save_state(run, method, optimiser, scaler, state, loss):
+    """last.pt: everything --resume needs. Random numbers need no state: they are seeded by (seed, step, sample)."""
+    if loss.isfinite():
+        run.save("last.pt", {"model": method.state_dict(), "optimiser": optimiser.state_dict(), "state": state,
+                             "scaler": scaler.state_dict(), "config": asdict(method.cfg)})
+
+
+def load_state(run, method, optimiser, scaler):
+    saved = torch.load(run.path("last.pt"), map_location="cpu", weights_only=True)
+    method.load_state_dict(saved["model"])
+    optimiser.load_state_dict(saved["optimiser"])
+    scaler.load_state_dict(saved["scaler"])
+    return saved["state"]
+
+
+def prepare_towers(method, cfg):
+    for tower in (method.online.visual.transformer, method.online.transformer):
+        tower.grad_checkpoint = cfg.grad_checkpoint
+    if cfg.compile:
+        for tower in filter(None, (method.online.visual, method.online.transformer, method.momentum)):
+            tower.compile()  # in place: the parameter names stay as they are
+
+
+# --------------------------------------------------------------------------------------------------- evaluation, pictures
+
+
+class Evaluator:
+    """The encoders of a model as functions, by name: online or momentum, at the training keep rate or full."""
+
+    def __init__(self, method, cfg, device, amp):
+        self.method, self.cfg, self.device, self.amp = method, cfg, device, amp
+        self.tokenizer = common.CLIPTokenizer(cfg.context_length, cfg.vocab_size)
+        self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) * 255 for v in common.PIXELS[cfg.pixel_stats])
+
+    def pixels(self, image):
+        """(B, 3, S, S) uint8 -> normalised float on the device."""
+        return (image.to(self.device, non_blocking=True).float() - self.mean) / self.std
+
+    def encoders(self):
+        """{"online κ=0.7": function (B, 3, S, S) uint8 -> (B, E), ...}: two or four cells of the paper's table."""
+        towers = {"online": self.method.online.visual, "momentum": self.method.momentum}
+        rates = dict.fromkeys((self.cfg.keep_rate, 1.0))
+        return {f"{name} κ={rate:g}": lambda image, tower=tower, rate=rate: self.encode(image, tower, rate)
+                for name, tower in towers.items() if tower is not None for rate in rates}
+
+    def encode(self, image, tower, keep_rate):
+        with self.amp:
+            return F.normalize(tower(self.pixels(image), keep_rate).float(), dim=-1)
+
+    def encode_text(self, tokens):
+        with self.amp:
+            return self.method.online.encode_text(tokens.to(self.device))
+
+    def scores(self, encoders, split):
+        """{evaluation set: {encoder: {metric: percent}}}"""
+        sets = common.evaluation_sets(self.cfg, split)
+        return {name: common.evaluate(encoders, self.encode_text, self.tokenizer, data, self.cfg) for name, data in sets.items()}
+
+
+def validate(run, evaluator, state):
+    """Main metric of the first validation set for the trained view of each encoder; keeps best.pt."""
+    if rank() > 0:
+        return {}
+    encoders = evaluator.encoders()
+    names = {"val_online": next(iter(encoders)), "val_momentum": f"momentum κ={evaluator.cfg.teacher_keep_rate:g}"}
+    used = {column: name for column, name in names.items() if name in encoders}
+    scores = evaluator.scores({name: encoders[name] for name in used.values()}, "val")
+    if not scores:
+        return {}
+    first = next(iter(scores.values()))
+    row = {column: common.main_metric(first[name]) for column, name in used.items()}
+    if max(row.values()) > state["best"]:
+        state["best"], state["best_epoch"] = max(row.values()), state["step"]
+        run.save("best.pt", {"model": evaluator.method.state_dict(), "config": asdict(evaluator.cfg)})
+    return row
+
+
+def finish(run, method, evaluator, state):
+    """Test scores of every cell, throughput, pictures; writes and returns results.json (None on other processes)."""
+    if rank() > 0:
+        return None
+    cfg = evaluator.cfg
+    method.eval()
+    encoders = evaluator.encoders()
+    scores = evaluator.scores(encoders, "test")
+    probe = torch.randint(0, 256, (256, 3, cfg.image_size, cfg.image_size), dtype=torch.uint8, device=evaluator.device)
+    speeds = common.compare_speeds(encoders, probe)
+    cells = {name: {**flatten(scores, name), "images_per_second": speeds[name]} for name in encoders}
+    results = {"cells": cells, "steps": state["step"], "best_step": state["best_epoch"], "best_validation": state["best"],
+               "last_validation": last_validation(run)}
+    run.write_json("results.json", results)
+    common.print_table(cells)
+    common.plot_curves(run.path("curves.png"), common.read_csv(run.path("log.csv")), chance=math.log(cfg.batch_size),
+                       title=f"{cfg.method} on {cfg.data}")
+    draw_examples(run, evaluator)
+    print(f"pictures, tables and checkpoints: {run.folder}")
+    return results
+
+
+def flatten(scores, encoder):
+    """{set: {encoder: {metric: value}}} -> {"set_metric": value} of one encoder."""
+    return {f"{data}_{metric}": value for data, found in scores.items() for metric, value in found[encoder].items()}
+
+
+def last_validation(run):
+    rows = [row for row in common.read_csv(run.path("log.csv")) if row["val_online"]]
+    return max(float(rows[-1][c]) for c in ("val_online", "val_momentum") if rows[-1][c]) if rows else None
+
+
+def draw_examples(run, evaluator, count=8):
+    """retrieval.png, and tokens.png when the encoder prunes, on images of the first test retrieval set."""
+    data = next((d for d in common.evaluation_sets(evaluator.cfg, "test").values() if not hasattr(d, "classes")), None)
+    if data is None:
+        return
+    images, captions = common.example_images(data, evaluator.cfg.image_size, 64)
+    u = next(iter(evaluator.encoders().values()))(images)
+    common.plot_retrieval(run.path("retrieval.png"), images, captions,
+                          u @ evaluator.encode_text(evaluator.tokenizer(captions)).T)
+    if evaluator.cfg.keep_rate < 1:
+        draw_kept_tokens(run.path("tokens.png"), evaluator, images[:count], captions[:count])
+
+
+@torch.no_grad()
+def draw_kept_tokens(path, evaluator, images, captions):
+    """The images, and what is left of them after each pruning block: dropped patches are faded."""
+    cfg, trace = evaluator.cfg, []
+    evaluator.method.online.visual(evaluator.pixels(images), cfg.keep_rate, trace)
+    grid = cfg.image_size // cfg.patch_size
+    rows = [images.cpu()]
+    for kept in trace:
+        mask = torch.zeros(len(images), grid * grid + 1)  # one more column for the fused token, -1
+        mask.scatter_(1, kept.cpu() % (grid * grid + 1), 1.0)
+        mask = mask[:, :-1].view(-1, 1, grid, grid).repeat_interleave(cfg.patch_size, 2).repeat_interleave(cfg.patch_size, 3)
+        rows.append((mask * images.cpu() + (1 - mask) * (0.15 * images.cpu() + 0.85 * 255)).to(torch.uint8))
+    names = [f"after block {block + 1}" for block in evaluator.method.online.visual.prune_blocks]
+    common.plot_grid(path, rows, ["image", *names], captions, f"patches kept by the online encoder, κ = {cfg.keep_rate:g}")
+
+
+def evaluate_checkpoint(cfg, weights):
+    """--evaluate: the test scores of a checkpoint, ours or a published one, and --linear-probe."""
+    device = common.start_device(cfg.device, cfg.seed)
+    method = build(cfg, weights).to(device).eval()
+    evaluator = Evaluator(method, cfg, device, mixed_precision(cfg, device)[0])
+    encoders = evaluator.encoders()
+    scores = evaluator.scores(encoders, "test")
+    cells = {name: flatten(scores, name) for name in encoders}
+    if cfg.linear_probe:
+        for name, found in common.probe(encoders, cfg).items():
+            cells[name].update(found)
+    common.print_table(cells)
+
+
+# --------------------------------------------------------------------------------------------------- profile and ablation
+
+
+KEEP_RATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+
+
+def profile(cfg):
+    """--profile: parameters, MACs, token counts and measured images/s of the image tower, for each keep rate."""
+    device = common.start_device(cfg.device, cfg.seed)
+    visual = build(cfg).online.visual.to(device).eval()
+    print(f"{cfg.preset}: image tower {sum(p.numel() for p in visual.parameters()) / 1e6:.1f} M parameters, "
+          f"{cfg.image_size} px, patch {cfg.patch_size}, pruning after attention in blocks {visual.prune_blocks} (0-based)")
+    amp = mixed_precision(cfg, device)[0]
+    batch = torch.randn(min(cfg.batch_size, 256 if device.type == "cuda" else 16), 3, cfg.image_size, cfg.image_size, device=device)
+    def encode(rate, images):
+        with amp:
+            return visual(images, rate)
+
+    speeds = common.compare_speeds({rate: partial(encode, rate) for rate in KEEP_RATES}, batch)
+    full, cells = forward_cost(visual, batch[:1], 1.0)[0], {}
+    for rate in KEEP_RATES:
+        macs, tokens = forward_cost(visual, batch[:1], rate)
+        cells[f"κ={rate:g}"] = {
+            "GMACs": macs / 1e9, "tokens": "/".join(map(str, tokens)), "MACs_x": full / macs,
+            "images_per_second": speeds[rate], "measured_x": speeds[rate] / speeds[1.0],
+            # ECLIPSE's step on the image side: a full teacher forward, and the student's forward and backward (3 forwards)
+            "train_MACs_vs_clip": (full + 3 * macs) / (3 * full)}
+    common.print_table(cells)
+
+
+def forward_cost(visual, image, keep_rate):
+    """Multiply-adds of one image's forward pass, and the tokens (with CLS and fused) after each pruning block."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    trace = []
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.nn.attention.sdpa_kernel(
+            torch.nn.attention.SDPBackend.MATH):  # the plain kernel: its two products are counted on every device
+        visual(image, keep_rate, trace)
+    return counter.get_total_flops() / 2 / len(image), [1 + kept.shape[1] for kept in trace]
+
+
+PLAIN = dict(method="clip", keep_rate=1.0)
+ARMS = {  # name: flags that differ from the defaults
+    "clip": PLAIN,
+    "eclipse": {},
+    "clip + evit": dict(method="clip"),
+    **{f"keep rate {k:g}": dict(keep_rate=k) for k in KEEP_RATES if k != Config.keep_rate},
+    "text teacher momentum": dict(text_teacher="momentum", text_grad="online"),
+    **{f"text grad {t}": dict(text_grad=t) for t in ("momentum", "online", "both") if t != Config.text_grad},
+    **{f"kd weight {w:g}": dict(kd_weight=w) for w in (0.0, 0.5, 1.0, 2.0) if w != Config.kd_weight},
+    **{f"ema {m:g}": dict(ema=m) for m in (0.0, 0.99, 0.995, 0.999) if m != Config.ema},
+    "teacher pruned too": dict(teacher_keep_rate=Config.keep_rate),
+    "no fusion": dict(fuse=False),
+    "random pruning": dict(prune_by="random"),
+    **{f"noise {n:g}, {name}": dict(noise=n, **arm) for n in (0.0, 0.2, 0.4) if n != Config.noise
+       for name, arm in (("clip", PLAIN), ("eclipse", {}))},
+}
+
+
+def ablate(cfg):
+    """--ablate: train the arms that are not done yet, seed by seed; tabulate all that are, as mean ± std over seeds."""
+    names = [name for name in ARMS if "all" in cfg.ablate or any(name.startswith(wanted) for wanted in cfg.ablate)]
+    if not names:
+        raise UserError(f"--ablate {' '.join(cfg.ablate)}: the arms are all, {', '.join(ARMS)}")
+    folder = Path(cfg.out)
+    for seed in cfg.seeds:
+        for name in names:
+            arm = replace(cfg, **ARMS[name], ablate=(), seed=seed, resume=True, out=str(folder / name / f"seed{seed}"))
+            if not common.is_done(arm):
+                print(f"\n{name}, seed {seed}")
+                train(arm)
+    found = {name: [common.read_json(path) for path in sorted((folder / name).glob("seed*/results.json"))] for name in ARMS}
+    table = {f"{name}, {cell}": common.mean_std([run["cells"][cell] for run in runs])
+             for name, runs in found.items() if runs for cell in runs[0]["cells"]}
+    common.print_table(table, folder / "table.md")
+    draw_sweet_spot(folder / "sweet_spot.png", cfg, found)
+
+
+def draw_sweet_spot(path, cfg, found):
+    """Accuracy against measured throughput over κ, for the four cells of ECLIPSE, with plain CLIP and CLIP + EViT."""
+    device = common.start_device(cfg.device, 0)
+    evaluator = Evaluator(build(cfg).to(device).eval(), cfg, device, mixed_precision(cfg, device)[0])
+    tower = evaluator.method.online.visual
+    probe = torch.randint(0, 256, (256, 3, cfg.image_size, cfg.image_size), dtype=torch.uint8, device=device)
+    speed = common.compare_speeds({k: lambda x, k=k: evaluator.encode(x, tower, k) for k in KEEP_RATES}, probe)
+    series = {}  # label: [(keep rate at test time, accuracies over seeds)]
+    for name, runs in found.items():
+        arm = {**asdict(cfg), **ARMS[name]}
+        if runs and name.startswith(("keep rate", "eclipse", "clip")):
+            for cell in runs[0]["cells"]:
+                tower_name, rate = cell.split(" κ=")
+                label = name if arm["method"] == "clip" else f"{tower_name}, {'full' if rate == '1' else 'pruned as trained'}"
+                if arm["method"] != "clip" or float(rate) == arm["keep_rate"]:
+                    series.setdefault(label, []).append((arm["keep_rate"], speed[float(rate)] / speed[1.0],
+                                                         [run["cells"][cell]["concept_top1"] for run in runs]))
+    common.plot_sweet_spot(path, series, "concept zero-shot top-1 on unseen drawings, %")
+
+
+def main():
+    cfg, weights = configure()
+    if cfg.profile:
+        profile(cfg)
+    elif cfg.evaluate:
+        evaluate_checkpoint(cfg, weights)
+    elif cfg.ablate:
+        ablate(cfg)
+    else:
+        train(cfg, weights)
+
+
+if __name__ == "__main__":
+    common.run_main(main)
