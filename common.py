@@ -46,7 +46,7 @@ from tqdm import tqdm
 DATA = Path(__file__).resolve().parent / "data"
 
 
-# ---------------------------------------------------------------------------------------------------------------- errors
+# --------------------------------------------------------------------------------------------------------------- errors
 
 
 class UserError(Exception):
@@ -100,12 +100,24 @@ def import_torchvision():
     return torchvision
 
 
-# ---------------------------------------------------------------------------------------------------------- command line
+# --------------------------------------------------------------------------------------------------------- command line
 
 
-def option(default, help, choices=None, section=None):
-    """A dataclass field that is also a command-line flag. `section` opens a new group in --help."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "section": section})
+POSITIVE = (lambda x: x > 0, "must be above 0")
+SHARE = (lambda x: 0 <= x <= 1, "must be from 0 to 1")
+POSITIVE_SHARE = (lambda x: 0 < x <= 1, "must be above 0 and at most 1")
+
+
+def option(default, help, allowed=None, section=None):
+    """A dataclass field that is also a command-line flag.
+
+    allowed: a list of choices, or (test, message) for a number. section: opens a new group in --help.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "allowed": allowed, "section": section})
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
 
 
 def parse_command_line(config_class, description, argv=None):
@@ -122,26 +134,28 @@ def parse_command_line(config_class, description, argv=None):
                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
     group = parser
     for field in dataclasses.fields(config_class):
-        meta, default = field.metadata, field.default
-        if meta["section"]:
-            group = parser.add_argument_group(meta["section"])
+        default, allowed = field.default, field.metadata["allowed"]
+        if field.metadata["section"]:
+            group = parser.add_argument_group(field.metadata["section"])
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-        text = meta["help"].replace("%", "%%") + ("" if default is None or default == () else f" [{shown}]")
-        flag = "--" + field.name.replace("_", "-")
-        if field.type is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-        elif isinstance(default, tuple):
-            kind = field.type.__args__[0]
-            group.add_argument(flag, type=kind, nargs="+", metavar=kind.__name__.upper(), help=text)
+        text = field.metadata["help"].replace("%", "%%") + ("" if shown in (None, "") else f" [{shown}]")
+        kind = getattr(field.type, "__args__", (field.type,))[0]  # float of `float | None` and of `tuple[float, ...]`
+        if kind is bool:
+            group.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, help=text)
+        elif isinstance(allowed, list):
+            group.add_argument(flag(field.name), choices=allowed, help=text)
         else:
-            kind = next(t for t in (getattr(field.type, "__args__", None) or (field.type,)) if t is not type(None))
-            group.add_argument(flag, type=kind, choices=meta["choices"], help=text,
-                               metavar=None if meta["choices"] else kind.__name__.upper())
-    given = vars(parser.parse_args(argv))
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+            several = {"nargs": "+"} if isinstance(default, tuple) else {}
+            group.add_argument(flag(field.name), type=kind, metavar=kind.__name__.upper(), help=text, **several)
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(parser.parse_args(argv)).items()}
+    for field in dataclasses.fields(config_class):
+        allowed = field.metadata["allowed"]
+        if isinstance(allowed, tuple) and field.name in given and not allowed[0](given[field.name]):
+            raise UserError(f"{flag(field.name)} {given[field.name]}: {allowed[1]}")
+    return given
 
 
-# ------------------------------------------------------------------------------------------------- devices and processes
+# ------------------------------------------------------------------------------------------------ devices and processes
 
 
 def rank():
@@ -212,7 +226,7 @@ def mean_over_processes(terms):
 
 
 class StopRequest:
-    """`with StopRequest() as stop`: the first Ctrl-C or SIGTERM is noted for the end of the step, a second interrupts."""
+    """`with StopRequest() as stop`: a first Ctrl-C or SIGTERM is noted for the end of the step, a second interrupts."""
 
     def __enter__(self):
         self.asked = False
@@ -225,10 +239,11 @@ class StopRequest:
         self.asked = True
 
     def agreed(self, synchronise):
-        """Whether to stop now. Several processes agree on it where `synchronise` is true, so that none waits in vain."""
+        """Whether to stop now; several processes agree on it where `synchronise` is true, so that none waits."""
         if world_size() == 1:
             return self.asked
-        return synchronise and mean_over_processes({"asked": torch.tensor(float(self.asked), device=_device())})["asked"] > 0
+        asked = torch.tensor(float(self.asked), device=_device())
+        return synchronise and mean_over_processes({"asked": asked})["asked"] > 0
 
     def __exit__(self, *exception):
         for signum, handler in self.before.items():
@@ -239,7 +254,7 @@ def _device():
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
-# ------------------------------------------------------------------------------------------------------------ run folder
+# ----------------------------------------------------------------------------------------------------------- run folder
 
 
 def run_folder(stem, newest):
@@ -251,30 +266,34 @@ def run_folder(stem, newest):
     return stem if number == 1 else f"{stem}-{number}"
 
 
+def as_fields(saved):
+    """A config read from json or a checkpoint, its lists tuples again."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+
+
 def saved_values(values, given, free):
     """The fields of the run being resumed. UserError when a flag given now differs from it, but for those in `free`."""
     path = Path(values["out"]) / "config.json"
     if not path.is_file():
         print(f"--resume: no run in {values['out']} yet, starting one")
         return values
-    saved = read_json(path)["config"]
-    saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    saved = as_fields(read_json(path)["config"])
     for name, value in given.items():
         if name not in free and saved[name] != value:
-            raise UserError(f"--{name.replace('_', '-')} {value}: the run in {values['out']} has {saved[name]}; "
-                            "leave the flag out, or start another run with --out")
+            raise UserError(f"{flag(name)} {value}: the run in {values['out']} has {saved[name]}; leave the flag out "
+                            "or start another run with --out")
     return {**saved, "out": values["out"]}
 
 
 def is_done(config):
     """Whether the run folder of a config holds its results. UserError when they are those of another config."""
-    folder, ignored = Path(config.out), {"out", "resume", "device", "workers", "log_every", "save_every", "seeds", "ablate"}
+    ignored = {"out", "resume", "device", "workers", "log_every", "save_every", "seeds", "ablate"}
+    folder = Path(config.out)
     if not (folder / "config.json").is_file():
         return False
     saved, wanted = read_json(folder / "config.json")["config"], json.loads(json.dumps(dataclasses.asdict(config)))
     for name in [n for n in wanted if n not in ignored and wanted[n] != saved.get(n)]:
-        raise UserError(f"{folder} was run with --{name.replace('_', '-')} {saved.get(name)}, not {wanted[name]}: "
-                        "choose another --out")
+        raise UserError(f"{folder} was run with {flag(name)} {saved.get(name)}, not {wanted[name]}: take another --out")
     return (folder / "results.json").is_file()
 
 
@@ -345,6 +364,33 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
+def run_arms(cfg, arms, train):
+    """--ablate: train each arm that is not done yet, seed by seed, then tabulate every arm that is, mean ± std.
+
+    arms: {name: fields that differ from cfg}; cfg.ablate names arms by their beginning, or "all". Arm and seed have a
+    run folder of their own, so an interrupted ablation goes on where it stopped. Returns {arm: [results.json]}.
+    """
+    names = [name for name in arms if "all" in cfg.ablate or name.startswith(cfg.ablate)]
+    if not names:
+        raise UserError(f"--ablate {' '.join(cfg.ablate)}: no such arm; there are all, {', '.join(arms)}")
+    folder, found = Path(cfg.out), {}
+    for seed in cfg.seeds:
+        for name in names:
+            out = str(folder / name.replace(" ", "_") / f"seed{seed}")
+            arm = dataclasses.replace(cfg, **arms[name], ablate=(), seed=seed, resume=True, out=out)
+            if not is_done(arm):
+                print(f"\n{name}, seed {seed}")
+                train(arm)
+    for name in arms:
+        results = sorted((folder / name.replace(" ", "_")).glob("seed*/results.json"))
+        if results:
+            found[name] = [read_json(path) for path in results]
+    table = {f"{name}: {cell}": {"seeds": str(len(runs)), **mean_std([run["cells"][cell] for run in runs])}
+             for name, runs in found.items() for cell in runs[0]["cells"]}
+    print_table(table, folder / "table.md")
+    return found
+
+
 class Progress:
     """The progress bar, and the clock behind timing.csv and the log lines.
 
@@ -382,7 +428,7 @@ class Progress:
         now, steps = time.perf_counter(), row["step"] - self.last_step
         speed = steps * self.batch_size / (now - self.since)
         timing = {"step": row["step"], "images_per_second": speed, "data_share": self.waited / (now - self.since)}
-        metrics = " ".join(f"{k} {v:.4g}" for k, v in row.items() if k.startswith(("nce", "kd", "val", "loss")) and k != "kd_weight")
+        metrics = " ".join(f"{k} {v:.4g}" for k, v in row.items() if k.startswith(("loss", "nce", "kd", "val_")))
         text = (f"epoch {row['epoch']:.2f} {metrics} (chance nce {chance:.2f}) scale {row['logit_scale']:.1f} "
                 f"lr {row['lr']:.1e} | {speed:.0f} images/s, {timing['data_share']:.0%} waiting for data")
         if self.bar.disable and rank() == 0:
@@ -406,7 +452,7 @@ def environment():
             "gpu": gpu, "processes": world_size(), "command": " ".join(sys.argv)}
 
 
-# ----------------------------------------------------------------------------------------------------- published weights
+# ---------------------------------------------------------------------------------------------------- published weights
 
 
 def read_weights(path):
@@ -452,7 +498,7 @@ def _read_safetensors(path):
     return tensors
 
 
-# ------------------------------------------------------------------------------------- published CLIP weights, one naming
+# ----------------------------------------------------------------------------------- published CLIP weights, one naming
 
 VISION_HEADS = {1280: 16, 1408: 16, 1664: 16}  # ViT-H, g and bigG; every other published CLIP ViT has width / 64 heads
 
@@ -471,10 +517,12 @@ def read_clip(path, act=None):
     missing = [n for n in ("visual.conv1.weight", "visual.proj", "token_embedding.weight") if n not in weights]
     if missing:
         raise UserError(f"{path} is no CLIP ViT: it has no {missing[0]}")
-    weights = {n: t.float() for n, t in weights.items() if n not in ("input_resolution", "context_length", "vocab_size")}
+    extras = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's archives, no parameters
+    weights = {name: tensor.float() for name, tensor in weights.items() if name not in extras}
     sizes = clip_sizes(weights)
     config = config or _config_beside(Path(path)) or {}
     sizes["act"] = act or config.get("act", "gelu")
+    sizes["pixel_stats"] = config.get("pixel_stats", "clip")
     for field in ("vision_heads", "text_heads"):
         sizes[field] = config.get(field, sizes[field])
     return weights, sizes
@@ -696,17 +744,28 @@ def random_resized_crop(source: bytes | Image.Image, size: int, rng: np.random.G
     image = _open_header(source)
     left, top, width, height = random_crop_box(*image.size, rng, scale, ratio)
     image, factor = _decode(image, min(width, height) // size)
-    box = [round(edge / factor) for edge in (left, top, left + width, top + height)]
-    return _channels_first(image.crop(box).resize((size, size), Image.Resampling.BICUBIC))
+    left, top, right, bottom = (edge / factor for edge in (left, top, left + width, top + height))
+    # Cut out first, so that the filter sees no pixel beyond the crop. In a reduced JPEG the edges fall between pixels:
+    # rounding them would shift the crop and cost more than the reduction itself.
+    x, y = math.floor(left), math.floor(top)
+    image = image.crop((x, y, math.ceil(right), math.ceil(bottom)))
+    return _channels_first(image.resize((size, size), Image.Resampling.BICUBIC,
+                                        box=(left - x, top - y, right - x, bottom - y)))
 
 
 def resize_center_crop(source: bytes | Image.Image, size: int) -> np.ndarray:
-    """uint8 (3, size, size): shorter side to `size` (bicubic, antialiased), then the central square. For evaluation."""
-    image = open_image(source, at_least=size)
-    short = min(image.size)
-    width, height = (size if side == short else int(size * side / short) for side in image.size)
+    """uint8 (3, size, size): shorter side to `size` (bicubic, antialiased), then the central square. For evaluation.
+
+    A JPEG is decoded at a reduced size only while that leaves twice the pixels needed, so that results stay those of
+    the field's full-size transform.
+    """
+    image = _open_header(source)
+    sides, short = image.size, min(image.size)
+    image, factor = _decode(image, short // (2 * size))
+    width, height = (size if side == short else int(size * side / short) for side in sides)
     left, top = round((width - size) / 2), round((height - size) / 2)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    whole = (0, 0, sides[0] / factor, sides[1] / factor)  # a reduced JPEG of odd size has a padded last column or row
+    image = image.resize((width, height), Image.Resampling.BICUBIC, box=whole)
     return _channels_first(image.crop((left, top, left + size, top + size)))
 
 
@@ -837,7 +896,9 @@ class TarShards:
     def _load_index(self) -> tuple[np.ndarray, np.ndarray, collections.Counter]:
         """rows, all keys as one byte array, and the unusable samples: from the cache if it fits these shards."""
         stats = [(path.relative_to(self.root).as_posix(), path.stat()) for path in self.shards]
-        state = json.dumps([(name, stat.st_size, int(stat.st_mtime)) for name, stat in stats])
+        # With the time: tar pads its files, so that a rewritten shard often keeps its size, and old offsets would then
+        # pair images with captions wrongly.
+        state = json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
         cache = self.root / f".index-{hashlib.sha256(state.encode()).hexdigest()[:16]}.npz"
         with contextlib.suppress(Exception):  # absent, or damaged in any way: build it again
             with np.load(cache) as index:
@@ -1164,6 +1225,7 @@ TORCHVISION = {
     "sun397": ("SUN397", [None], [None]),
     "svhn": ("SVHN", ["train"], ["test"]),
 }
+BY_HAND = ("fer2013", "stanford_cars")  # their addresses are gone or need an account
 # Names where torchvision has none, or none that is a word. country211 keeps its two-letter country codes.
 CLASS_NAMES = {
     "eurosat": ["annual crop land", "forest", "herbaceous vegetation", "highway", "industrial area", "pasture",
@@ -1200,13 +1262,14 @@ class TorchvisionSet:
         choices = [{} if part is None else {"train" if isinstance(part, bool) else "split": part}
                    for part in splits[split == "test"]]
         try:
-            parts = [make(str(root), download=False, **choice) for choice in choices]
+            parts = [make(str(root), **choice) for choice in choices]
         except ImportError as error:
             raise UserError(f"{name} needs the package {error.name or error}: pip install it") from None
         except (RuntimeError, OSError) as error:
             arguments = "".join(f", {key}={value!r}" for key, value in choices[0].items())
-            raise UserError(f"{name} cannot be read from {root} ({str(error).splitlines()[0]}), get it with: python -c "
-                            f"\"import torchvision; torchvision.datasets.{kind}('{root}'{arguments}, download=True)\" "
+            command = (f"get it with: python -c \"import torchvision; torchvision.datasets.{kind}('{root}'{arguments}, "
+                       "download=True)\"" if name not in BY_HAND else "torchvision cannot download it")
+            raise UserError(f"{name} cannot be read from {root} ({str(error).splitlines()[0]}); {command} "
                             "(see data/README.md)") from None
         self.data, self.templates = ConcatDataset(parts), TEMPLATES
         self.indices = [i for i in range(len(self.data)) if splits[0] != [None] or (i % 5 == 4) == (split == "test")]
@@ -1439,7 +1502,7 @@ def check_bad(bad: int | collections.Counter, seen: int, where: str) -> None:
         print(line)
 
 
-# ---------------------------------------------------------------------------------------------------------- emoji scenes
+# --------------------------------------------------------------------------------------------------------- emoji scenes
 
 COLOURS = {  # background names and their RGB; the light ones are the easy backgrounds
     "white": (250, 250, 250), "light blue": (205, 226, 250), "light green": (208, 240, 208), "pink": (252, 214, 226),
@@ -1459,7 +1522,7 @@ class Difficulty:
 
 
 DIFFICULTIES = {
-    "easy": Difficulty((0.8, 0.2, 0.0), (0.55, 0.85), 8, "plain"),
+    "easy": Difficulty((0.85, 0.15, 0.0), (0.7, 0.9), 8, "plain"),
     "medium": Difficulty((0.5, 0.4, 0.1), (0.4, 0.75), 16, "gradient"),
     "hard": Difficulty((0.3, 0.4, 0.3), (0.25, 0.6), 16, "clutter"),
 }
@@ -1602,10 +1665,10 @@ class EmojiClasses:
 
 
 def compose_scene(rng, difficulty, concepts, artists):
-    """Draw the background and, for each concept, place and size. Objects stand in equal strips, side by side or stacked."""
+    """Draw the background and, for each concept, place and size; objects stand in equal strips, in a row or stacked."""
     count, vertical, objects = len(concepts), bool(rng.random() < 0.5), []
     for strip, (concept, artist) in enumerate(zip(concepts, artists)):
-        size = rng.uniform(*difficulty.scale) * min(1, 1.15 / count)
+        size = rng.uniform(*difficulty.scale) * min(1, 1.1 / count)
         along = (strip + rng.uniform(size * count / 2, 1 - size * count / 2)) / count
         across = rng.uniform(size / 2, 1 - size / 2)
         x, y = (across, along) if vertical else (along, across)
@@ -1643,7 +1706,7 @@ def jitter_drawing(rng, tile, side):
         tile = tile.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     tile = tile.rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC).resize((side, side), Image.Resampling.BICUBIC)
     pixels = np.asarray(tile).astype(np.float32)
-    pixels[..., :3] = (pixels[..., :3] - 128) * rng.uniform(0.7, 1.1) + 128 + rng.uniform(-25, 25, 3)
+    pixels[..., :3] = (pixels[..., :3] - 128) * rng.uniform(0.8, 1.1) + 128 + rng.uniform(-15, 15, 3)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
@@ -1661,8 +1724,9 @@ def caption_scene(rng, scene, rows, count):
     }[len(scene["objects"])]
     captions = []
     for form in rng.permutation(len(forms))[:count]:
-        names = [rng.choice(rows[thing["concept"]]["names"][:1 + int(rng.integers(3))]) for thing in scene["objects"]]
-        captions.append(forms[form].format(**dict(zip("abc", names)), bg=scene["background"], where=place_in_words(scene)))
+        names = [rng.choice(rows[thing["concept"]]["names"][:1 + rng.integers(3)]) for thing in scene["objects"]]
+        words = {**dict(zip("abc", names)), "bg": scene["background"], "where": place_in_words(scene)}
+        captions.append(forms[form].format(**words))
     return captions
 
 
@@ -1681,8 +1745,9 @@ def ask_scene(rng, scene, rows):
     things = [rows[thing["concept"]] for thing in scene["objects"]]
     bare = [thing["concept"] for thing in things]
     absent = next(row for row in (rows[i] for i in rng.permutation(len(rows))) if row["concept"] not in bare)
+    present = things[rng.integers(len(things))]
     pairs = [("how many objects are there?", str(len(things))), ("what is the background colour?", scene["background"]),
-             (f"is there {things[rng.integers(len(things))]['phrase']}?", "yes"), (f"is there {absent['phrase']}?", "no")]
+             (f"is there {present['phrase']}?", "yes"), (f"is there {absent['phrase']}?", "no")]
     if len(things) == 1:
         return [*pairs, ("what is in the picture?", bare[0]), ("where is it?", place_in_words(scene))]
     before, after = ("above", "below") if scene["vertical"] else ("left of", "right of")
@@ -1691,7 +1756,7 @@ def ask_scene(rng, scene, rows):
     return pairs
 
 
-# -------------------------------------------------------------------------------------------- what a configuration names
+# ------------------------------------------------------------------------------------------- what a configuration names
 
 
 PIXELS = {  # mean and std of the channels: ImageNet's, as in SLIP, and those of OpenAI's CLIP
@@ -1724,8 +1789,6 @@ def evaluation_sets(cfg, split):
     for name in cfg.eval_data or (cfg.data,):
         root = cfg.eval_root or (cfg.root if name == cfg.data else None)
         labelled = name in LABELLED or (name != cfg.data and name not in CAPTIONED)
-        if labelled and split == "val":
-            continue
         data = (open_labelled if labelled else open_retrieval)(name, root, split)
         if data is not None:
             found[name] = data
@@ -1751,7 +1814,7 @@ def example_images(data, image_size, count):
     return torch.stack(images), captions
 
 
-# ------------------------------------------------------------------------------------------------------------ evaluation
+# ----------------------------------------------------------------------------------------------------------- evaluation
 
 
 def evaluate(encoders, encode_text, tokenizer, data, cfg):
@@ -1833,7 +1896,7 @@ def retrieval(image_features, text_features, image_of_text, block=1024):
 
 
 def linear_probe(train, val, test, classes, strengths=tuple(10.0 ** e for e in range(-2, 7))):
-    """Accuracy in percent of L-BFGS logistic regression on frozen features; each split is (features (N, D), labels (N,)).
+    """Top-1 in percent of L-BFGS logistic regression on frozen features; a split is (features (N, D), labels (N,)).
 
     The inverse regularisation (scikit-learn's C: minimise C * sum of losses + |W|^2 / 2) is chosen on `val`, then the
     classifier is refitted on train + val. Returns {"top1", "C"}.
@@ -1913,7 +1976,7 @@ def probe(encoders, cfg):
     return scores
 
 
-# -------------------------------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------------------------------- pictures
 
 
 def pyplot():

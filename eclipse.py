@@ -27,12 +27,12 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import common
-from common import Run, UserError, average_gradients, gather, option, rank, world_size
+from common import POSITIVE, POSITIVE_SHARE, SHARE, Run, UserError, average_gradients, gather, option, rank, world_size
 
 # Letters in shape comments: B images (and texts) of the global batch, b of one process, N tokens, D width, H heads,
 # K kept tokens, E width of the joint embedding.
 
-# ---------------------------------------------------------------------------------------------------------------- config
+# --------------------------------------------------------------------------------------------------------------- config
 
 
 @dataclass
@@ -48,69 +48,69 @@ class Config:
     linear_probe: bool = option(False, "with --evaluate: also fit a linear classifier on the frozen image features")
     ablate: tuple[str, ...] = option((), "run these ablation arms (all, a group, or arm names) and tabulate them")
     seeds: tuple[int, ...] = option((0, 1, 2), "seeds of the ablation")
-    profile: bool = option(False, "print parameters, MACs, tokens and images/s of the preset for each keep rate, and stop")
+    profile: bool = option(False, "print parameters, MACs, tokens and images/s for each keep rate, and stop")
     seed: int = option(0, "seed of weights, data order and augmentation")
     device: str = option("auto", "auto, cuda, mps or cpu")
     workers: int = option(-1, "loader processes (-1: none for emoji, else up to 8 per training process)")
-    log_every: int = option(20, "steps between rows of log.csv")
-    save_every: int = option(500, "steps between checkpoints (one is also saved after every evaluation)")
+    log_every: int = option(20, "steps between rows of log.csv", POSITIVE)
+    save_every: int = option(500, "steps between checkpoints (one is also saved after every evaluation)", POSITIVE)
 
     method: str = option("eclipse", "clip: no teacher, no distillation", ["eclipse", "clip"], section="method")
-    keep_rate: float = option(0.7, "κ, share of patch tokens the online encoder keeps in each pruning block")
-    keep_rate_warmup: float = option(0.0, "share of training over which κ falls from 1 along a cosine")
-    prune_blocks: tuple[int, ...] = option((), "0-based blocks that prune (default: a quarter, half and three quarters "
-                                           "of the depth, 3 6 9 of 12)")
+    keep_rate: float = option(0.7, "κ, share of tokens the online encoder keeps in each pruning block", POSITIVE_SHARE)
+    keep_rate_warmup: float = option(0.0, "share of training over which κ falls from 1 along a cosine", SHARE)
+    prune_blocks: tuple[int, ...] = option((), "0-based blocks that prune (default: at a quarter, half and three "
+                                           "quarters of the depth, 3 6 9 of 12)")
     prune_by: str = option("attention", "what ranks the tokens", ["attention", "random"])
     fuse: bool = option(True, "merge dropped tokens into one, weighted by attention")
-    teacher_keep_rate: float = option(1.0, "κ of the momentum encoder while training (1: full view)")
+    teacher_keep_rate: float = option(1.0, "κ of the momentum encoder while training (1: full view)", POSITIVE_SHARE)
     text_teacher: str = option("shared", "shared: one text encoder for both image encoders; momentum: a second, "
                                "moving-average text encoder as in ALBEF", ["shared", "momentum"])
     text_grad: str = option("both", "whose contrastive loss trains the text encoder", ["momentum", "online", "both"])
     kd_weight: float = option(1.0, "λ, weight of the distillation loss")
     kd_ramp: tuple[float, float] = option((0.0, 0.0), "λ is 0 before the first and whole after the second fraction of "
                                           "training, linear between")
-    ema: float = option(0.995, "momentum of the teacher per step (0: a copy of the student)")
+    ema: float = option(0.995, "momentum of the teacher per step (0: a copy of the student)", SHARE)
     ema_schedule: str = option("const", "cosine: momentum rises to 1 at the end", ["const", "cosine"])
 
     preset: str = option("demo", "sizes of both towers", ["demo", "vit_b32", "vit_b16"], section="model")
-    image_size: int = option(48, "image side in pixels")
-    patch_size: int = option(8, "patch side in pixels")
-    vision_width: int = option(128, "width of the image tower")
-    vision_layers: int = option(4, "blocks of the image tower")
-    vision_heads: int = option(4, "attention heads of the image tower")
-    vision_mlp: int = option(512, "hidden width of the image tower's MLPs")
-    text_width: int = option(128, "width of the text tower")
-    text_layers: int = option(2, "blocks of the text tower")
-    text_heads: int = option(4, "attention heads of the text tower")
+    image_size: int = option(48, "image side in pixels", POSITIVE)
+    patch_size: int = option(8, "patch side in pixels", POSITIVE)
+    vision_width: int = option(128, "width of the image tower", POSITIVE)
+    vision_layers: int = option(4, "blocks of the image tower", POSITIVE)
+    vision_heads: int = option(4, "attention heads of the image tower", POSITIVE)
+    vision_mlp: int = option(512, "hidden width of the image tower's MLPs", POSITIVE)
+    text_width: int = option(128, "width of the text tower", POSITIVE)
+    text_layers: int = option(2, "blocks of the text tower", POSITIVE)
+    text_heads: int = option(4, "attention heads of the text tower", POSITIVE)
     context_length: int = option(20, "tokens of a text, start and end included")
     vocab_size: int = option(4096, "vocabulary; less than 49408 uses only the first BPE merges")
-    embed_dim: int = option(128, "width E of the joint embedding")
+    embed_dim: int = option(128, "width E of the joint embedding", POSITIVE)
     act: str = option("quick_gelu", "activation of the MLPs", ["quick_gelu", "gelu"])
     pixel_stats: str = option("imagenet", "mean and std that normalise the pixels", ["imagenet", "clip"])
     init: str | None = option(None, "start from this CLIP checkpoint; the towers take its sizes")
 
-    epochs: int = option(20, "passes over the training set", section="optimisation")
-    batch_size: int = option(128, "pairs per step, over all processes")
-    accum: int = option(1, "split each process's batch into this many chunks; the gradient stays exactly the same")
-    lr: float = option(1e-3, "peak learning rate")
+    epochs: int = option(20, "passes over the training set", POSITIVE, section="optimisation")
+    batch_size: int = option(128, "pairs per step, over all processes", POSITIVE)
+    accum: int = option(1, "split each process's batch into this many chunks; the gradient stays the same", POSITIVE)
+    lr: float = option(1e-3, "peak learning rate", POSITIVE)
     lr_start: float = option(1e-6, "learning rate at the first step")
     lr_end: float = option(1e-5, "learning rate at the last step")
     warmup: float = option(1.0, "epochs of linear warm-up; cosine after it")
     weight_decay: float = option(0.5, "AdamW weight decay, on matrices only")
     beta2: float = option(0.98, "AdamW β₂ (β₁ is 0.9)")
     eps: float = option(1e-8, "AdamW ε")
-    crop_scale: float = option(0.5, "smallest area of the random crop, as a share of the image")
+    crop_scale: float = option(0.5, "smallest area of the random crop, as a share of the image", POSITIVE_SHARE)
     precision: str = option("auto", "auto: bf16 autocast on CUDA, fp32 elsewhere; fp16 uses a GradScaler",
                             ["auto", "fp32", "bf16", "fp16"])
     compile: bool = option(False, "torch.compile the towers")
     grad_checkpoint: bool = option(False, "recompute each block in the backward pass to save memory")
 
-    scenes: int = option(6000, "training scenes", section="emoji scenes (--data emoji)")
-    concepts: int = option(150, "how many concepts are drawn")
+    scenes: int = option(6000, "training scenes", POSITIVE, section="emoji scenes (--data emoji)")
+    concepts: int = option(150, "how many concepts are drawn", POSITIVE)
     difficulty: str = option("easy", "objects, sizes and backgrounds", ["easy", "medium", "hard"])
-    noise: float = option(0.4, "share of training scenes with another scene's caption")
+    noise: float = option(0.4, "share of training scenes with another scene's caption", SHARE)
     long_tail: float = option(0.0, "exponent z of concept frequencies 1 / rank^z")
-    duplicates: float = option(0.0, "share of training scenes that nearly repeat another")
+    duplicates: float = option(0.0, "share of training scenes that nearly repeat another", SHARE)
 
 
 VIT_B = dict(image_size=224, vision_width=768, vision_layers=12, vision_heads=12, vision_mlp=3072, text_width=512,
@@ -118,7 +118,8 @@ VIT_B = dict(image_size=224, vision_width=768, vision_layers=12, vision_heads=12
 PRESETS = {"demo": {}, "vit_b32": {**VIT_B, "patch_size": 32}, "vit_b16": {**VIT_B, "patch_size": 16}}
 # SLIP's CLIP recipe; every field can be overridden.
 LARGE = dict(preset="vit_b16", epochs=40, batch_size=4096, lr=5e-4, log_every=50)
-RECIPES = {"emoji": {}, "coco": {**LARGE, "batch_size": 1024}, "flickr30k": {**LARGE, "batch_size": 1024}, "cc3m": LARGE}
+SMALLER = {**LARGE, "batch_size": 1024}
+RECIPES = {"emoji": {}, "cc3m": LARGE, "coco": SMALLER, "flickr30k": SMALLER}
 
 
 def configure(argv=None):
@@ -127,12 +128,15 @@ def configure(argv=None):
     recipe = RECIPES.get(given.get("data", "emoji"), LARGE)
     values = {**recipe, **PRESETS[given.get("preset", recipe.get("preset", "demo"))]}
     stem = f"runs/{given.get('method', 'eclipse')}-{given.get('data', 'emoji')}"
-    values["out"] = "runs/ablation" if "ablate" in given else common.run_folder(stem, newest=given.get("resume", False))
-    values["out"] = given.get("out", values["out"])
+    values["out"] = given.get("out") or ("runs/ablation" if "ablate" in given else
+                                         common.run_folder(stem, newest=given.get("resume", False)))
     if given.get("resume"):
         values = common.saved_values(values, given, free={"out", "resume", "root", "device", "workers"})
-    weights, sizes = None, {}
-    if source := given.get("evaluate") or given.get("init"):
+    weights, sizes, source = None, {}, given.get("evaluate") or given.get("init")
+    saved = common.read_weights(source)[1] if given.get("evaluate") else None
+    if saved and "keep_rate" in saved:  # a run of this script: evaluate all its encoders, as it was trained
+        weights, values = common.read_weights(source)[0], {**common.as_fields(saved), "out": values["out"], "init": ""}
+    elif source:
         weights, sizes = common.read_clip(source, given.get("act"))
     cfg = Config(**{**values, **sizes, **given})
     check(cfg, sizes)
@@ -143,19 +147,14 @@ def check(cfg, sizes):
     """UserError for values that argparse cannot judge; `sizes` are those of a checkpoint in use."""
     for name, value in sizes.items():
         if name != "image_size" and getattr(cfg, name) != value:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)} does not fit the checkpoint, which has {value}")
-    shares = ("keep_rate", "teacher_keep_rate", "crop_scale")
-    for name in [n for n in shares if not 0 < getattr(cfg, n) <= 1]:
-        raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: a share above 0, at most 1")
-    for name in [n for n in ("noise", "duplicates", "ema", "keep_rate_warmup") if not 0 <= getattr(cfg, n) <= 1]:
-        raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: a share from 0 to 1")
-    positive = ("epochs", "batch_size", "accum", "lr", "log_every", "save_every", "scenes", "patch_size")
-    for name in [n for n in positive if getattr(cfg, n) <= 0]:
-        raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be positive")
+            raise UserError(f"{common.flag(name)} {getattr(cfg, name)} does not fit the checkpoint, which has {value}")
     for size, part in (("image_size", "patch_size"), ("vision_width", "vision_heads"), ("text_width", "text_heads")):
         if getattr(cfg, size) % getattr(cfg, part):
-            raise UserError(f"--{size.replace('_', '-')} {getattr(cfg, size)} is no multiple of "
-                            f"--{part.replace('_', '-')} {getattr(cfg, part)}")
+            raise UserError(f"{common.flag(size)} {getattr(cfg, size)} is no multiple of "
+                            f"{common.flag(part)} {getattr(cfg, part)}")
+    if cfg.batch_size % (cfg.accum * world_size()):
+        raise UserError(f"--batch-size {cfg.batch_size} cannot be cut into {world_size()} x {cfg.accum} equal chunks "
+                        "(processes x --accum)")
     if any(not 0 <= block < cfg.vision_layers for block in cfg.prune_blocks):
         raise UserError(f"--prune-blocks: the image tower has blocks 0 to {cfg.vision_layers - 1}")
     if len(cfg.kd_ramp) != 2 or not 0 <= cfg.kd_ramp[0] <= cfg.kd_ramp[1] <= 1:
@@ -164,7 +163,7 @@ def check(cfg, sizes):
         raise UserError("--text-teacher momentum needs --text-grad online: its own contrastive loss has no gradient")
 
 
-# ----------------------------------------------------------------------------------------------------------------- model
+# ---------------------------------------------------------------------------------------------------------------- model
 
 
 class QuickGELU(nn.Module):
@@ -329,7 +328,7 @@ class CLIP(nn.Module):
         return F.normalize(x.float(), dim=-1)
 
 
-# ---------------------------------------------------------------------------------------------------------------- losses
+# --------------------------------------------------------------------------------------------------------------- losses
 
 
 def similarities(scale, image, text):
@@ -353,7 +352,7 @@ def distillation(teacher_logits, student_logits):
                for t, s in zip(teacher_logits, student_logits)) / 2
 
 
-# ---------------------------------------------------------------------------------------------------------------- method
+# --------------------------------------------------------------------------------------------------------------- method
 
 
 class ECLIPSE(nn.Module):
@@ -414,13 +413,15 @@ class ECLIPSE(nn.Module):
                 torch._foreach_lerp_(list(averages), [source[name] for name in names], 1 - m)
 
 
-# -------------------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------------------------------- training
 
 
 def build(cfg, weights=None):
-    """ECLIPSE with fresh weights, or with those of a CLIP checkpoint in OpenAI's naming."""
+    """ECLIPSE with fresh weights, with those of a run, or with those of a CLIP checkpoint in OpenAI's naming."""
     method = ECLIPSE(cfg)
-    if weights:
+    if weights and "online.logit_scale" in weights:
+        common.load_weights(method, weights)
+    elif weights:
         rows = method.online.visual.positional_embedding.shape[0]
         key = "visual.positional_embedding"
         weights = {**weights, key: common.resize_positions(weights[key], rows)}
@@ -434,22 +435,24 @@ def build_optimiser(method, cfg, device):
     trained = [p for p in method.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": cfg.weight_decay},
               {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), eps=cfg.eps, fused=device.type in ("cuda", "cpu"))
+    fused = device.type in ("cuda", "cpu")
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), eps=cfg.eps, fused=fused)
 
 
 def schedules(cfg, step, steps, steps_per_epoch):
     """{"lr", "keep_rate", "kd_weight", "ema"} at a step."""
+    def cosine(start, end, share):  # from start at share 0 to end at share 1
+        return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+
     warmup, done = cfg.warmup * steps_per_epoch, step / steps
     if step < warmup:
         lr = cfg.lr_start + (cfg.lr - cfg.lr_start) * step / warmup
     else:
-        lr = cfg.lr_end + (cfg.lr - cfg.lr_end) * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
-    keep_rate = cfg.keep_rate
-    if done < cfg.keep_rate_warmup:
-        keep_rate += (1 - keep_rate) * (1 + math.cos(math.pi * done / cfg.keep_rate_warmup)) / 2
+        lr = cosine(cfg.lr, cfg.lr_end, (step - warmup) / max(1, steps - warmup))
+    keep_rate = cosine(1, cfg.keep_rate, done / cfg.keep_rate_warmup) if done < cfg.keep_rate_warmup else cfg.keep_rate
     zero_until, whole_from = cfg.kd_ramp
     ramp = 1.0 if done >= whole_from else max(0.0, (done - zero_until) / (whole_from - zero_until))
-    ema = cfg.ema if cfg.ema_schedule == "const" else 1 - (1 - cfg.ema) * (1 + math.cos(math.pi * done)) / 2
+    ema = cfg.ema if cfg.ema_schedule == "const" else cosine(cfg.ema, 1, done)
     return {"lr": lr, "keep_rate": keep_rate, "kd_weight": cfg.kd_weight * ramp, "ema": ema}
 
 
@@ -469,7 +472,7 @@ def backward(method, image, text, now, amp, scaler, seed):
             return method.embed(images[i], texts[i], now["keep_rate"])
 
     with amp:
-        u_bar, v_bar = method.teach(image, text) if k == 1 else cat_features(method.teach(*c) for c in zip(images, texts))
+        u_bar, v_bar = cat_features(method.teach(*chunk) for chunk in zip(images, texts))
     with torch.set_grad_enabled(k == 1):
         u, v = cat_features(embed(i) for i in range(k))
     if k > 1:
@@ -515,7 +518,7 @@ def train(cfg, weights=None):
     run, data = Run(cfg.out, {"log.csv": LOG_COLUMNS, "timing.csv": common.TIMING_COLUMNS}), common.training_set(cfg)
     method = build(cfg, weights).to(device)
     optimiser, (amp, scaler) = build_optimiser(method, cfg, device), mixed_precision(cfg, device)
-    state = {"step": 0, "best": -1.0, "best_epoch": 0, "bad": 0}
+    state = {"step": 0, "best": -1.0, "best_step": 0, "bad": 0}
     if cfg.resume and run.path("last.pt").exists():
         state = load_state(run, method, optimiser, scaler)
     prepare_towers(method, cfg)
@@ -556,11 +559,11 @@ LOG_COLUMNS = ["step", "epoch", "lr", "keep_rate", "kd_weight", "ema", "loss", "
 
 
 def log_row(method, state, sampler, now, terms):
-    """The row of log.csv: the one place where the host waits for the device. FloatingPointError ends a diverged run."""
+    """The row of log.csv: the one place where the host waits for the device. FloatingPointError when diverged."""
     values = common.mean_over_processes(terms)
     if not math.isfinite(values["loss"]):
-        raise FloatingPointError(f"the loss is {values['loss']} at step {state['step']}: lower --lr, lengthen --warmup or "
-                                 "use --precision fp32; the last good checkpoint is last.pt")
+        raise FloatingPointError(f"the loss is {values['loss']} at step {state['step']}: lower --lr, lengthen --warmup "
+                                 "or use --precision fp32; last.pt is from before it diverged")
     return {"step": state["step"], "epoch": state["step"] / sampler.steps_per_epoch, **now, **values,
             "logit_scale": method.online.logit_scale.exp().item()}
 
@@ -588,7 +591,7 @@ def prepare_towers(method, cfg):
             tower.compile()  # in place: the parameter names stay as they are
 
 
-# --------------------------------------------------------------------------------------------------- evaluation, pictures
+# ------------------------------------------------------------------------------------------------- evaluation, pictures
 
 
 class Evaluator:
@@ -597,7 +600,8 @@ class Evaluator:
     def __init__(self, method, cfg, device, amp):
         self.method, self.cfg, self.device, self.amp = method, cfg, device, amp
         self.tokenizer = common.CLIPTokenizer(cfg.context_length, cfg.vocab_size)
-        self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) * 255 for v in common.PIXELS[cfg.pixel_stats])
+        statistics = common.PIXELS[cfg.pixel_stats]
+        self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) * 255 for v in statistics)
 
     def pixels(self, image):
         """(B, 3, S, S) uint8 -> normalised float on the device."""
@@ -621,7 +625,8 @@ class Evaluator:
     def scores(self, encoders, split):
         """{evaluation set: {encoder: {metric: percent}}}"""
         sets = common.evaluation_sets(self.cfg, split)
-        return {name: common.evaluate(encoders, self.encode_text, self.tokenizer, data, self.cfg) for name, data in sets.items()}
+        return {name: common.evaluate(encoders, self.encode_text, self.tokenizer, data, self.cfg)
+                for name, data in sets.items()}
 
 
 def validate(run, evaluator, state):
@@ -637,7 +642,7 @@ def validate(run, evaluator, state):
     first = next(iter(scores.values()))
     row = {column: common.main_metric(first[name]) for column, name in used.items()}
     if max(row.values()) > state["best"]:
-        state["best"], state["best_epoch"] = max(row.values()), state["step"]
+        state["best"], state["best_step"] = max(row.values()), state["step"]
         run.save("best.pt", {"model": evaluator.method.state_dict(), "config": asdict(evaluator.cfg)})
     return row
 
@@ -653,8 +658,8 @@ def finish(run, method, evaluator, state):
     probe = torch.randint(0, 256, (256, 3, cfg.image_size, cfg.image_size), dtype=torch.uint8, device=evaluator.device)
     speeds = common.compare_speeds(encoders, probe)
     cells = {name: {**flatten(scores, name), "images_per_second": speeds[name]} for name in encoders}
-    results = {"cells": cells, "steps": state["step"], "best_step": state["best_epoch"], "best_validation": state["best"],
-               "last_validation": last_validation(run)}
+    results = {"cells": cells, "steps": state["step"], "best_step": state["best_step"],
+               "best_validation": state["best"], "last_validation": last_validation(run)}
     run.write_json("results.json", results)
     common.print_table(cells)
     common.plot_curves(run.path("curves.png"), common.read_csv(run.path("log.csv")), chance=math.log(cfg.batch_size),
@@ -689,7 +694,7 @@ def draw_examples(run, evaluator, count=8):
 
 @torch.no_grad()
 def draw_kept_tokens(path, evaluator, images, captions):
-    """The images, and what is left of them after each pruning block: dropped patches are faded."""
+    """The images, and what is left of them after each pruning block: dropped patches are darkened."""
     cfg, trace = evaluator.cfg, []
     evaluator.method.online.visual(evaluator.pixels(images), cfg.keep_rate, trace)
     grid = cfg.image_size // cfg.patch_size
@@ -697,10 +702,11 @@ def draw_kept_tokens(path, evaluator, images, captions):
     for kept in trace:
         mask = torch.zeros(len(images), grid * grid + 1)  # one more column for the fused token, -1
         mask.scatter_(1, kept.cpu() % (grid * grid + 1), 1.0)
-        mask = mask[:, :-1].view(-1, 1, grid, grid).repeat_interleave(cfg.patch_size, 2).repeat_interleave(cfg.patch_size, 3)
-        rows.append((mask * images.cpu() + (1 - mask) * (0.15 * images.cpu() + 0.85 * 255)).to(torch.uint8))
+        mask = F.interpolate(mask[:, :-1].view(-1, 1, grid, grid), scale_factor=cfg.patch_size)
+        rows.append((images.cpu() * (0.2 + 0.8 * mask)).to(torch.uint8))
     names = [f"after block {block + 1}" for block in evaluator.method.online.visual.prune_blocks]
-    common.plot_grid(path, rows, ["image", *names], captions, f"patches kept by the online encoder, κ = {cfg.keep_rate:g}")
+    title = f"patches kept by the online encoder, κ = {cfg.keep_rate:g}"
+    common.plot_grid(path, rows, ["image", *names], captions, title)
 
 
 def evaluate_checkpoint(cfg, weights):
@@ -717,7 +723,7 @@ def evaluate_checkpoint(cfg, weights):
     common.print_table(cells)
 
 
-# --------------------------------------------------------------------------------------------------- profile and ablation
+# ------------------------------------------------------------------------------------------------- profile and ablation
 
 
 KEEP_RATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
@@ -727,10 +733,11 @@ def profile(cfg):
     """--profile: parameters, MACs, token counts and measured images/s of the image tower, for each keep rate."""
     device = common.start_device(cfg.device, cfg.seed)
     visual = build(cfg).online.visual.to(device).eval()
-    print(f"{cfg.preset}: image tower {sum(p.numel() for p in visual.parameters()) / 1e6:.1f} M parameters, "
-          f"{cfg.image_size} px, patch {cfg.patch_size}, pruning after attention in blocks {visual.prune_blocks} (0-based)")
+    print(f"{cfg.preset}: image tower of {sum(p.numel() for p in visual.parameters()) / 1e6:.1f} M parameters, "
+          f"{cfg.image_size} px, patch {cfg.patch_size}, blocks {visual.prune_blocks} (0-based) prune")
     amp = mixed_precision(cfg, device)[0]
-    batch = torch.randn(min(cfg.batch_size, 256 if device.type == "cuda" else 16), 3, cfg.image_size, cfg.image_size, device=device)
+    images = min(cfg.batch_size, 256 if device.type == "cuda" or cfg.preset == "demo" else 8)
+    batch = torch.randn(images, 3, cfg.image_size, cfg.image_size, device=device)
     def encode(rate, images):
         with amp:
             return visual(images, rate)
@@ -742,7 +749,7 @@ def profile(cfg):
         cells[f"κ={rate:g}"] = {
             "GMACs": macs / 1e9, "tokens": "/".join(map(str, tokens)), "MACs_x": full / macs,
             "images_per_second": speeds[rate], "measured_x": speeds[rate] / speeds[1.0],
-            # ECLIPSE's step on the image side: a full teacher forward, and the student's forward and backward (3 forwards)
+            # the image side of ECLIPSE's step: a full teacher forward; the student's forward and backward, 3 forwards
             "train_MACs_vs_clip": (full + 3 * macs) / (3 * full)}
     common.print_table(cells)
 
@@ -758,6 +765,7 @@ def forward_cost(visual, image, keep_rate):
     return counter.get_total_flops() / 2 / len(image), [1 + kept.shape[1] for kept in trace]
 
 
+METRIC = "concept_top1"  # zero-shot on unseen drawings
 PLAIN = dict(method="clip", keep_rate=1.0)
 ARMS = {  # name: flags that differ from the defaults
     "clip": PLAIN,
@@ -768,6 +776,7 @@ ARMS = {  # name: flags that differ from the defaults
     **{f"text grad {t}": dict(text_grad=t) for t in ("momentum", "online", "both") if t != Config.text_grad},
     **{f"kd weight {w:g}": dict(kd_weight=w) for w in (0.0, 0.5, 1.0, 2.0) if w != Config.kd_weight},
     **{f"ema {m:g}": dict(ema=m) for m in (0.0, 0.99, 0.995, 0.999) if m != Config.ema},
+    "kd ramp 0.3 to 0.6": dict(kd_ramp=(0.3, 0.6)),
     "teacher pruned too": dict(teacher_keep_rate=Config.keep_rate),
     "no fusion": dict(fuse=False),
     "random pruning": dict(prune_by="random"),
@@ -777,22 +786,9 @@ ARMS = {  # name: flags that differ from the defaults
 
 
 def ablate(cfg):
-    """--ablate: train the arms that are not done yet, seed by seed; tabulate all that are, as mean ± std over seeds."""
-    names = [name for name in ARMS if "all" in cfg.ablate or any(name.startswith(wanted) for wanted in cfg.ablate)]
-    if not names:
-        raise UserError(f"--ablate {' '.join(cfg.ablate)}: the arms are all, {', '.join(ARMS)}")
-    folder = Path(cfg.out)
-    for seed in cfg.seeds:
-        for name in names:
-            arm = replace(cfg, **ARMS[name], ablate=(), seed=seed, resume=True, out=str(folder / name / f"seed{seed}"))
-            if not common.is_done(arm):
-                print(f"\n{name}, seed {seed}")
-                train(arm)
-    found = {name: [common.read_json(path) for path in sorted((folder / name).glob("seed*/results.json"))] for name in ARMS}
-    table = {f"{name}, {cell}": common.mean_std([run["cells"][cell] for run in runs])
-             for name, runs in found.items() if runs for cell in runs[0]["cells"]}
-    common.print_table(table, folder / "table.md")
-    draw_sweet_spot(folder / "sweet_spot.png", cfg, found)
+    """--ablate: train the arms that are not done yet; then the table and the sweet-spot plot of all that are."""
+    found = common.run_arms(cfg, ARMS, train)
+    draw_sweet_spot(Path(cfg.out) / "sweet_spot.png", cfg, found)
 
 
 def draw_sweet_spot(path, cfg, found):
@@ -802,17 +798,18 @@ def draw_sweet_spot(path, cfg, found):
     tower = evaluator.method.online.visual
     probe = torch.randint(0, 256, (256, 3, cfg.image_size, cfg.image_size), dtype=torch.uint8, device=device)
     speed = common.compare_speeds({k: lambda x, k=k: evaluator.encode(x, tower, k) for k in KEEP_RATES}, probe)
-    series = {}  # label: [(keep rate at test time, accuracies over seeds)]
+    series = {}  # label: [(keep rate in training, relative throughput at test, accuracies over seeds)]
     for name, runs in found.items():
-        arm = {**asdict(cfg), **ARMS[name]}
-        if runs and name.startswith(("keep rate", "eclipse", "clip")):
-            for cell in runs[0]["cells"]:
-                tower_name, rate = cell.split(" κ=")
-                label = name if arm["method"] == "clip" else f"{tower_name}, {'full' if rate == '1' else 'pruned as trained'}"
-                if arm["method"] != "clip" or float(rate) == arm["keep_rate"]:
-                    series.setdefault(label, []).append((arm["keep_rate"], speed[float(rate)] / speed[1.0],
-                                                         [run["cells"][cell]["concept_top1"] for run in runs]))
-    common.plot_sweet_spot(path, series, "concept zero-shot top-1 on unseen drawings, %")
+        arm = replace(cfg, **ARMS[name])
+        if not name.startswith(("keep rate", "eclipse", "clip")):
+            continue
+        for cell in runs[0]["cells"]:
+            encoder, rate = cell.split(" κ=")
+            label = f"{encoder}, {'full view' if rate == '1' else 'pruned as trained'}"
+            if arm.method == "eclipse" or float(rate) == arm.keep_rate:
+                series.setdefault(name if arm.method == "clip" else label, []).append(
+                    (arm.keep_rate, speed[float(rate)] / speed[1.0], [run["cells"][cell][METRIC] for run in runs]))
+    common.plot_sweet_spot(path, series, f"{METRIC}, %")
 
 
 def main():
