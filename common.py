@@ -13,6 +13,7 @@ import collections
 import contextlib
 import csv
 import dataclasses
+import datetime
 import functools
 import gzip
 import hashlib
@@ -176,7 +177,8 @@ def start_device(name, seed):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if name == "cuda":
             name = f"cuda:{os.environ['LOCAL_RANK']}"
-        dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
+        hours = datetime.timedelta(hours=3)  # the other processes wait while rank 0 evaluates
+        dist.init_process_group("nccl" if name.startswith("cuda") else "gloo", timeout=hours)
     if name.startswith("cuda"):
         torch.cuda.set_device(torch.device(name))
     torch.set_float32_matmul_precision("high")
@@ -223,6 +225,12 @@ def mean_over_processes(terms):
         dist.all_reduce(values)
         values /= world_size()
     return dict(zip(terms, values.tolist()))
+
+
+def total(count, device):
+    """The sum of an integer over the processes."""
+    mean = mean_over_processes({"count": torch.tensor(float(count), device=device)})["count"]
+    return round(mean * world_size())
 
 
 class StopRequest:
@@ -1545,6 +1553,7 @@ class EmojiDrawings:
         self.concepts = rows[:concepts]
         for row in self.concepts:
             row["names"] = [row["phrase"], *filter(None, row["synonyms"].split("|"))]
+            row["kind"] = row["group"] if row["group"] == "food" else with_article(row["group"])
         self.sheets = {}
 
     def artists(self, concept, split):
@@ -1564,6 +1573,10 @@ class EmojiDrawings:
 
     def __getstate__(self):  # spawned workers open the sheets themselves
         return {**self.__dict__, "sheets": {}}
+
+
+def with_article(noun):
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 @functools.cache
@@ -1649,7 +1662,7 @@ class EmojiClasses:
     def __init__(self, split, image_size, by="concept", concepts=150, difficulty="easy", views=3):
         self.drawings, self.difficulty = emoji_drawings(concepts), DIFFICULTIES[difficulty]
         self.split, self.canvas = split, image_size + image_size // 8
-        names = [row["phrase"] if by == "concept" else row["group"] for row in self.drawings.concepts]
+        names = [row["phrase" if by == "concept" else "kind"] for row in self.drawings.concepts]
         self.classes = list(dict.fromkeys(names))
         self.items = [(concept, artist, self.classes.index(name), view) for concept, name in enumerate(names)
                       for artist in self.drawings.artists(concept, split) for view in range(views)]
@@ -1713,8 +1726,8 @@ def jitter_drawing(rng, tile, side):
 def caption_scene(rng, scene, rows, count):
     """`count` different captions in plain English, from names and synonyms, places and background."""
     forms = {
-        1: ["{a}", "a picture of {a}", "a drawing of {a}", "there is {a}", "{a} on a {bg} background", "{a} {where}",
-            "{a} {where} of a {bg} picture"],
+        1: ["{a}", "a picture of {a}", "a drawing of {a}", "there is {a}", "{a}, {kind}", "{kind}: {a}", "{a} {where}",
+            "{a} on a {bg} background", "{a} {where} of a {bg} picture"],
         2: ["{a} and {b}", "{a} next to {b}", "a picture of {a} and {b}", "{a} and {b} on a {bg} background",
             *(["{a} above {b}", "{b} below {a}", "{a} at the top and {b} at the bottom"] if scene["vertical"] else
               ["{a} to the left of {b}", "{b} to the right of {a}", "{a} on the left and {b} on the right"])],
@@ -1725,7 +1738,8 @@ def caption_scene(rng, scene, rows, count):
     captions = []
     for form in rng.permutation(len(forms))[:count]:
         names = [rng.choice(rows[thing["concept"]]["names"][:1 + rng.integers(3)]) for thing in scene["objects"]]
-        words = {**dict(zip("abc", names)), "bg": scene["background"], "where": place_in_words(scene)}
+        words = {**dict(zip("abc", names)), "bg": scene["background"], "where": place_in_words(scene),
+                 "kind": rows[scene["objects"][0]["concept"]]["kind"]}
         captions.append(forms[form].format(**words))
     return captions
 

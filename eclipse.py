@@ -65,48 +65,48 @@ class Config:
     teacher_keep_rate: float = option(1.0, "κ of the momentum encoder while training (1: full view)", POSITIVE_SHARE)
     text_teacher: str = option("shared", "shared: one text encoder for both image encoders; momentum: a second, "
                                "moving-average text encoder as in ALBEF", ["shared", "momentum"])
-    text_grad: str = option("both", "whose contrastive loss trains the text encoder", ["momentum", "online", "both"])
+    text_grad: str = option("online", "whose contrastive loss trains the text encoder", ["momentum", "online", "both"])
     kd_weight: float = option(1.0, "λ, weight of the distillation loss")
-    kd_ramp: tuple[float, float] = option((0.0, 0.0), "λ is 0 before the first and whole after the second fraction of "
+    kd_ramp: tuple[float, float] = option((0.1, 0.3), "λ is 0 before the first and whole after the second fraction of "
                                           "training, linear between")
-    ema: float = option(0.995, "momentum of the teacher per step (0: a copy of the student)", SHARE)
+    ema: float = option(0.99, "momentum of the teacher per step (0: a copy of the student)", SHARE)
     ema_schedule: str = option("const", "cosine: momentum rises to 1 at the end", ["const", "cosine"])
 
     preset: str = option("demo", "sizes of both towers", ["demo", "vit_b32", "vit_b16"], section="model")
     image_size: int = option(48, "image side in pixels", POSITIVE)
     patch_size: int = option(8, "patch side in pixels", POSITIVE)
-    vision_width: int = option(128, "width of the image tower", POSITIVE)
+    vision_width: int = option(96, "width of the image tower", POSITIVE)
     vision_layers: int = option(4, "blocks of the image tower", POSITIVE)
     vision_heads: int = option(4, "attention heads of the image tower", POSITIVE)
-    vision_mlp: int = option(512, "hidden width of the image tower's MLPs", POSITIVE)
-    text_width: int = option(128, "width of the text tower", POSITIVE)
+    vision_mlp: int = option(384, "hidden width of the image tower's MLPs", POSITIVE)
+    text_width: int = option(64, "width of the text tower", POSITIVE)
     text_layers: int = option(2, "blocks of the text tower", POSITIVE)
     text_heads: int = option(4, "attention heads of the text tower", POSITIVE)
-    context_length: int = option(20, "tokens of a text, start and end included")
+    context_length: int = option(24, "tokens of a text, start and end included")
     vocab_size: int = option(4096, "vocabulary; less than 49408 uses only the first BPE merges")
-    embed_dim: int = option(128, "width E of the joint embedding", POSITIVE)
-    act: str = option("quick_gelu", "activation of the MLPs", ["quick_gelu", "gelu"])
+    embed_dim: int = option(64, "width E of the joint embedding", POSITIVE)
+    act: str = option("gelu", "activation of the MLPs", ["quick_gelu", "gelu"])
     pixel_stats: str = option("imagenet", "mean and std that normalise the pixels", ["imagenet", "clip"])
     init: str | None = option(None, "start from this CLIP checkpoint; the towers take its sizes")
 
     epochs: int = option(20, "passes over the training set", POSITIVE, section="optimisation")
-    batch_size: int = option(128, "pairs per step, over all processes", POSITIVE)
+    batch_size: int = option(64, "pairs per step, over all processes", POSITIVE)
     accum: int = option(1, "split each process's batch into this many chunks; the gradient stays the same", POSITIVE)
     lr: float = option(1e-3, "peak learning rate", POSITIVE)
     lr_start: float = option(1e-6, "learning rate at the first step")
     lr_end: float = option(1e-5, "learning rate at the last step")
     warmup: float = option(1.0, "epochs of linear warm-up; cosine after it")
-    weight_decay: float = option(0.5, "AdamW weight decay, on matrices only")
+    weight_decay: float = option(0.2, "AdamW weight decay, on matrices only")
     beta2: float = option(0.98, "AdamW β₂ (β₁ is 0.9)")
     eps: float = option(1e-8, "AdamW ε")
-    crop_scale: float = option(0.5, "smallest area of the random crop, as a share of the image", POSITIVE_SHARE)
+    crop_scale: float = option(0.8, "smallest area of the random crop, as a share of the image", POSITIVE_SHARE)
     precision: str = option("auto", "auto: bf16 autocast on CUDA, fp32 elsewhere; fp16 uses a GradScaler",
                             ["auto", "fp32", "bf16", "fp16"])
     compile: bool = option(False, "torch.compile the towers")
     grad_checkpoint: bool = option(False, "recompute each block in the backward pass to save memory")
 
-    scenes: int = option(6000, "training scenes", POSITIVE, section="emoji scenes (--data emoji)")
-    concepts: int = option(150, "how many concepts are drawn", POSITIVE)
+    scenes: int = option(3000, "training scenes", POSITIVE, section="emoji scenes (--data emoji)")
+    concepts: int = option(100, "how many concepts are drawn", POSITIVE)
     difficulty: str = option("easy", "objects, sizes and backgrounds", ["easy", "medium", "hard"])
     noise: float = option(0.4, "share of training scenes with another scene's caption", SHARE)
     long_tail: float = option(0.0, "exponent z of concept frequencies 1 / rank^z")
@@ -114,10 +114,11 @@ class Config:
 
 
 VIT_B = dict(image_size=224, vision_width=768, vision_layers=12, vision_heads=12, vision_mlp=3072, text_width=512,
-             text_layers=12, text_heads=8, context_length=77, vocab_size=49408, embed_dim=512)
+             text_layers=12, text_heads=8, context_length=77, vocab_size=49408, embed_dim=512, act="quick_gelu")
 PRESETS = {"demo": {}, "vit_b32": {**VIT_B, "patch_size": 32}, "vit_b16": {**VIT_B, "patch_size": 16}}
 # SLIP's CLIP recipe; every field can be overridden.
-LARGE = dict(preset="vit_b16", epochs=40, batch_size=4096, lr=5e-4, log_every=50)
+LARGE = dict(preset="vit_b16", epochs=40, batch_size=4096, lr=5e-4, weight_decay=0.5, crop_scale=0.5, ema=0.995,
+             kd_ramp=(0.0, 0.025), log_every=50)
 SMALLER = {**LARGE, "batch_size": 1024}
 RECIPES = {"emoji": {}, "cc3m": LARGE, "coco": SMALLER, "flickr30k": SMALLER}
 
@@ -135,7 +136,7 @@ def configure(argv=None):
     weights, sizes, source = None, {}, given.get("evaluate") or given.get("init")
     saved = common.read_weights(source)[1] if given.get("evaluate") else None
     if saved and "keep_rate" in saved:  # a run of this script: evaluate all its encoders, as it was trained
-        weights, values = common.read_weights(source)[0], {**common.as_fields(saved), "out": values["out"], "init": ""}
+        weights, values = common.read_weights(source)[0], {**common.as_fields(saved), "init": None, "out": ""}
     elif source:
         weights, sizes = common.read_clip(source, given.get("act"))
     cfg = Config(**{**values, **sizes, **given})
@@ -542,13 +543,13 @@ def train(cfg, weights=None):
             if logs or epoch_ends:
                 row = log_row(method, state, sampler, now, terms)
                 if epoch_ends:
-                    common.check_bad(state["bad"], sampler.steps_per_epoch * cfg.batch_size, cfg.data)
+                    common.check_bad(common.total(state["bad"], device), len(data), cfg.data)
                     state["bad"] = 0
                     row.update(validate(run, evaluator, state))
                 run.log("log.csv", row)
                 run.log("timing.csv", progress.report(row, chance=math.log(cfg.batch_size), line=epoch_ends))
             if epoch_ends or stopping or state["step"] % cfg.save_every == 0:
-                save_state(run, method, optimiser, scaler, state, terms["loss"])
+                save_state(run, method, optimiser, scaler, state)
             if stopping:
                 raise KeyboardInterrupt(f"stopped at step {state['step']}; --resume --out {run.folder} goes on")
     return finish(run, method, evaluator, state)
@@ -568,9 +569,12 @@ def log_row(method, state, sampler, now, terms):
             "logit_scale": method.online.logit_scale.exp().item()}
 
 
-def save_state(run, method, optimiser, scaler, state, loss):
-    """last.pt: everything --resume needs. Random numbers need no state: they are seeded by (seed, step, sample)."""
-    if loss.isfinite():
+def save_state(run, method, optimiser, scaler, state):
+    """last.pt: everything --resume needs. Random numbers need no state: they are seeded by (seed, step, sample).
+
+    A model that has diverged is not saved: the last good checkpoint stays.
+    """
+    if torch.stack([p.sum() for p in method.parameters()]).isfinite().all():
         run.save("last.pt", {"model": method.state_dict(), "optimiser": optimiser.state_dict(), "state": state,
                              "scaler": scaler.state_dict(), "config": asdict(method.cfg)})
 
@@ -775,8 +779,8 @@ ARMS = {  # name: flags that differ from the defaults
     "text teacher momentum": dict(text_teacher="momentum", text_grad="online"),
     **{f"text grad {t}": dict(text_grad=t) for t in ("momentum", "online", "both") if t != Config.text_grad},
     **{f"kd weight {w:g}": dict(kd_weight=w) for w in (0.0, 0.5, 1.0, 2.0) if w != Config.kd_weight},
-    **{f"ema {m:g}": dict(ema=m) for m in (0.0, 0.99, 0.995, 0.999) if m != Config.ema},
-    "kd ramp 0.3 to 0.6": dict(kd_ramp=(0.3, 0.6)),
+    **{f"ema {m:g}": dict(ema=m) for m in (0.0, 0.95, 0.99, 0.995, 0.999) if m != Config.ema},
+    "no kd ramp": dict(kd_ramp=(0.0, 0.0)),
     "teacher pruned too": dict(teacher_keep_rate=Config.keep_rate),
     "no fusion": dict(fuse=False),
     "random pruning": dict(prune_by="random"),

@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import math
+import os
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -23,10 +24,10 @@ import common
 import eclipse
 from common import BadSample, UserError
 
-# ------------------------------------------------------------------------------------------------------------ small models
+# --------------------------------------------------------------------------------------------------------- small models
 
-SMALL = dict(image_size=32, patch_size=8, vision_width=64, vision_layers=4, vision_heads=2, vision_mlp=96, text_width=64,
-             text_layers=2, text_heads=2, context_length=12, vocab_size=100, embed_dim=32, keep_rate=0.7)
+SMALL = dict(image_size=32, patch_size=8, vision_width=64, vision_layers=4, vision_heads=2, vision_mlp=96, embed_dim=32,
+             text_width=64, text_layers=2, text_heads=2, context_length=12, vocab_size=100, keep_rate=0.7)
 SCALER = torch.amp.GradScaler("cpu", enabled=False)
 NOW = {"keep_rate": 0.7, "kd_weight": 1.0}
 
@@ -92,7 +93,7 @@ def assert_same(found, wanted, tolerance):
         assert error <= tolerance, f"{name}: relative error {error:.1e}"
 
 
-# ----------------------------------------------------------------------------------- 1. towers and published checkpoints
+# ---------------------------------------------------------------------------------- 1. towers and published checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -107,13 +108,12 @@ def transformers():
     return pytest.importorskip("transformers")
 
 
-def open_clip_model(open_clip, quick_gelu=True, patch=8, size=32, width=128, text_width=64, layers=2, embed=48, **vision):
+def open_clip_model(open_clip, quick_gelu=True, patch=8, size=32, width=128, text=64, layers=2, embed=48, **vision):
     torch.manual_seed(0)
-    model = open_clip.model.CLIP(
-        embed, open_clip.CLIPVisionCfg(layers=layers, width=width, head_width=64, patch_size=patch, image_size=size, **vision),
-        open_clip.CLIPTextCfg(context_length=12, vocab_size=100, width=text_width, heads=text_width // 64, layers=layers),
-        quick_gelu=quick_gelu)
-    return randomise(model).eval()
+    vision = dict(layers=layers, width=width, head_width=64, patch_size=patch, image_size=size, **vision)
+    text = dict(layers=layers, width=text, heads=text // 64, context_length=12, vocab_size=100)
+    return randomise(open_clip.model.CLIP(embed, open_clip.CLIPVisionCfg(**vision), open_clip.CLIPTextCfg(**text),
+                                          quick_gelu=quick_gelu)).eval()
 
 
 def load(path, act=None, **changes):
@@ -127,19 +127,18 @@ def load(path, act=None, **changes):
 def assert_towers_equal(method, cfg, image_reference, text_reference, monkeypatch, count=5):
     """Outputs before normalisation, the stricter comparison here: their coordinates are of the size of 1."""
     image, text = batch(cfg, count)
-    torch.testing.assert_close(F.normalize(image_reference(image), dim=-1), method.online.encode_image(image),
-                               rtol=0, atol=1e-5)
-    torch.testing.assert_close(F.normalize(text_reference(text), dim=-1), method.online.encode_text(text), rtol=0, atol=1e-5)
-    with monkeypatch.context() as patched:
-        patched.setattr(F, "normalize", lambda x, dim: x)
-        for found, wanted in ((method.online.encode_image(image), image_reference(image)),
-                              (method.online.encode_text(text), text_reference(text))):
-            assert wanted.std() > 0.1  # else the tolerance would mean little
-            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * max(1, wanted.abs().max().item()))
+    for found, reference, source in ((method.online.encode_image, image_reference, image),
+                                     (method.online.encode_text, text_reference, text)):
+        wanted = reference(source)
+        assert wanted.std() > 0.1  # else the tolerance would mean little
+        torch.testing.assert_close(found(source), F.normalize(wanted, dim=-1), rtol=0, atol=1e-5)
+        with monkeypatch.context() as patched:
+            patched.setattr(F, "normalize", lambda x, dim: x)
+            torch.testing.assert_close(found(source), wanted, rtol=0, atol=1e-5 * max(1, wanted.abs().max().item()))
 
 
 SHAPES = [dict(quick_gelu=True, patch=8, size=32, width=128), dict(quick_gelu=False, patch=8, size=40, width=64),
-          dict(quick_gelu=True, patch=16, size=64, width=192, text_width=128, layers=3),
+          dict(quick_gelu=True, patch=16, size=64, width=192, text=128, layers=3),
           dict(quick_gelu=False, patch=32, size=64, width=128, embed=64, mlp_ratio=3.0)]
 
 
@@ -186,10 +185,11 @@ def test_openai_archive(open_clip, tmp_path, monkeypatch):
     model = open_clip_model(open_clip).half().float()
     archive = open_clip_model(open_clip).half()
     for name, value in (("input_resolution", 32), ("context_length", 12), ("vocab_size", 100)):
+        archive.__dict__.pop(name, None)
         archive.register_buffer(name, torch.tensor(value))
     torch.jit.save(torch.jit.script(archive), tmp_path / "openai.pt")
     method, cfg = load(tmp_path / "openai.pt")
-    assert cfg.act == "quick_gelu"
+    assert (cfg.act, cfg.pixel_stats) == ("quick_gelu", "clip")
     assert_towers_equal(method, cfg, model.encode_image, model.encode_text, monkeypatch)
 
 
@@ -253,15 +253,22 @@ def test_full_size_vit_b32(open_clip, tmp_path, monkeypatch):
     assert_towers_equal(method, cfg, model.encode_image, model.encode_text, monkeypatch, count=2)
 
 
-def test_our_own_checkpoint_keeps_heads_and_activation(tmp_path):
-    cfg = config(vision_heads=4, text_heads=1, act="gelu")
-    method = make(cfg)
+def test_our_own_checkpoint_evaluates_as_it_was_trained(tmp_path):
+    """--evaluate gives both encoders, --init the student twice."""
+    cfg = config(vision_heads=4, text_heads=1, act="gelu", fuse=False, keep_rate=0.6)
+    method, (image, text) = make(cfg), batch(cfg, 3)
     torch.save({"model": method.state_dict(), "config": eclipse.asdict(cfg)}, tmp_path / "best.pt")
-    loaded, found = load(tmp_path / "best.pt")
-    image, text = batch(cfg, 3)
-    assert (found.vision_heads, found.text_heads, found.act) == (4, 1, "gelu")
-    assert torch.equal(loaded.online.encode_image(image, 0.7), method.online.encode_image(image, 0.7))
-    assert torch.equal(loaded.online.encode_text(text), method.online.encode_text(text))
+    for flag in ("--evaluate", "--init"):
+        found, weights = eclipse.configure([flag, str(tmp_path / "best.pt")])
+        loaded = eclipse.build(found, weights)
+        assert (found.vision_heads, found.text_heads, found.act, found.pixel_stats) == (4, 1, "gelu", "imagenet")
+        assert torch.equal(loaded.online.encode_text(text), method.online.encode_text(text))
+        assert torch.equal(loaded.online.visual(image), method.online.visual(image))
+        teacher = method.momentum if flag == "--evaluate" else method.online.visual
+        assert torch.equal(loaded.momentum(image), teacher(image))
+        if flag == "--evaluate":
+            assert (found.fuse, found.keep_rate) == (False, 0.6)
+            assert torch.equal(loaded.online.visual(image, 0.6), method.online.visual(image, 0.6))
 
 
 @pytest.mark.parametrize("name", ["no such.pt", "text.pt", "table.pt", "text.safetensors", "resnet.pt"])
@@ -284,14 +291,14 @@ def test_a_missing_tensor_is_a_user_error(tmp_path):
         load(tmp_path / "model.pt")
 
 
-FORMATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8, torch.uint8,
-           torch.bool]
+FORMATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+           torch.uint8, torch.bool]
 
 
 def test_safetensors_reader_equals_the_package(tmp_path):
     package = pytest.importorskip("safetensors.torch")
     generator = torch.Generator().manual_seed(0)
-    tensors = {f"{dtype}/{shape}": torch.randint(0, 2 if dtype == torch.bool else 100, shape, generator=generator).to(dtype)
+    tensors = {f"{dtype}/{shape}": torch.randint(0, 100, shape, generator=generator).to(dtype)
                for dtype in FORMATS for shape in ((), (3,), (0,), (2, 0, 3), (2, 3, 5))}
     package.save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt", "note": "é"})
     wanted = package.load_file(tmp_path / "x.safetensors")
@@ -305,7 +312,7 @@ def test_safetensors_reader_equals_the_package(tmp_path):
         common.read_weights(tmp_path / "c.safetensors")
 
 
-# --------------------------------------------------------------------------------------------------- 2. one InfoNCE step
+# -------------------------------------------------------------------------------------------------- 2. one InfoNCE step
 
 
 @pytest.mark.parametrize("quick_gelu", [True, False])
@@ -323,7 +330,7 @@ def test_clip_step_equals_open_clip(open_clip, tmp_path, quick_gelu):
     assert_same({name.removeprefix("online."): g for name, g in found.items()}, gradients(model), 1e-5)
 
 
-# ----------------------------------------------------------------------------------------------------------------- 3. EViT
+# -------------------------------------------------------------------------------------------------------------- 3. EViT
 
 
 def brute_force_block(block, x, numbers, keep_rate, fuse, quick):
@@ -389,12 +396,12 @@ def test_pruned_vit_equals_brute_force(double, changes):
         tower.zero_grad(set_to_none=True)
         output, trace = forward()
         (output * direction).sum().backward()
-        results.append((output.detach(), [[list(map(int, row)) for row in step] for step in trace],
+        results.append((output.detach(), [[sorted(map(int, row)) for row in step] for step in trace],
                         {**gradients(tower), "image": image.grad}))
     (found, found_trace, found_gradients), (wanted, wanted_trace, wanted_gradients) = results
     assert_same({"output": found}, {"output": wanted}, 1e-10)
     assert_same(found_gradients, wanted_gradients, 1e-9)
-    assert [[sorted(row) for row in step] for step in found_trace] == [[sorted(row) for row in step] for step in wanted_trace]
+    assert found_trace == wanted_trace
 
 
 def test_the_fused_token_competes():
@@ -417,7 +424,7 @@ def test_fusion_closed_form(double):
     fused = 0.1 * x[0, 1] + 0.05 * x[0, 3]
     torch.testing.assert_close(out[0], torch.stack([x[0, 0], x[0, 2], x[0, 4], x[0, 5], fused]))
     out[0, -1].sum().backward()
-    torch.testing.assert_close(a.grad, torch.stack([x[0, 1].sum(), *x.new_zeros(1), x[0, 3].sum(), *x.new_zeros(2)])[None])
+    torch.testing.assert_close(a.grad, torch.tensor([[2 + 3, 0, 6 + 7, 0, 0]], dtype=double))
     torch.testing.assert_close(x.grad[0, :, 0], torch.tensor([0, 0.1, 0, 0.05, 0, 0], dtype=double))
 
 
@@ -501,12 +508,13 @@ def test_trace_gives_original_patch_numbers(fuse):
         assert torch.equal(found, numbers)
 
 
-# --------------------------------------------------------------------------------------------------------------- 4. losses
+# ------------------------------------------------------------------------------------------------------------ 4. losses
 
 
 def two_logits(seed=0, size=6):
     generator = torch.Generator().manual_seed(seed)
-    return tuple((3 * torch.randn(size, size, dtype=torch.float64, generator=generator)).requires_grad_() for _ in range(2))
+    logits = 3 * torch.randn(2, size, size, dtype=torch.float64, generator=generator)
+    return tuple(m.clone().requires_grad_() for m in logits)
 
 
 def test_info_nce_closed_form():
@@ -565,9 +573,11 @@ def reference_gradients(leaves, reading, kd_weight):
         p, q = (m - m.logsumexp(1, keepdim=True) for m in (p.detach(), q))
         return (p.exp() * (p - q)).sum() / len(p)
 
-    losses = {"A": nce(matrix(u, v, "A" in TEXT_LOSSES[reading])), "Ā": nce(matrix(u_bar, target, "Ā" in TEXT_LOSSES[reading]))}
+    losses = {name: nce(matrix(image, text, name in TEXT_LOSSES[reading]))
+              for name, image, text in (("A", u, v), ("Ā", u_bar, target))}
     student, teacher = matrix(u, v, False), matrix(u_bar, target, False)
-    total = sum(losses[name] for name in TOTAL_LOSSES[reading]) + kd_weight * (kl(teacher, student) + kl(teacher.T, student.T)) / 2
+    total = sum(losses[name] for name in TOTAL_LOSSES[reading])
+    total = total + kd_weight * (kl(teacher, student) + kl(teacher.T, student.T)) / 2
     return total.detach(), torch.autograd.grad(total, (u, v, scale))
 
 
@@ -617,8 +627,9 @@ def test_the_target_is_detached_with_its_scale(double):
     with torch.no_grad():
         a, target = (method.online.logit_scale.exp() * image @ v.T for image in (u, u_bar))
         wanted = sum(((s.softmax(1) - t.softmax(1)) * s).sum() for s, t in ((a, target), (a.T, target.T))) / 12
-    by_weight = [loss_gradients(method, u.requires_grad_(), v.requires_grad_(), u_bar, None, w)[1][2] for w in (0.0, 1.0)]
-    torch.testing.assert_close(by_weight[1] - by_weight[0], wanted)
+    u.requires_grad_(), v.requires_grad_()
+    without, with_kd = (loss_gradients(method, u, v, u_bar, None, weight)[1][2] for weight in (0.0, 1.0))
+    torch.testing.assert_close(with_kd - without, wanted)
 
 
 @pytest.mark.parametrize("reading", [*READINGS, ("both", "clip")], ids="-".join)
@@ -698,12 +709,12 @@ def test_teacher_at_the_start(text_teacher):
     assert any(name.startswith("momentum.") for name in method.state_dict())
 
 
-def test_teacher_follows_loaded_weights(tmp_path):
+def test_teacher_follows_loaded_weights():
     """--init sets the teacher too."""
     cfg = config()
     weights = make(cfg, seed=5).online.state_dict()
-    method = eclipse.build(cfg, weights)
-    assert all(torch.equal(method.momentum.state_dict()[name], weights[f"visual.{name}"]) for name in method.momentum.state_dict())
+    teacher = eclipse.build(cfg, weights).momentum.state_dict()
+    assert all(torch.equal(tensor, weights[f"visual.{name}"]) for name, tensor in teacher.items())
 
 
 def test_clip_has_no_teacher():
@@ -744,7 +755,8 @@ def test_update_is_adamw_then_clamp_then_ema():
     assert all(p.grad is None for p in method.parameters())
 
 
-@pytest.mark.parametrize("value, gradient, wanted", [(math.log(100), -1.0, math.log(100)), (0.001, 1.0, 0.0), (2.0, 1.0, 1.9)])
+@pytest.mark.parametrize("value, gradient, wanted",
+                         [(math.log(100), -1.0, math.log(100)), (0.001, 1.0, 0.0), (2.0, 1.0, 1.9)])
 def test_logit_scale_is_clamped_after_the_update(value, gradient, wanted):
     cfg = config()
     method = eclipse.build(cfg)
@@ -798,10 +810,11 @@ def test_keep_rate_warm_up():
 def test_ema_schedule():
     const, cosine = config(ema=0.9), config(ema=0.9, ema_schedule="cosine")
     assert [eclipse.schedules(const, step, 10, 10)["ema"] for step in (0, 5, 10)] == [0.9] * 3
-    np.testing.assert_allclose([eclipse.schedules(cosine, step, 10, 10)["ema"] for step in (0, 5, 10)], [0.9, 0.95, 1.0])
+    found = [eclipse.schedules(cosine, step, 10, 10)["ema"] for step in (0, 5, 10)]
+    np.testing.assert_allclose(found, [0.9, 0.95, 1.0])
 
 
-# ------------------------------------------------------------------- 6. the same gradient: chunks, recomputation, compiler
+# ---------------------------------------------------------------- 6. the same gradient: chunks, recomputation, compiler
 
 
 ACCUM = [dict(text_grad=t) for t in ("momentum", "online", "both")]
@@ -884,30 +897,46 @@ def test_gradient_checkpointing_changes_nothing(monkeypatch, prune_by):
     assert len(calls) == cfg.vision_layers + cfg.text_layers  # every online block, no block of the teacher
 
 
-def test_compiled_towers_give_the_same_gradient():
-    if not any(map(shutil.which, ("g++", "clang++", "cl"))):
-        pytest.skip("no C++ compiler")
-    torch._dynamo.reset()
-    cfg = config(vision_layers=1, text_layers=1, prune_blocks=(0,), image_size=24)
+def compiled_and_eager(monkeypatch, backend, rates, **changes):
+    """Check the compiled towers' loss and gradients against the eager ones, at each keep rate in turn."""
+    cfg = config(image_size=24, vision_layers=2, text_layers=1, prune_blocks=(0,), compile=True, **changes)
     method, (image, text) = make(cfg), batch(cfg, 4)
-    eager = {rate: run_backward(method, image, text, {**NOW, "keep_rate": rate}) for rate in (1.0, 0.7)}
-    eclipse.prepare_towers(method, replace(cfg, compile=True))
+    eager = {rate: run_backward(method, image, text, {**NOW, "keep_rate": rate}) for rate in rates}
+    torch._dynamo.reset()
+    compile_in_place = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_in_place(module, backend=backend))
+    names = method.state_dict().keys()
+    eclipse.prepare_towers(method, cfg)
     for rate, (loss, _, wanted) in eager.items():
         compiled_loss, _, found = run_backward(method, image, text, {**NOW, "keep_rate": rate})
         torch.testing.assert_close(compiled_loss, loss, rtol=1e-4, atol=0)
         assert_same(found, wanted, 1e-4)
-    assert method.state_dict().keys() == make(cfg).state_dict().keys()
+    assert method.state_dict().keys() == names
+    assert len({loss.item() for loss, _, _ in eager.values()}) == len(rates)  # the keep rate matters
     torch._dynamo.reset()
 
 
-# ------------------------------------------------------------------------------- 7. mixed precision, no wait for the device
+def test_traced_towers_give_the_same_gradient(monkeypatch):
+    """torch.compile without its code generator: the graphs, forward and backward."""
+    compiled_and_eager(monkeypatch, "aot_eager", (1.0, 0.7))
 
 
-@pytest.mark.parametrize("precision, tolerance", [("bf16", 0.03), ("fp16", 0.005)])
+@pytest.mark.skipif("SLOW_TESTS" not in os.environ, reason="a minute or two: set SLOW_TESTS=1")
+def test_compiled_towers_give_the_same_gradient(monkeypatch):
+    if not any(map(shutil.which, ("g++", "clang++", "cl"))):
+        pytest.skip("no C++ compiler")
+    compiled_and_eager(monkeypatch, "inductor", (1.0, 0.7))
+
+
+# --------------------------------------------------------------------------- 7. mixed precision, no wait for the device
+
+
+@pytest.mark.parametrize("precision, tolerance", [("bf16", 0.03), ("fp16", 0.004)])
 @pytest.mark.parametrize("accum", [1, 2])
 def test_mixed_precision_is_close_to_fp32(precision, tolerance, accum):
-    cfg = config(precision=precision, accum=accum, keep_rate=1.0)
-    method, (image, text) = make(cfg), batch(cfg, 8)
+    cfg = config(precision=precision, accum=accum, keep_rate=1.0)  # at less, rounding may drop other tokens
+    torch.manual_seed(0)
+    method, (image, text) = eclipse.build(cfg), batch(cfg, 8)
     now = {**NOW, "keep_rate": 1.0}
     loss, _, wanted = run_backward(method, image, text, now)
     amp, scaler = eclipse.mixed_precision(cfg, torch.device("cpu"))
@@ -917,8 +946,9 @@ def test_mixed_precision_is_close_to_fp32(precision, tolerance, accum):
     assert lower_loss.item() == pytest.approx(loss.item(), rel=tolerance)
     assert {g.dtype for g in found.values()} == {torch.float32}
     scale = scaler.get_scale()
-    cosines = {n: F.cosine_similarity(found[n].flatten() / scale, wanted[n].flatten(), 0) for n in found if wanted[n].ndim > 1}
-    assert min(cosines.values()) > 0.98
+    for name in (n for n in found if wanted[n].ndim > 1):
+        error = (found[name] / scale - wanted[name]).norm() / wanted[name].norm()
+        assert error < 2 * tolerance, name
 
 
 def test_precision_of_a_device():
@@ -976,7 +1006,7 @@ def test_a_step_runs_where_there_are_no_values(changes):
     assert len(list(whole_step(method, cfg, image.to("meta"), text.to("meta"), "meta"))) == 2
 
 
-# ----------------------------------------------------------------------------------------------------------- 8. evaluation
+# -------------------------------------------------------------------------------------------------------- 8. evaluation
 
 
 def unit(*shape, seed=0):
@@ -1037,14 +1067,16 @@ def test_zero_shot_equals_top_k_accuracy(block):
     labels = torch.randint(0, 12, (200,), generator=torch.Generator().manual_seed(1))
     features = F.normalize(classifier[labels] + 1.5 * unit(200, 16, seed=2), dim=-1)
     scores = (features @ classifier.T).numpy()
-    wanted = {f"top{k}": 100 * metrics.top_k_accuracy_score(labels.numpy(), scores, k=k, labels=range(12)) for k in (1, 5)}
+    wanted = {f"top{k}": 100 * metrics.top_k_accuracy_score(labels.numpy(), scores, k=k, labels=range(12))
+              for k in (1, 5)}
     assert 5 < wanted["top1"] < 95
     assert common.zero_shot(features, labels, classifier, block) == pytest.approx(wanted)
 
 
 def text_features(tokens, width=16):
     """A stand-in text encoder: unit features that depend on every token."""
-    return torch.stack([unit(1, width, seed=int(sum((i + 1) * t for i, t in enumerate(row))))[0] for row in tokens.tolist()])
+    seeds = [sum((i + 1) * token for i, token in enumerate(row)) for row in tokens.tolist()]
+    return torch.cat([unit(1, width, seed=seed) for seed in seeds])
 
 
 def test_zero_shot_classifier_equals_a_loop():
