@@ -375,12 +375,12 @@ def read_csv(path):
 def run_arms(cfg, arms, train):
     """--ablate: train each arm that is not done yet, seed by seed, then tabulate every arm that is, mean ± std.
 
-    arms: {name: fields that differ from cfg}; cfg.ablate names arms by their beginning, or "all". Arm and seed have a
+    arms: {name: fields that differ from cfg}; cfg.ablate holds names of arms, or "all". Arm and seed have a
     run folder of their own, so an interrupted ablation goes on where it stopped. Returns {arm: [results.json]}.
     """
-    names = [name for name in arms if "all" in cfg.ablate or name.startswith(cfg.ablate)]
+    names = [name for name in arms if "all" in cfg.ablate or name in cfg.ablate]
     if not names:
-        raise UserError(f"--ablate {' '.join(cfg.ablate)}: no such arm; there are all, {', '.join(arms)}")
+        raise UserError(f"--ablate {' '.join(cfg.ablate)}: no such arm; there are all, {', '.join(map(repr, arms))}")
     folder, found = Path(cfg.out), {}
     for seed in cfg.seeds:
         for name in names:
@@ -822,7 +822,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert copies even what is RGB
 
 
 def _channels_first(image: Image.Image) -> np.ndarray:
@@ -1481,7 +1482,17 @@ def eval_loader(data, image_size: int, batch_size: int, workers: int) -> Loader:
 
 def _collate_train(batch: list[tuple]) -> tuple[torch.Tensor, torch.Tensor, int]:
     images, tokens, bad = zip(*batch)
-    return torch.stack(images), torch.stack(tokens), sum(bad)
+    return torch.stack(images), trim_padding(torch.stack(tokens)), sum(bad)
+
+
+def trim_padding(tokens: torch.Tensor, multiple: int = 16) -> torch.Tensor:
+    """(B, context) -> (B, n): without the columns of padding that none of the texts needs.
+
+    A causal text tower read at the end token gives the same features and gradients without them. n is a multiple of
+    `multiple`, or the whole context: few shapes for torch.compile.
+    """
+    longest = int(tokens.argmax(1).max()) + 1
+    return tokens[:, :math.ceil(longest / multiple) * multiple]
 
 
 def _collate_eval(batch: list[tuple | None]) -> tuple:
@@ -1866,7 +1877,7 @@ def embed_images(encoders, loader):
 @torch.no_grad()
 def embed_texts(encode_text, tokenizer, texts, block=512):
     """(T, D) float32 features of a list of strings."""
-    return torch.cat([encode_text(tokenizer(texts[i:i + block])).float() for i in range(0, len(texts), block)])
+    return torch.cat([encode_text(trim_padding(tokenizer(texts[i:i + block]))).float() for i in range(0, len(texts), block)])
 
 
 def zero_shot_classifier(encode_text, tokenizer, classes, templates):

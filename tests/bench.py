@@ -3,9 +3,8 @@
     python tests/bench.py --quick            # a few minutes on two cores
     python tests/bench.py --device cuda      # adds bf16 and torch.compile
 
-Needs open_clip_torch and webdataset. A ratio is the median over rounds of (seconds of the second side) / (seconds of
-the first side); its smallest and largest round show how noisy the machine was. Both CLIPs start from the same weights,
-and the bench stops when their losses on the same batch differ. Nothing but stdout is written.
+A ratio is the median over rounds of (seconds of the second side) / (seconds of the first side); its smallest and
+largest round show how noisy the machine was. The bench stops when the losses of the two CLIPs differ.
 """
 
 import argparse
@@ -33,35 +32,30 @@ PACKAGES = "torch", "torchvision", "open_clip_torch", "webdataset", "pillow", "n
 COLUMNS = "{:<34}  {:<22} {:>11}  {:<22} {:>11}  {:>5}  {:>11}  {:<10}  {}"
 
 
-def seconds(function, device):
-    start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def compare(args, title, first, second, wanted="", note="", longer=1):
     """Print one row. first, second: (name, function without arguments); wanted: such as ">= 1.2"."""
-    sides, count = (first[1], second[1]), 2 + longer * args.rounds  # two warm up caches, allocator and compiler
-    rounds = [[seconds(side, args.device) for side in sides] for _ in range(count)][2:]
-    ratios = [b / a for a, b in rounds]
-    ratio = statistics.median(ratios)
+    def seconds(function):
+        start = time.perf_counter()
+        function()
+        if args.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    rounds = [(seconds(first[1]), seconds(second[1])) for _ in range(2 + longer * args.rounds)][2:]  # 2: warm-up
+    ratio = statistics.median(ratios := [b / a for a, b in rounds])
     if wanted:
         sign, bound = wanted.split()
         wanted += " ok" if (ratio >= float(bound) if sign == ">=" else ratio <= float(bound)) else " NO"
-    times = [f"{statistics.median(side) * 1e3:.1f} ms" for side in zip(*rounds)]
-    spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
-    line = COLUMNS.format(title, first[0], times[0], second[0], times[1], f"{ratio:.2f}", spread, wanted, note)
-    print(line.rstrip(), flush=True)
+    a, b = (f"{statistics.median(side) * 1e3:.1f} ms" for side in zip(*rounds))
+    cells = a, second[0], b, f"{ratio:.2f}", f"{min(ratios):.2f}-{max(ratios):.2f}", wanted, note
+    print(COLUMNS.format(title, first[0], *cells).rstrip(), flush=True)
 
 
 def pairs(args):
     """Normalised pixels (B, 3, 224, 224), and texts of 8 to 40 tokens (B, 77): start, words, end, zeros."""
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn(args.batch, 3, 224, 224, generator=generator)
-    text = torch.randint(1, 49406, (args.batch, 77), generator=generator)
-    end = torch.randint(7, 40, (args.batch, 1), generator=generator)
+    torch.manual_seed(0)
+    image, text = torch.randn(args.batch, 3, 224, 224), torch.randint(1, 49406, (args.batch, 77))
+    end = torch.randint(7, 40, (args.batch, 1))
     text = text.scatter(1, end, 49407).masked_fill(torch.arange(77) > end, 0)
     text[:, 0] = 49406
     return image.to(args.device), text
@@ -71,16 +65,15 @@ def our_step(args, *flags):
     """(function that makes one training step of eclipse.py, its ECLIPSE); the batch is as our loader collates it."""
     cfg, _ = eclipse.configure([*flags, "--batch-size", str(args.batch), "--lr", "1e-6"])
     method = eclipse.build(cfg).to(args.device)
-    optimiser = eclipse.build_optimiser(method, cfg, args.device)
-    amp, scaler = eclipse.mixed_precision(cfg, args.device)
+    optimiser, precision = eclipse.build_optimiser(method, cfg, args.device), eclipse.mixed_precision(cfg, args.device)
     eclipse.prepare_towers(method, cfg)
     image, text = pairs(args)
-    text = common._collate_train([(x, tokens, 0) for x, tokens in zip(image, text)])[1].to(args.device)
-    now = {"keep_rate": cfg.keep_rate, "kd_weight": cfg.kd_weight}
+    _, text, _ = common._collate_train([(x, tokens, 0) for x, tokens in zip(image, text)])
+    text, now = text.to(args.device), {"keep_rate": cfg.keep_rate, "kd_weight": cfg.kd_weight}
 
     def step():
-        terms = eclipse.backward(method, image, text, now, amp, scaler, seed=0)
-        eclipse.update(method, optimiser, scaler, cfg.lr, cfg.ema)
+        terms = eclipse.backward(method, image, text, now, *precision, seed=0)
+        eclipse.update(method, optimiser, precision[1], cfg.lr, cfg.ema)
         return terms["loss"]
 
     return step, method
@@ -89,7 +82,6 @@ def our_step(args, *flags):
 def open_clip_step(args, name, precision, compiled):
     """(function that makes one training step as open_clip's training loop does, its model)."""
     import open_clip
-
     model = open_clip.create_model(name, device=args.device)
     optimiser = eclipse.build_optimiser(model, eclipse.Config(lr=1e-6), args.device)  # torch's fused AdamW
     forward, loss_of = torch.compile(model) if compiled else model, open_clip.ClipLoss()
@@ -97,12 +89,11 @@ def open_clip_step(args, name, precision, compiled):
 
     def step():
         optimiser.zero_grad()
-        with torch.autocast(args.device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=precision == "bf16"):
             loss = loss_of(*forward(image, text))
         loss.backward()
         optimiser.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(0, 4.6052)
+        model.logit_scale.data.clamp_(0, 4.6052)
         return loss.detach()
 
     return step, model
@@ -111,8 +102,8 @@ def open_clip_step(args, name, precision, compiled):
 def clip_step(args):
     """A CLIP training step against open_clip's: same weights, batch, optimiser and precision."""
     modes = [("fp32", False)] if args.device.type == "cpu" else [("bf16", False), ("bf16", True), ("fp32", False)]
-    for (precision, compiled), act in itertools.product(modes, ("quick_gelu", "gelu")):
-        name = "ViT-B-32-quickgelu" if act == "quick_gelu" else "ViT-B-32"
+    names = {"quick_gelu": "ViT-B-32-quickgelu", "gelu": "ViT-B-32"}
+    for (precision, compiled), (act, name) in itertools.product(modes, names.items()):
         theirs, model = open_clip_step(args, name, precision, compiled)
         ours, method = our_step(args, "--method", "clip", "--keep-rate", "1", "--preset", "vit_b32", "--act", act,
                                 "--precision", precision, *["--compile"] * compiled)
@@ -133,9 +124,8 @@ def pruned_inference(args):
     def encode(rate):
         tower(image, rate)
 
-    full = eclipse.forward_cost(tower, image[:1], 1.0)[0]
     for rate, wanted in ((0.5, ">= 1.95"), (0.7, ">= 1.48")):
-        macs = full / eclipse.forward_cost(tower, image[:1], rate)[0]
+        macs = eclipse.forward_cost(tower, image[:1], 1.0)[0] / eclipse.forward_cost(tower, image[:1], rate)[0]
         compare(args, "image tower, B/16, inference, fp32", (f"κ={rate}", lambda rate=rate: encode(rate)),
                 ("κ=1", lambda: encode(1.0)), wanted, f"MACs {macs:.2f}x", longer=3)
 
@@ -143,54 +133,42 @@ def pruned_inference(args):
 def eclipse_step(args):
     """What ECLIPSE costs against CLIP; on CUDA also what bf16 and torch.compile bring to both."""
     clip, ours = ("--method", "clip", "--keep-rate", "1"), ("--method", "eclipse", "--keep-rate", "0.7")
-    rows = [("", ("CLIP", *clip), ("ECLIPSE κ=0.7", *ours), "<= 1.1")]
-    if args.device.type == "cuda":
-        rows += [(", compiled", ("CLIP", *clip, "--compile"), ("ECLIPSE κ=0.7", *ours, "--compile"), "<= 1.1")]
-        for name, flags in ((", CLIP", clip), (", ECLIPSE", ours)):
-            rows += [(name, ("bf16", *flags), ("fp32, TF32 products", *flags, "--precision", "fp32"), ""),
-                     (name, ("compiled", *flags, "--compile"), ("eager", *flags), "")]
-    for what, first, second, wanted in rows:
-        sides = [(name, our_step(args, "--preset", "vit_b16", *flags)[0]) for name, *flags in (first, second)]
+    rows = [("", ("CLIP", *clip), ("ECLIPSE κ=0.7", *ours), "<= 1.1"),
+            (", compiled", ("CLIP", *clip, "--compile"), ("ECLIPSE κ=0.7", *ours, "--compile"), "<= 1.1")]
+    for name, flags in ((", CLIP", clip), (", ECLIPSE", ours)):
+        rows += [(name, ("bf16", *flags), ("fp32, TF32 products", *flags, "--precision", "fp32"), ""),
+                 (name, ("compiled", *flags, "--compile"), ("eager", *flags), "")]
+    for what, *sides, wanted in rows if args.device.type == "cuda" else rows[:1]:
+        sides = [(name, our_step(args, "--preset", "vit_b16", *flags)[0]) for name, *flags in sides]
         compare(args, f"step, B/16{what}", *sides, wanted)
 
 
-def reading(args, count=128, size=224, batch=32):
+def reading(args, count=64, size=224, batch=32):
     """JPEG and text in tar shards -> normalised float batches with tokens, in this process."""
-    if not COCO.is_dir():
-        return print(f"reading: skipped, {COCO} is not there")
-    import webdataset
-
-    data = [d.read(i) for d in (common.CocoCaptions(COCO, split) for split in ("train", "test")) for i in range(len(d))]
-    with tempfile.TemporaryDirectory() as folder:
-        with webdataset.ShardWriter(f"{folder}/%05d.tar", maxcount=count // 2, verbose=0) as shards:
-            for i, (image, captions) in enumerate(data[:count]):
-                shards.write({"__key__": f"{i:06d}", "jpg": image, "txt": captions[0]})
-        cfg, _ = eclipse.configure(["--image-size", str(size)])
-        to_float = eclipse.Evaluator(None, cfg, torch.device("cpu"), nullcontext()).pixels
-        samples = common.TrainSamples(common.TarShards(folder), common.CLIPTokenizer(), size, (0.5, 1.0), seed=0)
-        ours = common.train_loader(samples, common.StepSampler(count, batch, count // batch), 0, "cpu")
-        theirs = webdataset_loader(sorted(map(str, Path(folder).glob("*.tar"))), size, batch, cfg.pixel_stats)
-
-        def read(loader, finish):
-            batches = [finish(image) for image, *_ in loader]
-            assert [image.shape for image in batches] == [(batch, 3, size, size)] * (count // batch)
-
-        compare(args, f"reading {count} COCO pairs, {size} px", ("TarShards", lambda: read(ours, to_float)),
-                ("webdataset", lambda: read(theirs, torch.Tensor.float)), ">= 1.2", longer=3)
-
-
-def webdataset_loader(shards, size, batch, pixel_stats):
-    """webdataset with torchvision's transforms and open_clip's tokenizer, as open_clip trains."""
     import open_clip
     import webdataset
     from torchvision import transforms
+    if not COCO.is_dir():
+        return print(f"reading: skipped, {COCO} is not there")
+    cfg, _ = eclipse.configure(["--image-size", str(size)])
+    to_float = eclipse.Evaluator(None, cfg, torch.device("cpu"), nullcontext()).pixels
+    crop = transforms.RandomResizedCrop(size, (0.5, 1.0), interpolation=transforms.InterpolationMode.BICUBIC)
+    to_tensor, normalise = transforms.ToTensor(), transforms.Normalize(*common.PIXELS[cfg.pixel_stats])
+    transform, tokenizer = transforms.Compose([crop, to_tensor, normalise]), open_clip.get_tokenizer("ViT-B-32")
 
-    mean, std = common.PIXELS[pixel_stats]
-    bicubic, tokenizer = transforms.InterpolationMode.BICUBIC, open_clip.get_tokenizer("ViT-B-32")
-    transform = transforms.Compose([transforms.RandomResizedCrop(size, (0.5, 1.0), interpolation=bicubic),
-                                    transforms.ToTensor(), transforms.Normalize(mean, std)])
-    data = webdataset.WebDataset(shards, shardshuffle=False).decode("pil").to_tuple("jpg", "txt")
-    return data.map_tuple(transform, lambda text: tokenizer(text)[0]).batched(batch)
+    def read(loader, finish):
+        assert [finish(image).shape for image, *_ in loader] == [(batch, 3, size, size)] * (count // batch)
+
+    with tempfile.TemporaryDirectory() as folder:
+        with webdataset.ShardWriter(f"{folder}/%05d.tar", maxcount=count // 2, verbose=0) as shards:
+            for i, (image, captions) in enumerate(map(common.CocoCaptions(COCO, "train").read, range(count))):
+                shards.write({"__key__": f"{i:06d}", "jpg": image, "txt": captions[0]})
+        samples = common.TrainSamples(common.TarShards(folder), common.CLIPTokenizer(), size, (0.5, 1.0), seed=0)
+        ours = common.train_loader(samples, common.StepSampler(count, batch, count // batch), 0, "cpu")
+        theirs = webdataset.WebDataset(sorted(map(str, Path(folder).glob("*.tar"))), shardshuffle=False).decode("pil")
+        theirs = theirs.to_tuple("jpg", "txt").map_tuple(transform, lambda text: tokenizer(text)[0]).batched(batch)
+        compare(args, f"reading {count} COCO pairs, {size} px", ("TarShards", lambda: read(ours, to_float)),
+                ("webdataset", lambda: read(theirs, torch.Tensor.float)), ">= 1.2", longer=3)
 
 
 PARTS = {part.__name__: part for part in (clip_step, pruned_inference, eclipse_step, reading)}
@@ -208,12 +186,11 @@ def main():
     args.device, args.rounds = common.start_device(args.device, seed=0), 3 if args.quick else 7
     args.batch = args.batch or (256 if args.device.type == "cuda" else 16) // (4 if args.quick else 1)
     info = Path("/proc/cpuinfo")  # platform.processor() is empty on Linux
-    names = re.findall("model name.*: (.*)", info.read_text()) if info.exists() else []
-    cpu = names[0] if names else platform.processor()
-    gpu = f"{torch.cuda.get_device_name()}, " if args.device.type == "cuda" else ""
-    print(f"{gpu}{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; {platform.platform()}")
-    print(f"Python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in PACKAGES))
-    print(f"batch {args.batch}, {args.rounds} rounds (three times as many for inference and reading)\n")
+    names = re.findall("model name.*: (.*)", info.read_text())[:1] if info.exists() else [platform.processor()]
+    hardware = torch.cuda.get_device_name() if args.device.type == "cuda" else names[0]
+    print(f"{hardware}; {os.cpu_count()} cores, {torch.get_num_threads()} threads; batch {args.batch}, "
+          f"{args.rounds} rounds (thrice for inference and reading)\nPython {platform.python_version()}, "
+          f"{', '.join(f'{name} {version(name)}' for name in PACKAGES)}\n")
     print(COLUMNS.format("measured", "first", "time", "second", "time", "ratio", "min-max", "wanted", "note"))
     for name in args.only:
         PARTS[name](args)
