@@ -60,6 +60,8 @@ class BadSample(Exception):
 
 def run_main(main):
     """Call main(); a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    for stream in (sys.stdout, sys.stderr):  # κ and ± must not end a run on a console that lacks them
+        stream.reconfigure(errors="replace")
     try:
         main()
     except UserError as error:
@@ -104,6 +106,7 @@ def import_torchvision():
 # --------------------------------------------------------------------------------------------------------- command line
 
 
+NOT_NEGATIVE = (lambda x: x >= 0, "must not be negative")
 POSITIVE = (lambda x: x > 0, "must be above 0")
 SHARE = (lambda x: 0 <= x <= 1, "must be from 0 to 1")
 POSITIVE_SHARE = (lambda x: 0 < x <= 1, "must be above 0 and at most 1")
@@ -187,6 +190,14 @@ def start_device(name, seed):
     return torch.device(name)
 
 
+def mixed_precision(cfg, device):
+    """The autocast context of --precision and a GradScaler (idle except for fp16)."""
+    precision = cfg.precision if cfg.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    amp = torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+    return amp, torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+
 class Gather(torch.autograd.Function):
     """(b, D) on each process -> (B, D) on all of them; the gradient is summed over the processes."""
 
@@ -250,8 +261,7 @@ class StopRequest:
         """Whether to stop now; several processes agree on it where `synchronise` is true, so that none waits."""
         if world_size() == 1:
             return self.asked
-        asked = torch.tensor(float(self.asked), device=_device())
-        return synchronise and mean_over_processes({"asked": asked})["asked"] > 0
+        return synchronise and total(self.asked, _device()) > 0
 
     def __exit__(self, *exception):
         for signum, handler in self.before.items():
@@ -279,15 +289,18 @@ def as_fields(saved):
     return {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
 
 
-def saved_values(values, given, free):
-    """The fields of the run being resumed. UserError when a flag given now differs from it, but for those in `free`."""
+FREE = {"out", "resume", "root", "device", "workers", "log_every", "save_every", "seeds", "ablate"}  # may change
+
+
+def saved_values(values, given):
+    """The fields of the run being resumed. UserError when a flag given now differs from it, but for those in FREE."""
     path = Path(values["out"]) / "config.json"
     if not path.is_file():
         print(f"--resume: no run in {values['out']} yet, starting one")
         return values
     saved = as_fields(read_json(path)["config"])
     for name, value in given.items():
-        if name not in free and saved[name] != value:
+        if name not in FREE and saved[name] != value:
             raise UserError(f"{flag(name)} {value}: the run in {values['out']} has {saved[name]}; leave the flag out "
                             "or start another run with --out")
     return {**saved, "out": values["out"]}
@@ -295,13 +308,12 @@ def saved_values(values, given, free):
 
 def is_done(config):
     """Whether the run folder of a config holds its results. UserError when they are those of another config."""
-    ignored = {"out", "resume", "device", "workers", "log_every", "save_every", "seeds", "ablate"}
     folder = Path(config.out)
     if not (folder / "config.json").is_file():
         return False
     saved, wanted = read_json(folder / "config.json")["config"], json.loads(json.dumps(dataclasses.asdict(config)))
-    for name in [n for n in wanted if n not in ignored and wanted[n] != saved.get(n)]:
-        raise UserError(f"{folder} was run with {flag(name)} {saved.get(name)}, not {wanted[name]}: take another --out")
+    for name in [n for n in wanted if n not in FREE and wanted[n] != saved.get(n)]:
+        raise UserError(f"{folder} has {flag(name)} {saved.get(name)}, not {wanted[name]}: take another --out")
     return (folder / "results.json").is_file()
 
 
@@ -357,6 +369,26 @@ class Run:
             _replace(self.path(name), lambda temporary: torch.save(content, temporary))
 
 
+    def save_state(self, config, state, model, **parts):
+        """last.pt: the tensors of model, optimiser and scaler, `state` (step, ...) and the config.
+
+        Random numbers need no state: they are seeded by (seed, step, sample). A model that has diverged is not saved,
+        so the last good checkpoint stays.
+        """
+        if torch.stack([p.sum() for p in model.parameters()]).isfinite().all():
+            self.save("last.pt", {"model": model.state_dict(), "state": state, "config": dataclasses.asdict(config),
+                                  **{name: part.state_dict() for name, part in parts.items()}})
+
+    def load_state(self, **parts):
+        """The `state` that save_state was given, its tensors loaded into the parts; None when nothing was saved yet."""
+        if not self.path("last.pt").exists():
+            return None
+        saved = torch.load(self.path("last.pt"), map_location="cpu", weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        return saved["state"]
+
+
 def _replace(path, write):
     temporary = path.with_name(path.name + ".tmp")
     write(temporary)
@@ -372,6 +404,20 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
+def check_sizes(cfg, sizes):
+    """UserError when the sizes of a Config contradict each other, or those read off a checkpoint (`sizes`)."""
+    guessed = ("act", "pixel_stats", "vision_heads", "text_heads")  # not in the tensors: a flag may correct them
+    for name in [n for n in sizes if n not in guessed and n != "image_size"]:
+        if getattr(cfg, name) != sizes[name]:
+            raise UserError(f"{flag(name)} {getattr(cfg, name)}: the checkpoint has {sizes[name]}")
+    for size, part in (("image_size", "patch_size"), ("vision_width", "vision_heads"), ("text_width", "text_heads")):
+        if getattr(cfg, size) % getattr(cfg, part):
+            raise UserError(f"{flag(size)} {getattr(cfg, size)} is no multiple of {flag(part)} {getattr(cfg, part)}")
+    if cfg.batch_size % (cfg.accum * world_size()):
+        raise UserError(f"--batch-size {cfg.batch_size} cannot be cut into {world_size()} x {cfg.accum} equal chunks "
+                        "(processes x --accum)")
+
+
 def run_arms(cfg, arms, train):
     """--ablate: train each arm that is not done yet, seed by seed, then tabulate every arm that is, mean ± std.
 
@@ -379,8 +425,10 @@ def run_arms(cfg, arms, train):
     run folder of their own, so an interrupted ablation goes on where it stopped. Returns {arm: [results.json]}.
     """
     names = [name for name in arms if "all" in cfg.ablate or name in cfg.ablate]
-    if not names:
-        raise UserError(f"--ablate {' '.join(cfg.ablate)}: no such arm; there are all, {', '.join(map(repr, arms))}")
+    unknown = set(cfg.ablate) - {"all", *arms}
+    if unknown:
+        raise UserError(f"--ablate {' '.join(sorted(unknown))}: no such arm; there are: all, "
+                        + ", ".join(map(repr, arms)))
     folder, found = Path(cfg.out), {}
     for seed in cfg.seeds:
         for name in names:
@@ -431,20 +479,23 @@ class Progress:
             self.step += 1
             self.bar.update()
 
-    def report(self, row, chance, line):
-        """Show a log row (with ln(batch), the loss of a model that knows nothing); returns the row of timing.csv."""
-        now, steps = time.perf_counter(), row["step"] - self.last_step
-        speed = steps * self.batch_size / (now - self.since)
-        timing = {"step": row["step"], "images_per_second": speed, "data_share": self.waited / (now - self.since)}
+    def lap(self, step):
+        """The row of timing.csv since the last one."""
+        seconds = time.perf_counter() - self.since
+        self.speed = (step - self.last_step) * self.batch_size / seconds
+        self.data_share = self.waited / seconds
+        return {"step": step, "images_per_second": self.speed, "data_share": self.data_share}
+
+    def show(self, row, chance, line):
+        """Show a row of log.csv, with ln(batch), the NCE of a model that knows nothing; the clock starts anew."""
         metrics = " ".join(f"{k} {v:.4g}" for k, v in row.items() if k.startswith(("loss", "nce", "kd", "val_")))
         text = (f"epoch {row['epoch']:.2f} {metrics} (chance nce {chance:.2f}) scale {row['logit_scale']:.1f} "
-                f"lr {row['lr']:.1e} | {speed:.0f} images/s, {timing['data_share']:.0%} waiting for data")
+                f"lr {row['lr']:.1e} | {self.speed:.0f} images/s, {self.data_share:.0%} waiting for data")
         if self.bar.disable and rank() == 0:
             print(f"step {row['step']} {text}", flush=True)
         elif rank() == 0:
             self.bar.set_postfix_str(text) if not line else self.bar.write(text)
-        self.last_step, self.waited, self.since = row["step"], 0.0, now
-        return timing
+        self.last_step, self.waited, self.since = row["step"], 0.0, time.perf_counter()
 
 
 def environment():
@@ -512,12 +563,16 @@ VISION_HEADS = {1280: 16, 1408: 16, 1664: 16}  # ViT-H, g and bigG; every other 
 
 
 def read_clip(path, act=None):
+    """clip_weights() of a file."""
+    return clip_weights(*read_weights(path), path, act)
+
+
+def clip_weights(weights, config, path, act=None):
     """(weights under OpenAI's parameter names, {config field: value}) of an OpenAI, OpenCLIP or Hugging Face CLIP ViT.
 
     The sizes are read off the tensors. The activation is not in them: it comes from `act`, else from a config.json or
     open_clip_config.json beside the file, else OpenAI's TorchScript archives mean QuickGELU and anything else GELU.
     """
-    weights, config = read_weights(path)
     if any(name.startswith("online.") for name in weights):  # a checkpoint of this project: the trained towers
         weights = {n.removeprefix("online."): t for n, t in weights.items() if n.startswith("online.")}
     if "vision_model.embeddings.class_embedding" in weights:
@@ -530,6 +585,8 @@ def read_clip(path, act=None):
     sizes = clip_sizes(weights)
     config = config or _config_beside(Path(path)) or {}
     sizes["act"] = act or config.get("act", "gelu")
+    if sizes["act"] not in ("gelu", "quick_gelu"):
+        raise UserError(f"{path} wants the activation {sizes['act']}, not gelu or quick_gelu: choose with --act")
     sizes["pixel_stats"] = config.get("pixel_stats", "clip")
     for field in ("vision_heads", "text_heads"):
         sizes[field] = config.get(field, sizes[field])
@@ -585,15 +642,15 @@ def _from_hugging_face(weights):
 def _config_beside(path):
     """{"act": ...} from the config a hub repository keeps beside its weights, None when there is none."""
     if (path.parent / "open_clip_config.json").is_file():
-        model = json.loads((path.parent / "open_clip_config.json").read_text())["model_cfg"]
+        model = read_json(path.parent / "open_clip_config.json")["model_cfg"]
         return {"act": "quick_gelu" if model.get("quick_gelu") else "gelu"}
     if (path.parent / "config.json").is_file():
-        config = json.loads((path.parent / "config.json").read_text())
-        vision = config.get("vision_config", {})
-        if "hidden_act" in vision:
-            heads = {"vision_heads": vision.get("num_attention_heads"),
-                     "text_heads": config.get("text_config", {}).get("num_attention_heads")}
-            return {"act": vision["hidden_act"], **{k: v for k, v in heads.items() if v}}
+        config = read_json(path.parent / "config.json")
+        if "vision_config" in config:  # transformers leaves out what equals its defaults: those of ViT-B/32
+            vision, text = config["vision_config"], config.get("text_config") or {}
+            return {"act": vision.get("hidden_act", "quick_gelu"),
+                    "vision_heads": vision.get("num_attention_heads", 12),
+                    "text_heads": text.get("num_attention_heads", 8)}
     return None
 
 
@@ -1801,7 +1858,8 @@ def training_set(cfg):
 def evaluation_sets(cfg, split):
     """{name: set} of --eval-data (default: what belongs to --data) in a split, "val" or "test".
 
-    A set without a validation split is left out of "val"; a default set that is not on disk is left out with a line.
+    Where no set has a validation split, the part of the training set that is held out serves. UserError when a set is
+    not there.
     """
     if cfg.data == "emoji" and not cfg.eval_data:
         scenes = dict(concepts=cfg.concepts, difficulty=cfg.difficulty)
@@ -1813,10 +1871,12 @@ def evaluation_sets(cfg, split):
     found = {}
     for name in cfg.eval_data or (cfg.data,):
         root = cfg.eval_root or (cfg.root if name == cfg.data else None)
-        labelled = name in LABELLED or (name != cfg.data and name not in CAPTIONED)
-        data = (open_labelled if labelled else open_retrieval)(name, root, split)
-        if data is not None:
-            found[name] = data
+        captioned = name in CAPTIONED or (name == cfg.data and name not in LABELLED)
+        found[name] = (open_retrieval if captioned else open_labelled)(name, root, split)
+    found = {name: data for name, data in found.items() if data is not None}
+    if split == "val" and not found and cfg.data not in ("emoji", *LABELLED):
+        data = open_retrieval(cfg.data, cfg.root, split)
+        found = {cfg.data: data} if data is not None else {}
     return found
 
 
@@ -1826,39 +1886,46 @@ def loader_workers(cfg):
     return cfg.workers if cfg.workers >= 0 else 0 if cfg.data == "emoji" else min(8, max(1, os.cpu_count() // local))
 
 
-def example_images(data, image_size, count):
-    """(count, 3, S, S) uint8 and one caption each, of the first readable samples of a captioned set."""
+def example_images(cfg, count):
+    """(up to count, 3, S, S) uint8 and a caption each, from the first retrieval set of the test split; None without."""
     images, captions = [], []
-    for index in range(len(data)):
-        if len(images) == count:
-            break
-        with contextlib.suppress(BadSample):
-            source, texts = data.read(index)
-            images.append(torch.from_numpy(resize_center_crop(source, image_size)))
-            captions.append(texts[0])
-    return torch.stack(images), captions
+    for data in evaluation_sets(cfg, "test").values():
+        for index in range(0 if hasattr(data, "classes") or images else len(data)):
+            if len(images) == count:
+                break
+            with contextlib.suppress(BadSample):
+                source, texts = data.read(index)
+                images.append(torch.from_numpy(resize_center_crop(source, cfg.image_size)))
+                captions.append(texts[0])
+    return (torch.stack(images), captions) if images else None
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate(encoders, encode_text, tokenizer, data, cfg):
-    """Every image encoder on one evaluation set: zero-shot classification when it has classes, else retrieval.
+def evaluate(encoders, tokenizer, data, cfg):
+    """Every encoder on one evaluation set: zero-shot classification when it has classes, else retrieval.
 
-    encoders: {name: function (B, 3, S, S) uint8 -> (B, D) unit length}; encode_text: (T, context) tokens -> (T, D) unit
-    length. Returns {name: {metric: percent}}. Images that could not be read are left out and counted ("unreadable").
+    encoders: {name: (image encoder, text encoder)}, (B, 3, S, S) uint8 -> (B, D) and (T, context) token ids -> (T, D),
+    of unit length. Returns {name: {metric: percent}}. Images that could not be read are left out and counted.
     """
-    features, targets = embed_images(encoders, eval_loader(data, cfg.image_size, 128, loader_workers(cfg)))
-    if hasattr(data, "classes"):
-        classifier = zero_shot_classifier(encode_text, tokenizer, data.classes, data.templates)
-        scores = {name: zero_shot(f, torch.tensor(targets), classifier) for name, f in features.items()}
-    else:
-        texts = [text for captions in targets for text in captions]
-        image_of_text = torch.tensor([i for i, captions in enumerate(targets) for _ in captions])
-        text_features = embed_texts(encode_text, tokenizer, texts)
-        scores = {name: retrieval(f, text_features, image_of_text) for name, f in features.items()}
-    unreadable = len(data) - len(targets)
-    return {name: {**metrics, **({"unreadable": unreadable} if unreadable else {})} for name, metrics in scores.items()}
+    loader = eval_loader(data, cfg.image_size, 128, loader_workers(cfg))
+    features, targets = embed_images({name: encode for name, (encode, _) in encoders.items()}, loader)
+    unreadable = {"unreadable": len(data) - len(targets)} if len(targets) < len(data) else {}
+    labelled, texts, scores = hasattr(data, "classes"), {}, {}
+    for name, (_, encode_text) in encoders.items():
+        if encode_text not in texts and labelled:
+            texts[encode_text] = zero_shot_classifier(encode_text, tokenizer, data.classes, data.templates)
+        elif encode_text not in texts:
+            captions = [text for captions in targets for text in captions]
+            texts[encode_text] = embed_texts(encode_text, tokenizer, captions)
+        if labelled:
+            found = zero_shot(features[name], torch.tensor(targets), texts[encode_text])
+        else:
+            image_of_text = torch.tensor([i for i, captions in enumerate(targets) for _ in captions])
+            found = retrieval(features[name], texts[encode_text], image_of_text)
+        scores[name] = {**found, **unreadable}
+    return scores
 
 
 @torch.no_grad()
@@ -1877,7 +1944,8 @@ def embed_images(encoders, loader):
 @torch.no_grad()
 def embed_texts(encode_text, tokenizer, texts, block=512):
     """(T, D) float32 features of a list of strings."""
-    return torch.cat([encode_text(trim_padding(tokenizer(texts[i:i + block]))).float() for i in range(0, len(texts), block)])
+    blocks = [texts[i:i + block] for i in range(0, len(texts), block)]
+    return torch.cat([encode_text(trim_padding(tokenizer(block))).float() for block in blocks])
 
 
 def zero_shot_classifier(encode_text, tokenizer, classes, templates):
@@ -1893,7 +1961,7 @@ def zero_shot(features, labels, classifier, block=4096):
     for x, y in zip(features.split(block), labels.split(block)):
         scores = x @ classifier.T  # (block, K)
         own = scores.gather(1, y.to(scores.device)[:, None])
-        ranks.append((scores >= own).sum(1) - 1)
+        ranks.append((~(scores < own)).sum(1) - 1)  # not "less than", so that NaN counts against the model too
     rank_of_class = torch.cat(ranks)
     return {f"top{k}": 100 * (rank_of_class < k).float().mean().item() for k in (1, 5)}
 
@@ -1911,11 +1979,11 @@ def retrieval(image_features, text_features, image_of_text, block=1024):
         scores = image_features[start:start + block] @ text_features.T  # (block, T)
         own = image_of_text[None] == torch.arange(start, start + len(scores), device=scores.device)[:, None]
         best = scores.masked_fill(~own, -math.inf).amax(1, keepdim=True)
-        to_text.append(((scores >= best) & ~own).sum(1))
+        to_text.append((~(scores < best) & ~own).sum(1))
     for start in range(0, len(text_features), block):
         scores = text_features[start:start + block] @ image_features.T  # (block, N)
         own = scores.gather(1, image_of_text[start:start + block, None])
-        to_image.append((scores >= own).sum(1) - 1)
+        to_image.append((~(scores < own)).sum(1) - 1)
     return {f"{way}_r{k}": 100 * (torch.cat(ranks) < k).float().mean().item()
             for way, ranks in (("i2t", to_text), ("t2i", to_image)) for k in (1, 5, 10)}
 
@@ -1961,6 +2029,33 @@ def _fit_logistic(x, y, classes, c, block=65536):
     return weights.detach()
 
 
+def write_results(run, cfg, encoders, scores, state, device):
+    """results.json, the table on stdout and curves.png; returns what results.json holds.
+
+    encoders and scores: as evaluate() takes and returns them, scores by evaluation set; state: the training loop's.
+    """
+    speeds = compare_speeds({name: encode for name, (encode, _) in encoders.items()}, speed_probe(cfg, device))
+    cells = {name: {**flatten(scores, name), "images_per_second": speeds[name]} for name in encoders}
+    rows = read_csv(run.path("log.csv"))
+    last = [float(value) for column, value in rows[-1].items() if column.startswith("val_") and value]
+    results = {"cells": cells, "steps": state["step"], "best_step": state["best_step"],
+               "best_validation": state["best"], "last_validation": max(last, default=None)}
+    run.write_json("results.json", results)
+    print_table(cells)
+    plot_curves(run.path("curves.png"), rows, chance=math.log(cfg.batch_size), title=f"{cfg.method} on {cfg.data}")
+    return results
+
+
+def flatten(scores, encoder):
+    """{set: {encoder: {metric: value}}} -> {"set_metric": value} of one encoder."""
+    return {f"{data}_{metric}": value for data, found in scores.items() for metric, value in found[encoder].items()}
+
+
+def speed_probe(cfg, device):
+    """256 images of noise, uint8: what throughput is measured on."""
+    return torch.randint(0, 256, (256, 3, cfg.image_size, cfg.image_size), dtype=torch.uint8, device=device)
+
+
 def compare_speeds(encoders, images, rounds=5):
     """{name: images/s} of functions of one batch: median over rounds in turn, so that a slow moment meets all of them.
 
@@ -1986,6 +2081,7 @@ def compare_speeds(encoders, images, rounds=5):
 def probe(encoders, cfg):
     """--linear-probe: {name: {"<set>_probe_top1", "<set>_probe_C"}} on each labelled set of --eval-data.
 
+    encoders: {name: (B, 3, S, S) uint8 -> (B, D)}.
     Every fifth training image is the validation split on which the regularisation is chosen.
     """
     scores = {name: {} for name in encoders}
@@ -2080,8 +2176,9 @@ def plot_grid(path, rows, names, captions, title):
 
 def plot_retrieval(path, images, captions, scores, texts=6, shown=5):
     """For the first texts, the images a model ranks highest, the right one framed; scores (N images, N texts)."""
-    plt = pyplot()
-    figure, axes = plt.subplots(texts, shown, figsize=(1.6 * shown + 2.6, 1.6 * texts), layout="constrained")
+    plt, texts, shown = pyplot(), min(texts, len(images)), min(shown, len(images))
+    figure, axes = plt.subplots(texts, shown, figsize=(1.6 * shown + 2.6, 1.6 * texts), layout="constrained",
+                                squeeze=False)
     for text, line in enumerate(axes):
         for axis, image in zip(line, scores[:, text].topk(shown).indices.tolist()):
             axis.imshow(images[image].permute(1, 2, 0).cpu().numpy())

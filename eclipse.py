@@ -16,24 +16,25 @@ runs at any keep rate without tuning: pruned for speed, full for accuracy.
 Measured on the emoji scenes (@HEADER@).
 
 Assumptions, where the public text is silent. Each is ours, not the paper's:
-  A1  NCE is symmetric; KD is the mean over rows and columns of KL(teacher || student); L = NCE(A) + NCE(Ā) + λ KD with
-      λ = 1 (--kd-weight) that rises from 0 early in training (--kd-ramp, as in ALBEF).
-  A2  NCE(A) always trains the image encoder: KD alone cannot, its gradient vanishes where student = teacher. Who trains
-      the text encoder is --text-grad: "momentum" lets NCE(Ā) alone do it and stops the gradient in A; "online" lets
-      NCE(A) do it and leaves NCE(Ā) out of the loss; "both".
-  A3  One learnable logit scale, from 1/0.07, at most 100, with no gradient through the soft targets (as in SLIP).
+  A1  NCE is symmetric; KD is the mean over rows and columns of KL(teacher || student), weighted by λ = 1 (--kd-weight)
+      that rises from 0 (--kd-ramp, an idea of ALBEF: over 10-30 % of the emoji run, over the first of 40 epochs else).
+  A2  The paper aligns the online images with texts whose gradient is stopped. NCE(A) then has to train the images alone
+      and NCE(Ā) the text: --text-grad momentum. "online" lets NCE(A) train both and leaves NCE(Ā) out, "both" adds the
+      two. Default: the reading that measured best, see README. KD never trains the text, and cannot replace NCE(A): its
+      gradient vanishes where student = teacher.
+  A3  One learnable logit scale, from 1/0.07, clamped to at most 100 as in SLIP; the soft targets do not train it.
   A4  The teacher starts equal to the student, its projection included, and moves after every optimiser step with
-      constant momentum (--ema, --ema-schedule). It always sees every token (--teacher-keep-rate).
+      constant momentum (--ema: 0.995 as in ALBEF, 0.99 for the few steps of the emoji run; --ema-schedule).
   A5  Both image encoders see the same crop; only their tokens differ.
-  A6  Pruning as in EViT's code: blocks 4, 7, 10 of 12 (--prune-blocks), ranked by the CLS attention averaged over heads
-      (--prune-by), dropped tokens fused (--fuse), κ constant (--keep-rate-warmup).
-  A7  The image tower is CLIP's ViT, with the norm before the first block that SLIP's lacks, so that CLIP weights load.
-  A8  Recipe for large data: SLIP's CLIP recipe (AdamW, lr 5e-4, weight decay 0.5, batch 4096, crops, no flip).
+  A6  Pruning as in EViT's code: the blocks at a quarter, half and three quarters of the depth (--prune-blocks 3 6 9 of
+      12, from 0), ranked by the CLS attention averaged over heads (--prune-by), dropped tokens fused (--fuse), κ
+      constant (--keep-rate-warmup) and 0.7, where the saving pays for the teacher (--keep-rate).
+  A7  The towers are CLIP's, QuickGELU and the norm before the first image block included, so that CLIP weights load.
+  A8  Recipe for large data: SLIP's CLIP recipe for CC3M; for COCO and Flickr30k the same with batch 1024.
 """
 
 import copy
 import math
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -44,10 +45,22 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import common
-from common import POSITIVE, POSITIVE_SHARE, SHARE, Run, UserError, average_gradients, gather, option, rank, world_size
+from common import (
+    NOT_NEGATIVE,
+    POSITIVE,
+    POSITIVE_SHARE,
+    SHARE,
+    Run,
+    UserError,
+    average_gradients,
+    gather,
+    option,
+    rank,
+    world_size,
+)
 
-# Letters in shape comments: B images (and texts) of the global batch, b of one process, N tokens, D width, H heads,
-# K kept tokens, E width of the joint embedding.
+# Letters in shape comments: B images or texts in the batch a function is given (in the losses: b of this process
+# against the B of all), N tokens, D width, H heads, K kept tokens, E width of the joint embedding.
 
 # --------------------------------------------------------------------------------------------------------------- config
 
@@ -63,10 +76,10 @@ class Config:
     eval_data: tuple[str, ...] = option((), "evaluation sets (default: those that belong to --data)")
     eval_root: str | None = option(None, "folder of the evaluation set when it is not data/NAME")
     linear_probe: bool = option(False, "with --evaluate: also fit a linear classifier on the frozen image features")
-    ablate: tuple[str, ...] = option((), "run these ablation arms (all, a group, or arm names) and tabulate them")
+    ablate: tuple[str, ...] = option((), "train these arms of the ablation (names in quotes, or all) and tabulate them")
     seeds: tuple[int, ...] = option((0, 1, 2), "seeds of the ablation")
     profile: bool = option(False, "print parameters, MACs, tokens and images/s for each keep rate, and stop")
-    seed: int = option(0, "seed of weights, data order and augmentation")
+    seed: int = option(0, "seed of weights, data order and augmentation", NOT_NEGATIVE)
     device: str = option("auto", "auto, cuda, mps or cpu")
     workers: int = option(-1, "loader processes (-1: none for emoji, else up to 8 per training process)")
     log_every: int = option(20, "steps between rows of log.csv", POSITIVE)
@@ -133,11 +146,11 @@ class Config:
 VIT_B = dict(image_size=224, vision_width=768, vision_layers=12, vision_heads=12, vision_mlp=3072, text_width=512,
              text_layers=12, text_heads=8, context_length=77, vocab_size=49408, embed_dim=512, act="quick_gelu")
 PRESETS = {"demo": {}, "vit_b32": {**VIT_B, "patch_size": 32}, "vit_b16": {**VIT_B, "patch_size": 16}}
-# SLIP's CLIP recipe; every field can be overridden.
+# SLIP's CLIP recipe (A8) with ALBEF's momentum (A4) and ramp (A1); every field can be overridden.
 LARGE = dict(preset="vit_b16", epochs=40, batch_size=4096, lr=5e-4, weight_decay=0.5, crop_scale=0.5, ema=0.995,
              kd_ramp=(0.0, 0.025), log_every=50)
 SMALLER = {**LARGE, "batch_size": 1024}
-RECIPES = {"emoji": {}, "cc3m": LARGE, "coco": SMALLER, "flickr30k": SMALLER}
+RECIPES = {"emoji": {}, "cc3m": LARGE, "yfcc15m": {**LARGE, "epochs": 25}, "coco": SMALLER, "flickr30k": SMALLER}
 
 
 def configure(argv=None):
@@ -149,30 +162,35 @@ def configure(argv=None):
     values["out"] = given.get("out") or ("runs/ablation" if "ablate" in given else
                                          common.run_folder(stem, newest=given.get("resume", False)))
     if given.get("resume"):
-        values = common.saved_values(values, given, free={"out", "resume", "root", "device", "workers"})
-    weights, sizes, source = None, {}, given.get("evaluate") or given.get("init")
-    saved = common.read_weights(source)[1] if given.get("evaluate") else None
-    if saved and "keep_rate" in saved:  # a run of this script: evaluate all its encoders, as it was trained
-        weights, values = common.read_weights(source)[0], {**common.as_fields(saved), "init": None, "out": ""}
-    elif source:
-        weights, sizes = common.read_clip(source, given.get("act"))
+        values = common.saved_values(values, given)
+    source = given.get("evaluate") or given.get("init", values.get("init"))
+    weights, sizes = None, {}
+    if source:
+        weights, saved = common.read_weights(source)
+        if given.get("evaluate") and "online.logit_scale" in weights:  # a run of this script: all its encoders
+            values = {**common.as_fields(saved), "out": values["out"], "init": None}
+            if "data" in given:
+                values.update(root=None, eval_data=(), eval_root=None)
+        else:
+            weights, sizes = common.clip_weights(weights, saved, source, given.get("act"))
+            values.update(dict(method="clip", keep_rate=1.0) if given.get("evaluate") else {})
     cfg = Config(**{**values, **sizes, **given})
     check(cfg, sizes)
     return cfg, weights
 
 
-def check(cfg, sizes):
+def check(cfg, sizes=()):
     """UserError for values that argparse cannot judge; `sizes` are those of a checkpoint in use."""
-    for name, value in sizes.items():
-        if name != "image_size" and getattr(cfg, name) != value:
-            raise UserError(f"{common.flag(name)} {getattr(cfg, name)} does not fit the checkpoint, which has {value}")
-    for size, part in (("image_size", "patch_size"), ("vision_width", "vision_heads"), ("text_width", "text_heads")):
-        if getattr(cfg, size) % getattr(cfg, part):
-            raise UserError(f"{common.flag(size)} {getattr(cfg, size)} is no multiple of "
-                            f"{common.flag(part)} {getattr(cfg, part)}")
-    if cfg.batch_size % (cfg.accum * world_size()):
-        raise UserError(f"--batch-size {cfg.batch_size} cannot be cut into {world_size()} x {cfg.accum} equal chunks "
-                        "(processes x --accum)")
+    common.check_sizes(cfg, sizes)
+    modes = [name for name in ("evaluate", "ablate", "profile") if getattr(cfg, name)]
+    if len(modes) > 1:
+        raise UserError(f"{common.flag(modes[0])} and {common.flag(modes[1])}: choose one")
+    if cfg.linear_probe and not cfg.evaluate:
+        raise UserError("--linear-probe goes with --evaluate FILE")
+    if cfg.ablate and (cfg.data != "emoji" or world_size() > 1):
+        raise UserError("--ablate is for the emoji scenes and one process")
+    if cfg.compile and cfg.keep_rate_warmup:
+        raise UserError("--compile and --keep-rate-warmup: every new κ would be compiled anew")
     if any(not 0 <= block < cfg.vision_layers for block in cfg.prune_blocks):
         raise UserError(f"--prune-blocks: the image tower has blocks 0 to {cfg.vision_layers - 1}")
     if len(cfg.kd_ramp) != 2 or not 0 <= cfg.kd_ramp[0] <= cfg.kd_ramp[1] <= 1:
@@ -202,7 +220,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x, causal=False, cls_row=False):
-        """(B, N, D) -> (B, N, D) and, with cls_row, the attention CLS pays to each other token, (B, N-1)."""
+        """(B, N, D) -> ((B, N, D), the attention CLS pays to each other token (B, N-1), or None without cls_row)."""
         B, N, D = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each (B, H, N, D/H)
@@ -237,7 +255,7 @@ def reorganise_tokens(x, cls_attn, keep_rate, fuse, prune_by):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; below keep_rate 1 it drops tokens between attention and MLP."""
+    """Pre-norm transformer block; with a keep_rate under 1 it drops tokens between attention and MLP."""
 
     def __init__(self, width, heads, mlp_width, act):
         super().__init__()
@@ -259,7 +277,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks, initialised as CLIP's."""
+    """A stack of blocks, initialised as CLIP's. The text tower calls it; the image tower runs its blocks one by one."""
 
     def __init__(self, width, layers, heads, mlp_width, act):
         super().__init__()
@@ -286,7 +304,7 @@ class Transformer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """CLIP's ViT with EViT pruning: 1 x 1 block of EViT per entry of prune_blocks, no extra parameters."""
+    """CLIP's ViT; the blocks in prune_blocks drop tokens as in EViT, which adds no parameters."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -320,6 +338,11 @@ class VisionTransformer(nn.Module):
         return self.ln_post(x[:, 0]) @ self.proj
 
 
+def unit(x):
+    """float32 rows of length one."""
+    return F.normalize(x.float(), dim=-1)
+
+
 class CLIP(nn.Module):
     """Image tower, text tower and logit scale; parameters named as OpenAI's, so that public checkpoints load."""
 
@@ -336,25 +359,25 @@ class CLIP(nn.Module):
 
     def encode_image(self, image, keep_rate=1.0):
         """(B, 3, S, S) normalised pixels -> (B, E) of unit length."""
-        return F.normalize(self.visual(image, keep_rate).float(), dim=-1)
+        return unit(self.visual(image, keep_rate))
 
     def encode_text(self, text):
         """(B, up to context) token ids -> (B, E) of unit length, read at the end token (the largest id)."""
         x = self.token_embedding(text) + self.positional_embedding[:text.shape[1]]
         x = self.ln_final(self.transformer(x))
         x = x[torch.arange(len(x), device=x.device), text.argmax(1)] @ self.text_projection
-        return F.normalize(x.float(), dim=-1)
+        return unit(x)
 
 
 # --------------------------------------------------------------------------------------------------------------- losses
 
 
-def similarities(scale, image, text):
-    """s<u_i, v_j> of this process's images with all texts and of its texts with all images, two (b, B).
+def similarities(scale, u, v):
+    """(M, M transposed) with M_ij = s<u_i, v_j>: this process's rows of each, (b, B); u and v (b, E) of unit length.
 
     Gathered with gradient: averaging the processes' gradients gives the gradient of one process with the whole batch.
     """
-    return scale * image @ gather(text).T, scale * text @ gather(image).T
+    return scale * u @ gather(v).T, scale * v @ gather(u).T
 
 
 def info_nce(logits):
@@ -377,7 +400,12 @@ class ECLIPSE(nn.Module):
     """Online image encoder (partial view), momentum image encoder (full view), one text encoder.
 
     `online` is a whole CLIP: the online image encoder, the shared text encoder and the logit scale. `momentum` is the
-    moving average of online.visual. With method "clip" there is no momentum encoder and the loss is NCE alone.
+    moving average of online.visual. A training step, spread over backward() and update() below:
+
+        u, v = online(image, κ), text(caption)         partial view, and the text                      embed
+        ū = momentum(image)                            full view, no gradient                          teach
+        L(s<u, v>, s<ū, v>) backward, optimiser step                                                   loss
+        momentum <- m momentum + (1 - m) online                                                        update_momentum
     """
 
     def __init__(self, cfg):
@@ -404,20 +432,29 @@ class ECLIPSE(nn.Module):
     def teach(self, image, text):
         """ū (b, E), the full view of the images, and v̄ (b, E) or None when the text encoder is shared."""
         if self.momentum is None:
-            return None, None
-        u_bar = F.normalize(self.momentum(image, self.cfg.teacher_keep_rate).float(), dim=-1)
+            return None, None  # method "clip"
+        u_bar = unit(self.momentum(image, self.cfg.teacher_keep_rate))
         return u_bar, self.momentum_text.encode_text(text) if self.momentum_text else None
 
     def loss(self, u, v, u_bar, v_bar, kd_weight):
-        """L = NCE(A) + NCE(Ā) + λ KD(Ā, A) and its terms; A = s<u, sg(v)>, Ā = s<ū, v> (assumptions A1, A2)."""
+        """The loss and its terms, from A = s<u, v> and Ā = s<ū, v>; sg stops the gradient.
+
+        text_grad  loss                                          trains the text encoder (assumption A2)
+        momentum   NCE(s<u, sg v>) + NCE(Ā) + λ KD(Ā, s<u, sg v>)   NCE(Ā)
+        online     NCE(A)                   + λ KD(Ā, s<u, sg v>)   NCE(A)
+        both       NCE(A)          + NCE(Ā) + λ KD(Ā, s<u, sg v>)   both
+        Nothing trains ū but the moving average. With a momentum text encoder Ā = s<ū, v̄>, and KD trains both towers, as
+        in ALBEF. Without a teacher (method "clip") the loss is NCE(A).
+        """
         cfg, scale = self.cfg, self.online.logit_scale.exp()
         if u_bar is None:
             nce = info_nce(similarities(scale, u, v))
             return nce, {"nce_online": nce.detach()}
-        online = similarities(scale, u, v if cfg.text_grad != "momentum" else v.detach())  # A
-        momentum = similarities(scale, u_bar, v if v_bar is None else v_bar)  # Ā
+        full, stopped = similarities(scale, u, v), similarities(scale, u, v.detach())
+        online = stopped if cfg.text_grad == "momentum" else full
+        momentum = similarities(scale, u_bar, v if v_bar is None else v_bar)
         nce_online, nce_momentum = info_nce(online), info_nce(momentum)
-        kd = distillation(momentum, online)
+        kd = distillation(momentum, stopped if v_bar is None else full)
         total = nce_online + kd_weight * kd + (nce_momentum if cfg.text_grad != "online" else 0)
         return total, {"nce_online": nce_online.detach(), "nce_momentum": nce_momentum.detach(), "kd": kd.detach()}
 
@@ -436,21 +473,21 @@ class ECLIPSE(nn.Module):
 
 def build(cfg, weights=None):
     """ECLIPSE with fresh weights, with those of a run, or with those of a CLIP checkpoint in OpenAI's naming."""
-    method = ECLIPSE(cfg)
+    model = ECLIPSE(cfg)
     if weights and "online.logit_scale" in weights:
-        common.load_weights(method, weights)
+        common.load_weights(model, weights)
     elif weights:
-        rows = method.online.visual.positional_embedding.shape[0]
+        rows = model.online.visual.positional_embedding.shape[0]
         key = "visual.positional_embedding"
         weights = {**weights, key: common.resize_positions(weights[key], rows)}
-        common.load_weights(method.online, weights)
-        method.reset_momentum()
-    return method
+        common.load_weights(model.online, weights)
+        model.reset_momentum()
+    return model
 
 
-def build_optimiser(method, cfg, device):
+def build_optimiser(model, cfg, device):
     """AdamW, weight decay on matrices only; fused where the device has it."""
-    trained = [p for p in method.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": cfg.weight_decay},
               {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
     fused = device.type in ("cuda", "cpu")
@@ -469,33 +506,37 @@ def schedules(cfg, step, steps, steps_per_epoch):
         lr = cosine(cfg.lr, cfg.lr_end, (step - warmup) / max(1, steps - warmup))
     keep_rate = cosine(1, cfg.keep_rate, done / cfg.keep_rate_warmup) if done < cfg.keep_rate_warmup else cfg.keep_rate
     zero_until, whole_from = cfg.kd_ramp
-    ramp = 1.0 if done >= whole_from else max(0.0, (done - zero_until) / (whole_from - zero_until))
+    ramp = 1.0 if done >= whole_from else max(0.0, done - zero_until) / max(1e-9, whole_from - zero_until)
     ema = cfg.ema if cfg.ema_schedule == "const" else cosine(cfg.ema, 1, done)
     return {"lr": lr, "keep_rate": keep_rate, "kd_weight": cfg.kd_weight * ramp, "ema": ema}
 
 
-def backward(method, image, text, now, amp, scaler, seed):
+def backward(model, image, text, now, amp, scaler, seed):
     """Backpropagate one batch; returns the loss and its terms, on the device.
 
     With --accum k > 1 the batch is embedded without graph, the loss is taken on all of it, and its gradient with
     respect to the embeddings is carried into the towers chunk by chunk: the full-batch gradient, in a chunk's memory.
     The loss is evaluated once, so the logit scale receives its gradient once.
     """
-    k = method.cfg.accum
+    k = model.cfg.accum
     images, texts = image.chunk(k), text.chunk(k)
 
     def embed(i):
         torch.manual_seed(seed + i)  # random pruning draws the same tokens in both passes, and after --resume
         with amp:
-            return method.embed(images[i], texts[i], now["keep_rate"])
+            return model.embed(images[i], texts[i], now["keep_rate"])
 
-    with amp:
-        u_bar, v_bar = cat_features(method.teach(*chunk) for chunk in zip(images, texts))
+    def teach(i):
+        torch.manual_seed(seed + i)
+        with amp:
+            return model.teach(images[i], texts[i])
+
+    u_bar, v_bar = cat_features(teach(i) for i in range(k))
     with torch.set_grad_enabled(k == 1):
         u, v = cat_features(embed(i) for i in range(k))
     if k > 1:
         u.requires_grad_(), v.requires_grad_()
-    loss, terms = method.loss(u, v, u_bar, v_bar, now["kd_weight"])
+    loss, terms = model.loss(u, v, u_bar, v_bar, now["kd_weight"])
     scaler.scale(loss).backward()
     if k > 1:
         for i, gradients in enumerate(zip(u.grad.chunk(k), v.grad.chunk(k))):
@@ -508,39 +549,38 @@ def cat_features(chunks):
     return tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*chunks))
 
 
-def mixed_precision(cfg, device):
-    """The autocast context and the GradScaler (idle except for fp16)."""
-    precision = cfg.precision if cfg.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    amp = torch.autocast(device.type, dtype) if dtype else nullcontext()
-    return amp, torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+def normalise(image, statistics):
+    """(B, 3, S, S) uint8 -> float on the device of the statistics: mean and std of the channels, (2, 3, 1, 1)."""
+    mean, std = statistics
+    return image.to(mean.device, non_blocking=True).float().sub_(mean).div_(std)
 
 
-def update(method, optimiser, scaler, lr, ema):
+def update(model, optimiser, scaler, lr, ema):
     """One optimiser step on the processes' mean gradient, then the clamp of the logit scale, then the teacher."""
     for group in optimiser.param_groups:
         group["lr"] = lr
-    average_gradients(method.parameters())
+    average_gradients(model.parameters())
     scaler.step(optimiser)
     scaler.update()
     optimiser.zero_grad(set_to_none=True)
     with torch.no_grad():
-        method.online.logit_scale.clamp_(0, math.log(100))
-    if method.momentum is not None:
-        method.update_momentum(ema)
+        model.online.logit_scale.clamp_(0, math.log(100))
+    if model.momentum is not None:
+        model.update_momentum(ema)
 
 
 def train(cfg, weights=None):
     """Train, validate after every epoch, evaluate at the end; returns what results.json holds."""
     device = common.start_device(cfg.device, cfg.seed)
     run, data = Run(cfg.out, {"log.csv": LOG_COLUMNS, "timing.csv": common.TIMING_COLUMNS}), common.training_set(cfg)
-    method = build(cfg, weights).to(device)
-    optimiser, (amp, scaler) = build_optimiser(method, cfg, device), mixed_precision(cfg, device)
-    state = {"step": 0, "best": -1.0, "best_step": 0, "bad": 0}
-    if cfg.resume and run.path("last.pt").exists():
-        state = load_state(run, method, optimiser, scaler)
-    prepare_towers(method, cfg)
-    evaluator = Evaluator(method, cfg, device, amp)
+    model = build(cfg, weights).to(device)
+    optimiser, (amp, scaler) = build_optimiser(model, cfg, device), common.mixed_precision(cfg, device)
+    parts = {"model": model, "optimiser": optimiser, "scaler": scaler}
+    state = run.load_state(**parts) if cfg.resume else {}
+    state = state or {"step": 0, "best": -1.0, "best_step": 0, "bad": 0}
+    prepare_towers(model, cfg)
+    evaluator = Evaluator(model, cfg, device, amp)
+    common.evaluation_sets(cfg, "val"), common.evaluation_sets(cfg, "test")  # what is missing is said before training
     samples = common.TrainSamples(data, evaluator.tokenizer, cfg.image_size, (cfg.crop_scale, 1.0), cfg.seed)
     total = cfg.epochs * (len(data) // cfg.batch_size)
     sampler = common.StepSampler(len(data), cfg.batch_size, total, state["step"], cfg.seed, rank(), world_size())
@@ -550,67 +590,51 @@ def train(cfg, weights=None):
     with common.StopRequest() as stop, progress:
         for image, text, bad in progress.watch(loader):
             now = schedules(cfg, state["step"], sampler.steps, sampler.steps_per_epoch)
-            terms = backward(method, evaluator.pixels(image), text.to(device, non_blocking=True), now, amp, scaler,
-                             seed=cfg.seed * 10 ** 9 + state["step"] * cfg.accum)
-            update(method, optimiser, scaler, now["lr"], now["ema"])
+            image, text = normalise(image, evaluator.statistics), text.to(device, non_blocking=True)
+            seed = (cfg.seed * 10 ** 9 + state["step"] * world_size() + rank()) * cfg.accum
+            terms = backward(model, image, text, now, amp, scaler, seed)
+            update(model, optimiser, scaler, now["lr"], now["ema"])
             state["step"] += 1
             state["bad"] += bad
             epoch_ends, logs = state["step"] % sampler.steps_per_epoch == 0, state["step"] % cfg.log_every == 0
             stopping = stop.agreed(synchronise=logs or epoch_ends)
             if logs or epoch_ends:
-                row = log_row(method, state, sampler, now, terms)
+                row = log_row(model, state, sampler, now, terms)
+                run.log("timing.csv", progress.lap(state["step"]))
                 if epoch_ends:
                     common.check_bad(common.total(state["bad"], device), len(data), cfg.data)
                     state["bad"] = 0
                     row.update(validate(run, evaluator, state))
                 run.log("log.csv", row)
-                run.log("timing.csv", progress.report(row, chance=math.log(cfg.batch_size), line=epoch_ends))
+                progress.show(row, chance=math.log(cfg.batch_size), line=epoch_ends)
             if epoch_ends or stopping or state["step"] % cfg.save_every == 0:
-                save_state(run, method, optimiser, scaler, state)
+                run.save_state(cfg, state, **parts)
             if stopping:
                 raise KeyboardInterrupt(f"stopped at step {state['step']}; --resume --out {run.folder} goes on")
-    return finish(run, method, evaluator, state)
+    return finish(run, evaluator, state)
 
 
 LOG_COLUMNS = ["step", "epoch", "lr", "keep_rate", "kd_weight", "ema", "loss", "nce_online", "nce_momentum", "kd",
                "logit_scale", "val_online", "val_momentum"]
 
 
-def log_row(method, state, sampler, now, terms):
+def log_row(model, state, sampler, now, terms):
     """The row of log.csv: the one place where the host waits for the device. FloatingPointError when diverged."""
     values = common.mean_over_processes(terms)
     if not math.isfinite(values["loss"]):
         raise FloatingPointError(f"the loss is {values['loss']} at step {state['step']}: lower --lr, lengthen --warmup "
                                  "or use --precision fp32; last.pt is from before it diverged")
-    if method.momentum is None:
+    if model.momentum is None:
         now = {"lr": now["lr"], "keep_rate": now["keep_rate"]}
     return {"step": state["step"], "epoch": state["step"] / sampler.steps_per_epoch, **now, **values,
-            "logit_scale": method.online.logit_scale.exp().item()}
+            "logit_scale": model.online.logit_scale.exp().item()}
 
 
-def save_state(run, method, optimiser, scaler, state):
-    """last.pt: everything --resume needs. Random numbers need no state: they are seeded by (seed, step, sample).
-
-    A model that has diverged is not saved: the last good checkpoint stays.
-    """
-    if torch.stack([p.sum() for p in method.parameters()]).isfinite().all():
-        run.save("last.pt", {"model": method.state_dict(), "optimiser": optimiser.state_dict(), "state": state,
-                             "scaler": scaler.state_dict(), "config": asdict(method.cfg)})
-
-
-def load_state(run, method, optimiser, scaler):
-    saved = torch.load(run.path("last.pt"), map_location="cpu", weights_only=True)
-    method.load_state_dict(saved["model"])
-    optimiser.load_state_dict(saved["optimiser"])
-    scaler.load_state_dict(saved["scaler"])
-    return saved["state"]
-
-
-def prepare_towers(method, cfg):
-    for tower in (method.online.visual.transformer, method.online.transformer):
+def prepare_towers(model, cfg):
+    for tower in (model.online.visual.transformer, model.online.transformer):
         tower.grad_checkpoint = cfg.grad_checkpoint
     if cfg.compile:
-        for tower in filter(None, (method.online.visual, method.online.transformer, method.momentum)):
+        for tower in filter(None, (model.online.visual, model.online.transformer, model.momentum)):
             tower.compile()  # in place: the parameter names stay as they are
 
 
@@ -620,114 +644,88 @@ def prepare_towers(method, cfg):
 class Evaluator:
     """The encoders of a model as functions, by name: online or momentum, at the training keep rate or full."""
 
-    def __init__(self, method, cfg, device, amp):
-        self.method, self.cfg, self.device, self.amp = method, cfg, device, amp
+    def __init__(self, model, cfg, device, amp):
+        self.model, self.cfg, self.device, self.amp = model, cfg, device, amp
         self.tokenizer = common.CLIPTokenizer(cfg.context_length, cfg.vocab_size)
-        statistics = common.PIXELS[cfg.pixel_stats]
-        self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) * 255 for v in statistics)
-
-    def pixels(self, image):
-        """(B, 3, S, S) uint8 -> normalised float on the device."""
-        return image.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)
+        self.statistics = 255 * torch.tensor(common.PIXELS[cfg.pixel_stats], device=device).view(2, 3, 1, 1)
 
     def encoders(self):
-        """{"online κ=0.7": function (B, 3, S, S) uint8 -> (B, E), ...}: two or four cells of the paper's table."""
-        towers = {"online": self.method.online.visual, "momentum": self.method.momentum}
-        rates = dict.fromkeys((self.cfg.keep_rate, 1.0))
-        return {f"{name} κ={rate:g}": lambda image, tower=tower, rate=rate: self.encode(image, tower, rate)
-                for name, tower in towers.items() if tower is not None for rate in rates}
+        """{"online κ=0.7": (image encoder, text encoder), ...}: the cells of the paper's table.
 
-    def encode(self, image, tower, keep_rate):
-        with self.amp:
-            return F.normalize(tower(self.pixels(image), keep_rate).float(), dim=-1)
+        Image encoders: (B, 3, S, S) uint8 -> (B, E); text encoders: (T, context) token ids -> (T, E).
+        """
+        towers = {"online": self.model.online.visual, "momentum": self.model.momentum}
+        rates = {"online": {self.cfg.keep_rate, 1.0}, "momentum": {self.cfg.keep_rate, self.cfg.teacher_keep_rate, 1.0}}
+        text = partial(self.encode_text, self.model.online)
+        texts = {"online": text, "momentum": partial(self.encode_text, self.model.momentum_text)
+                 if self.model.momentum_text else text}
+        return {f"{name} κ={rate:g}": (partial(self.encode_image, tower, rate), texts[name])
+                for name, tower in towers.items() if tower is not None for rate in sorted(rates[name])}
 
-    def encode_text(self, tokens):
+    def encode_image(self, tower, keep_rate, image):
         with self.amp:
-            return self.method.online.encode_text(tokens.to(self.device))
+            return unit(tower(normalise(image, self.statistics), keep_rate))
+
+    def encode_text(self, clip, tokens):
+        with self.amp:
+            return clip.encode_text(tokens.to(self.device))
 
     def scores(self, encoders, split):
         """{evaluation set: {encoder: {metric: percent}}}"""
         sets = common.evaluation_sets(self.cfg, split)
-        return {name: common.evaluate(encoders, self.encode_text, self.tokenizer, data, self.cfg)
+        return {name: common.evaluate(encoders, self.tokenizer, data, self.cfg)
                 for name, data in sets.items()}
 
 
 def validate(run, evaluator, state):
-    """Main metric of the first validation set for the trained view of each encoder; keeps best.pt."""
+    """{"val_online", "val_momentum"}: main metric of the first validation set, encoders as trained; keeps best.pt."""
     if rank() > 0:
         return {}
-    encoders = evaluator.encoders()
-    names = {"val_online": next(iter(encoders)), "val_momentum": f"momentum κ={evaluator.cfg.teacher_keep_rate:g}"}
-    used = {column: name for column, name in names.items() if name in encoders}
-    scores = evaluator.scores({name: encoders[name] for name in used.values()}, "val")
+    cfg, encoders = evaluator.cfg, evaluator.encoders()
+    columns = {"val_online": f"online κ={cfg.keep_rate:g}", "val_momentum": f"momentum κ={cfg.teacher_keep_rate:g}"}
+    columns = {column: name for column, name in columns.items() if name in encoders}
+    scores = evaluator.scores({name: encoders[name] for name in columns.values()}, "val")
     if not scores:
         return {}
     first = next(iter(scores.values()))
-    row = {column: common.main_metric(first[name]) for column, name in used.items()}
+    row = {column: common.main_metric(first[name]) for column, name in columns.items()}
     if max(row.values()) > state["best"]:
         state["best"], state["best_step"] = max(row.values()), state["step"]
-        run.save("best.pt", {"model": evaluator.method.state_dict(), "config": asdict(evaluator.cfg)})
+        run.save("best.pt", {"model": evaluator.model.state_dict(), "config": asdict(cfg)})
     return row
 
 
-def finish(run, method, evaluator, state):
-    """Test scores of every cell, throughput, pictures; writes and returns results.json (None on other processes)."""
+def finish(run, evaluator, state):
+    """Test scores of every cell, throughput, pictures; returns what results.json holds (None on other processes)."""
     if rank() > 0:
         return None
-    cfg = evaluator.cfg
-    method.eval()
-    encoders = evaluator.encoders()
-    scores = evaluator.scores(encoders, "test")
-    probe = torch.randint(0, 256, (256, 3, cfg.image_size, cfg.image_size), dtype=torch.uint8, device=evaluator.device)
-    speeds = common.compare_speeds(encoders, probe)
-    cells = {name: {**flatten(scores, name), "images_per_second": speeds[name]} for name in encoders}
-    results = {"cells": cells, "steps": state["step"], "best_step": state["best_step"],
-               "best_validation": state["best"], "last_validation": last_validation(run)}
-    run.write_json("results.json", results)
-    common.print_table(cells)
-    common.plot_curves(run.path("curves.png"), common.read_csv(run.path("log.csv")), chance=math.log(cfg.batch_size),
-                       title=f"{cfg.method} on {cfg.data}")
-    draw_examples(run, evaluator)
+    cfg, encoders = evaluator.cfg, evaluator.encoders()
+    results = common.write_results(run, cfg, encoders, evaluator.scores(encoders, "test"), state, evaluator.device)
+    examples = common.example_images(cfg, 64)
+    if examples is not None:
+        images, captions = examples
+        encode_image, encode_text = encoders[f"online κ={cfg.keep_rate:g}"]
+        with torch.no_grad():
+            scores = encode_image(images) @ encode_text(evaluator.tokenizer(captions)).T
+            common.plot_retrieval(run.path("retrieval.png"), images, captions, scores)
+            if cfg.keep_rate < 1:
+                draw_kept_tokens(run.path("tokens.png"), evaluator, images[:8], captions[:8])
     print(f"pictures, tables and checkpoints: {run.folder}")
     return results
 
 
-def flatten(scores, encoder):
-    """{set: {encoder: {metric: value}}} -> {"set_metric": value} of one encoder."""
-    return {f"{data}_{metric}": value for data, found in scores.items() for metric, value in found[encoder].items()}
-
-
-def last_validation(run):
-    rows = [row for row in common.read_csv(run.path("log.csv")) if row["val_online"]]
-    return max(float(rows[-1][c]) for c in ("val_online", "val_momentum") if rows[-1][c]) if rows else None
-
-
-def draw_examples(run, evaluator, count=8):
-    """retrieval.png, and tokens.png when the encoder prunes, on images of the first test retrieval set."""
-    data = next((d for d in common.evaluation_sets(evaluator.cfg, "test").values() if not hasattr(d, "classes")), None)
-    if data is None:
-        return
-    images, captions = common.example_images(data, evaluator.cfg.image_size, 64)
-    u = next(iter(evaluator.encoders().values()))(images)
-    common.plot_retrieval(run.path("retrieval.png"), images, captions,
-                          u @ evaluator.encode_text(evaluator.tokenizer(captions)).T)
-    if evaluator.cfg.keep_rate < 1:
-        draw_kept_tokens(run.path("tokens.png"), evaluator, images[:count], captions[:count])
-
-
-@torch.no_grad()
 def draw_kept_tokens(path, evaluator, images, captions):
     """The images, and what is left of them after each pruning block: dropped patches are darkened."""
     cfg, trace = evaluator.cfg, []
-    evaluator.method.online.visual(evaluator.pixels(images), cfg.keep_rate, trace)
+    evaluator.model.online.visual(normalise(images, evaluator.statistics), cfg.keep_rate, trace)
     grid = cfg.image_size // cfg.patch_size
     rows = [images.cpu()]
     for kept in trace:
-        mask = torch.zeros(len(images), grid * grid + 1)  # one more column for the fused token, -1
-        mask.scatter_(1, kept.cpu() % (grid * grid + 1), 1.0)
+        kept = kept.cpu().where(kept.cpu() >= 0, grid * grid)  # the fused token, -1, goes to one more column
+        mask = torch.zeros(len(images), grid * grid + 1).scatter_(1, kept, 1.0)
         mask = F.interpolate(mask[:, :-1].view(-1, 1, grid, grid), scale_factor=cfg.patch_size)
         rows.append((images.cpu() * (0.2 + 0.8 * mask)).to(torch.uint8))
-    names = [f"after block {block + 1}" for block in evaluator.method.online.visual.prune_blocks]
+    names = [f"after block {block + 1}" for block in evaluator.model.online.visual.prune_blocks]
     title = f"patches kept by the online encoder, κ = {cfg.keep_rate:g}"
     common.plot_grid(path, rows, ["image", *names], captions, title)
 
@@ -735,13 +733,13 @@ def draw_kept_tokens(path, evaluator, images, captions):
 def evaluate_checkpoint(cfg, weights):
     """--evaluate: the test scores of a checkpoint, ours or a published one, and --linear-probe."""
     device = common.start_device(cfg.device, cfg.seed)
-    method = build(cfg, weights).to(device).eval()
-    evaluator = Evaluator(method, cfg, device, mixed_precision(cfg, device)[0])
+    model = build(cfg, weights).to(device).eval()
+    evaluator = Evaluator(model, cfg, device, common.mixed_precision(cfg, device)[0])
     encoders = evaluator.encoders()
     scores = evaluator.scores(encoders, "test")
-    cells = {name: flatten(scores, name) for name in encoders}
+    cells = {name: common.flatten(scores, name) for name in encoders}
     if cfg.linear_probe:
-        for name, found in common.probe(encoders, cfg).items():
+        for name, found in common.probe({name: encode for name, (encode, _) in encoders.items()}, cfg).items():
             cells[name].update(found)
     common.print_table(cells)
 
@@ -758,7 +756,7 @@ def profile(cfg):
     visual = build(cfg).online.visual.to(device).eval()
     print(f"{cfg.preset}: image tower of {sum(p.numel() for p in visual.parameters()) / 1e6:.1f} M parameters, "
           f"{cfg.image_size} px, patch {cfg.patch_size}, blocks {visual.prune_blocks} (0-based) prune")
-    amp = mixed_precision(cfg, device)[0]
+    amp = common.mixed_precision(cfg, device)[0]
     images = min(cfg.batch_size, 256 if device.type == "cuda" or cfg.preset == "demo" else 8)
     batch = torch.randn(images, 3, cfg.image_size, cfg.image_size, device=device)
     def encode(rate, images):
@@ -789,51 +787,56 @@ def forward_cost(visual, image, keep_rate):
 
 
 METRIC = "concept_top1"  # zero-shot on unseen drawings
-PLAIN = dict(method="clip", keep_rate=1.0)
-ARMS = {  # name: flags that differ from the defaults
-    "clip": PLAIN,
-    "eclipse": {},
-    "clip + evit": dict(method="clip"),
-    **{f"keep rate {k:g}": dict(keep_rate=k) for k in KEEP_RATES if k != Config.keep_rate},
-    "text teacher momentum": dict(text_teacher="momentum", text_grad="online"),
-    **{f"text grad {t}": dict(text_grad=t) for t in ("momentum", "online", "both") if t != Config.text_grad},
-    **{f"kd weight {w:g}": dict(kd_weight=w) for w in (0.0, 0.5, 1.0, 2.0) if w != Config.kd_weight},
-    **{f"ema {m:g}": dict(ema=m) for m in (0.0, 0.95, 0.99, 0.995, 0.999) if m != Config.ema},
-    "no kd ramp": dict(kd_ramp=(0.0, 0.0)),
-    "teacher pruned too": dict(teacher_keep_rate=Config.keep_rate),
-    "no fusion": dict(fuse=False),
-    "random pruning": dict(prune_by="random"),
-    **{f"{regime}, {name}": dict(**setting, **arm) for regime, setting in {
-        "noise 0": dict(noise=0.0), "noise 0.2": dict(noise=0.2), "noise 0.6": dict(noise=0.6),
-        "a sixth of the scenes": dict(scenes=1500, epochs=30),  # as many samples seen as 9,000 scenes in 5 epochs
-        "constant lr": dict(lr_end=Config.lr)}.items() for name, arm in (("clip", PLAIN), ("eclipse", {}))},
-}
+
+
+def ablation_arms(cfg):
+    """{name: the fields in which the arm differs from the flags given}"""
+    plain = dict(method="clip", keep_rate=1.0)
+    return {
+        "clip": plain,
+        "eclipse": {},
+        "clip + evit": dict(method="clip"),
+        **{f"keep rate {k:g}": dict(keep_rate=k) for k in KEEP_RATES if k != cfg.keep_rate},
+        "text teacher momentum": dict(text_teacher="momentum", text_grad="online"),
+        **{f"text grad {t}": dict(text_grad=t) for t in ("momentum", "online", "both") if t != cfg.text_grad},
+        **{f"kd weight {w:g}": dict(kd_weight=w) for w in (0.0, 0.5, 1.0, 2.0) if w != cfg.kd_weight},
+        **{f"ema {m:g}": dict(ema=m) for m in (0.0, 0.95, 0.99, 0.995, 0.999) if m != cfg.ema},
+        "no kd ramp": dict(kd_ramp=(0.0, 0.0)),
+        "teacher pruned too": dict(teacher_keep_rate=cfg.keep_rate),
+        "no fusion": dict(fuse=False),
+        "random pruning": dict(prune_by="random"),
+        **{f"{regime}, {name}": dict(**setting, **arm) for regime, setting in {
+            "noise 0": dict(noise=0.0), "noise 0.2": dict(noise=0.2), "noise 0.6": dict(noise=0.6),
+            "a sixth of the scenes": dict(scenes=cfg.scenes // 6, epochs=cfg.epochs * 6),  # as many samples seen
+            "constant lr": dict(lr_end=cfg.lr)}.items() for name, arm in (("clip", plain), ("eclipse", {}))},
+    }
 
 
 def ablate(cfg):
     """--ablate: train the arms that are not done yet; then the table and the sweet-spot plot of all that are."""
-    found = common.run_arms(cfg, ARMS, train)
+    found = common.run_arms(cfg, ablation_arms(cfg), train)
     draw_sweet_spot(Path(cfg.out) / "sweet_spot.png", cfg, found)
 
 
 def draw_sweet_spot(path, cfg, found):
     """Accuracy against measured throughput over κ, for the four cells of ECLIPSE, with plain CLIP and CLIP + EViT."""
+    arms = {name: replace(cfg, **fields) for name, fields in ablation_arms(cfg).items()
+            if name in found and name.startswith(("keep rate", "eclipse", "clip"))}
     device = common.start_device(cfg.device, 0)
-    evaluator = Evaluator(build(cfg).to(device).eval(), cfg, device, mixed_precision(cfg, device)[0])
-    tower = evaluator.method.online.visual
-    probe = torch.randint(0, 256, (256, 3, cfg.image_size, cfg.image_size), dtype=torch.uint8, device=device)
-    speed = common.compare_speeds({k: lambda x, k=k: evaluator.encode(x, tower, k) for k in KEEP_RATES}, probe)
+    evaluator = Evaluator(build(cfg).to(device), cfg, device, common.mixed_precision(cfg, device)[0])
+    encode = partial(evaluator.encode_image, evaluator.model.online.visual)
+    probe = common.speed_probe(cfg, device)
+    rates = sorted({1.0, *(arm.keep_rate for arm in arms.values())})
+    speed = common.compare_speeds({rate: partial(encode, rate) for rate in rates}, probe)
     series = {}  # label: [(keep rate in training, relative throughput at test, accuracies over seeds)]
-    for name, runs in found.items():
-        arm = replace(cfg, **ARMS[name])
-        if not name.startswith(("keep rate", "eclipse", "clip")):
-            continue
-        for cell in runs[0]["cells"]:
+    for name, arm in arms.items():
+        for cell in found[name][0]["cells"]:
             encoder, rate = cell.split(" κ=")
-            label = f"{encoder}, {'full view' if rate == '1' else 'pruned as trained'}"
-            if arm.method == "eclipse" or float(rate) == arm.keep_rate:
-                series.setdefault(name if arm.method == "clip" else label, []).append(
-                    (arm.keep_rate, speed[float(rate)] / speed[1.0], [run["cells"][cell][METRIC] for run in runs]))
+            views = ["full view"] * (float(rate) == 1) + ["pruned as trained"] * (float(rate) == arm.keep_rate)
+            for view in views if arm.method == "eclipse" else views[-1:]:
+                label = name if arm.method == "clip" else f"{encoder}, {view}"
+                series.setdefault(label, []).append((arm.keep_rate, speed[float(rate)] / speed[1.0],
+                                                     [run["cells"][cell][METRIC] for run in found[name]]))
     common.plot_sweet_spot(path, series, f"{METRIC}, %")
 
 

@@ -316,7 +316,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(photos, photos_run, tmp_path, worker
 
 @posix
 def test_spawned_workers(emoji_run, tmp_path):
-    """macOS and Windows spawn the loader's workers: data and tokenizer travel to them, the handling of Ctrl-C does not."""
+    """macOS and Windows spawn the workers: data and tokenizer travel to them, the handling of Ctrl-C does not."""
     out = tmp_path / "run"
     script = Script(*EMOJI, "--workers", "2", "--out", out, workers_by="spawn").wait_for(out / "log.csv", 3)
     stopped = script.ctrl_c()
