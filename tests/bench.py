@@ -65,7 +65,7 @@ def our_step(args, *flags):
     """(function that makes one training step of eclipse.py, its ECLIPSE); the batch is as our loader collates it."""
     cfg, _ = eclipse.configure([*flags, "--batch-size", str(args.batch), "--lr", "1e-6"])
     method = eclipse.build(cfg).to(args.device)
-    optimiser, precision = eclipse.build_optimiser(method, cfg, args.device), eclipse.mixed_precision(cfg, args.device)
+    optimiser, precision = eclipse.build_optimiser(method, cfg, args.device), common.mixed_precision(cfg, args.device)
     eclipse.prepare_towers(method, cfg)
     image, text = pairs(args)
     _, text, _ = common._collate_train([(x, tokens, 0) for x, tokens in zip(image, text)])
@@ -151,7 +151,7 @@ def reading(args, count=64, size=224, batch=32):
     if not COCO.is_dir():
         return print(f"reading: skipped, {COCO} is not there")
     cfg, _ = eclipse.configure(["--image-size", str(size)])
-    to_float = eclipse.Evaluator(None, cfg, torch.device("cpu"), nullcontext()).pixels
+    statistics = eclipse.Evaluator(None, cfg, torch.device("cpu"), nullcontext()).statistics
     crop = transforms.RandomResizedCrop(size, (0.5, 1.0), interpolation=transforms.InterpolationMode.BICUBIC)
     to_tensor, normalise = transforms.ToTensor(), transforms.Normalize(*common.PIXELS[cfg.pixel_stats])
     transform, tokenizer = transforms.Compose([crop, to_tensor, normalise]), open_clip.get_tokenizer("ViT-B-32")
@@ -167,7 +167,8 @@ def reading(args, count=64, size=224, batch=32):
         ours = common.train_loader(samples, common.StepSampler(count, batch, count // batch), 0, "cpu")
         theirs = webdataset.WebDataset(sorted(map(str, Path(folder).glob("*.tar"))), shardshuffle=False).decode("pil")
         theirs = theirs.to_tuple("jpg", "txt").map_tuple(transform, lambda text: tokenizer(text)[0]).batched(batch)
-        compare(args, f"reading {count} COCO pairs, {size} px", ("TarShards", lambda: read(ours, to_float)),
+        compare(args, f"reading {count} COCO pairs, {size} px",
+                ("TarShards", lambda: read(ours, lambda image: eclipse.normalise(image, statistics))),
                 ("webdataset", lambda: read(theirs, torch.Tensor.float)), ">= 1.2", longer=3)
 
 

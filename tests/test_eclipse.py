@@ -4,6 +4,7 @@ Public implementations (open_clip, transformers, safetensors, scikit-learn; a te
 installed), closed forms, and brute-force versions written here: one sample, one head, one token at a time.
 """
 
+import contextlib
 import io
 import itertools
 import json
@@ -82,7 +83,7 @@ def gradients(method):
 def run_backward(method, image, text, now=None, seed=7, amp=None, scaler=SCALER):
     """(loss, terms, gradients) of one batch."""
     method.zero_grad(set_to_none=True)
-    terms = eclipse.backward(method, image, text, now or NOW, amp or eclipse.nullcontext(), scaler, seed)
+    terms = eclipse.backward(method, image, text, now or NOW, amp or contextlib.nullcontext(), scaler, seed)
     return terms["loss"], terms, gradients(method)
 
 
@@ -615,11 +616,14 @@ def test_contrastive_gradient_of_the_text_in_each_reading(leaves):
 
 
 def test_distillation_gives_the_text_encoder_no_gradient(leaves):
-    """Row KD of the table: student side s<u, sg(v)>, target detached."""
+    """Row KD of the table: student side s<u, sg(v)>, target detached. ALBEF's arm, with v̄ as teacher, trains v too."""
     method, _, (u, v, _, u_bar, v_bar) = leaves
     without, with_kd = (loss_gradients(method, u, v, u_bar, v_bar, w)[1] for w in (0.0, 1.0))
     assert (with_kd[0] - without[0]).norm() > 1e-3
-    torch.testing.assert_close(with_kd[1], without[1], rtol=0, atol=1e-12)
+    if method.cfg.text_teacher == "momentum":
+        assert (with_kd[1] - without[1]).norm() > 1e-3
+    else:
+        torch.testing.assert_close(with_kd[1], without[1], rtol=0, atol=1e-12)
 
 
 def test_the_target_is_detached_with_its_scale(double):
@@ -941,7 +945,7 @@ def test_mixed_precision_is_close_to_fp32(precision, tolerance, accum):
     method, (image, text) = eclipse.build(cfg), batch(cfg, 8)
     now = {**NOW, "keep_rate": 1.0}
     loss, _, wanted = run_backward(method, image, text, now)
-    amp, scaler = eclipse.mixed_precision(cfg, torch.device("cpu"))
+    amp, scaler = common.mixed_precision(cfg, torch.device("cpu"))
     assert scaler.is_enabled() == (precision == "fp16")
     scaler = torch.amp.GradScaler("cpu", init_scale=256, enabled=scaler.is_enabled())  # past the first, skipped steps
     lower_loss, _, found = run_backward(method, image, text, now, amp=amp, scaler=scaler)
@@ -955,8 +959,8 @@ def test_mixed_precision_is_close_to_fp32(precision, tolerance, accum):
 
 
 def test_precision_of_a_device():
-    amp, scaler = eclipse.mixed_precision(config(), torch.device("cpu"))
-    assert isinstance(amp, eclipse.nullcontext) and not scaler.is_enabled()
+    amp, scaler = common.mixed_precision(config(), torch.device("cpu"))
+    assert isinstance(amp, contextlib.nullcontext) and not scaler.is_enabled()
 
 
 READS = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_dim"}
@@ -977,7 +981,7 @@ STEPS = [dict(), dict(accum=2), dict(prune_by="random", grad_checkpoint=True), d
 
 
 def whole_step(method, cfg, image, text, device):
-    amp, scaler = eclipse.mixed_precision(cfg, torch.device("cpu"))
+    amp, scaler = common.mixed_precision(cfg, torch.device("cpu"))
     optimiser = eclipse.build_optimiser(method, cfg, torch.device(device))
     eclipse.prepare_towers(method, cfg)
     for step in range(2):
@@ -1117,7 +1121,8 @@ def test_evaluate_leaves_out_and_counts_unreadable_images():
     cfg, tokenizer = SimpleNamespace(image_size=16, workers=0, data="emoji"), common.CLIPTokenizer(20)
     captions = [["a", "b c"], ["d"], ["never seen"], ["e", "f", "g"], ["h"], ["i"]]
     encoders = {"one": colour_features, "two": lambda images: colour_features(255 - images)}
-    found = common.evaluate(encoders, text_features, tokenizer, Pictures(captions), cfg)
+    found = common.evaluate({name: (encode, text_features) for name, encode in encoders.items()}, tokenizer,
+                            Pictures(captions), cfg)
     readable = [0, 1, 3, 4, 5]
     images = torch.tensor([[40 * i, 255 - 40 * i, 7 * i] for i in readable]).view(5, 3, 1, 1).expand(5, 3, 4, 4)
     texts = [text for i in readable for text in captions[i]]
@@ -1126,7 +1131,7 @@ def test_evaluate_leaves_out_and_counts_unreadable_images():
         wanted = brute_force_retrieval(encode(images), text_features(tokenizer(texts)), owners)
         assert found[name] == pytest.approx({**wanted, "unreadable": 1})
     labelled = Pictures([0, 1, 1, 1, 0, 2], classes=["x", "y", "z"], templates=["{}", "the {}"])
-    found = common.evaluate(encoders, text_features, tokenizer, labelled, cfg)["one"]
+    found = common.evaluate({"one": (colour_features, text_features)}, tokenizer, labelled, cfg)["one"]
     classifier = common.zero_shot_classifier(text_features, tokenizer, ["x", "y", "z"], ["{}", "the {}"])
     right = (colour_features(images) @ classifier.T).argmax(1) == torch.tensor([0, 1, 1, 0, 2])
     assert found["top1"] == pytest.approx(100 * right.float().mean().item()) and found["unreadable"] == 1

@@ -356,14 +356,15 @@ def _gradients(place, world, port, folder, double):
                 if name.startswith("momentum"):
                     parameter.data += 0.02 * torch.randn(parameter.shape)  # a teacher that is not the student
             method = method.double() if double else method
-            amp, scaler = eclipse.mixed_precision(cfg, device)
+            amp, scaler = common.mixed_precision(cfg, device)
             evaluator = eclipse.Evaluator(method, cfg, device, amp)
             samples = common.TrainSamples(common.training_set(cfg), evaluator.tokenizer, 32, (0.5, 1.0), 0)
             sampler = common.StepSampler(len(samples), cfg.batch_size, 1, 0, 0, common.rank(), common.world_size())
             image, text, _ = next(iter(common.train_loader(samples, sampler, 0, "cpu")))
             assert len(image) == 16 // world
             now = {"keep_rate": 0.7, "kd_weight": 2.0}
-            terms = eclipse.backward(method, evaluator.pixels(image), text, now, amp, scaler, seed=0)
+            image = eclipse.normalise(image, evaluator.statistics)
+            terms = eclipse.backward(method, image, text, now, amp, scaler, seed=0)
             common.average_gradients(method.parameters())
             grads = {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
             found[(*case, accum)] = {**grads, **{f"term {k}": torch.tensor(v, dtype=torch.float64)
