@@ -107,6 +107,7 @@ def import_torchvision():
 
 
 NOT_NEGATIVE = (lambda x: x >= 0, "must not be negative")
+BELOW_ONE = (lambda x: 0 <= x < 1, "must be from 0 to below 1")
 POSITIVE = (lambda x: x > 0, "must be above 0")
 SHARE = (lambda x: 0 <= x <= 1, "must be from 0 to 1")
 POSITIVE_SHARE = (lambda x: 0 < x <= 1, "must be above 0 and at most 1")
@@ -338,7 +339,10 @@ class Run:
             return
         if self.path("log.csv").exists() and not config.resume:
             raise UserError(f"{self.folder} holds a run: go on with --resume, or choose another --out")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {self.folder} cannot be made ({error.strerror})") from error
         if step == 0:
             self.write_json("config.json", {"config": dataclasses.asdict(config), "environment": environment()})
         for name in self.columns:
@@ -404,10 +408,15 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
+# Fields read off a checkpoint's tensors, and those that are not in them and that a flag may correct.
+SIZES = ("image_size", "patch_size", "vision_width", "vision_layers", "vision_mlp", "text_width", "text_layers",
+         "context_length", "vocab_size", "embed_dim")
+GUESSED = ("vision_heads", "text_heads", "act", "pixel_stats")
+
+
 def check_sizes(cfg, sizes):
     """UserError when the sizes of a Config contradict each other, or those read off a checkpoint (`sizes`)."""
-    guessed = ("act", "pixel_stats", "vision_heads", "text_heads")  # not in the tensors: a flag may correct them
-    for name in [n for n in sizes if n not in guessed and n != "image_size"]:
+    for name in [n for n in sizes if n != "image_size"]:
         if getattr(cfg, name) != sizes[name]:
             raise UserError(f"{flag(name)} {getattr(cfg, name)}: the checkpoint has {sizes[name]}")
     for size, part in (("image_size", "patch_size"), ("vision_width", "vision_heads"), ("text_width", "text_heads")):
@@ -436,7 +445,10 @@ def run_arms(cfg, arms, train):
             arm = dataclasses.replace(cfg, **arms[name], ablate=(), seed=seed, resume=True, out=out)
             if not is_done(arm):
                 print(f"\n{name}, seed {seed}")
-                train(arm)
+                try:
+                    train(arm)
+                except KeyboardInterrupt:
+                    raise KeyboardInterrupt(f"stopped in '{name}', seed {seed}; the same command goes on") from None
     for name in arms:
         results = sorted((folder / name.replace(" ", "_")).glob("seed*/results.json"))
         if results:

@@ -46,6 +46,7 @@ from torch.utils.checkpoint import checkpoint
 
 import common
 from common import (
+    BELOW_ONE,
     NOT_NEGATIVE,
     POSITIVE,
     POSITIVE_SHARE,
@@ -96,7 +97,7 @@ class Config:
     text_teacher: str = option("shared", "shared: one text encoder for both image encoders; momentum: a second, "
                                "moving-average text encoder as in ALBEF", ["shared", "momentum"])
     text_grad: str = option("online", "whose contrastive loss trains the text encoder", ["momentum", "online", "both"])
-    kd_weight: float = option(1.0, "λ, weight of the distillation loss")
+    kd_weight: float = option(1.0, "λ, weight of the distillation loss", NOT_NEGATIVE)
     kd_ramp: tuple[float, float] = option((0.1, 0.3), "λ is 0 before the first and whole after the second fraction of "
                                           "training, linear between")
     ema: float = option(0.99, "momentum of the teacher per step (0: a copy of the student)", SHARE)
@@ -125,10 +126,10 @@ class Config:
     lr: float = option(1e-3, "peak learning rate", POSITIVE)
     lr_start: float = option(1e-6, "learning rate at the first step")
     lr_end: float = option(1e-5, "learning rate at the last step")
-    warmup: float = option(1.0, "epochs of linear warm-up; cosine after it")
-    weight_decay: float = option(0.2, "AdamW weight decay, on matrices only")
-    beta2: float = option(0.98, "AdamW β₂ (β₁ is 0.9)")
-    eps: float = option(1e-8, "AdamW ε")
+    warmup: float = option(1.0, "epochs of linear warm-up; cosine after it", NOT_NEGATIVE)
+    weight_decay: float = option(0.2, "AdamW weight decay, on matrices only", NOT_NEGATIVE)
+    beta2: float = option(0.98, "AdamW β₂ (β₁ is 0.9)", BELOW_ONE)
+    eps: float = option(1e-8, "AdamW ε", POSITIVE)
     crop_scale: float = option(0.8, "smallest area of the random crop, as a share of the image", POSITIVE_SHARE)
     precision: str = option("auto", "auto: bf16 autocast on CUDA, fp32 elsewhere; fp16 uses a GradScaler",
                             ["auto", "fp32", "bf16", "fp16"])
@@ -139,7 +140,7 @@ class Config:
     concepts: int = option(100, "how many concepts are drawn", POSITIVE)
     difficulty: str = option("easy", "objects, sizes and backgrounds", ["easy", "medium", "hard"])
     noise: float = option(0.4, "share of training scenes with another scene's caption", SHARE)
-    long_tail: float = option(0.0, "exponent z of concept frequencies 1 / rank^z")
+    long_tail: float = option(0.0, "exponent z of concept frequencies 1 / rank^z", NOT_NEGATIVE)
     duplicates: float = option(0.0, "share of training scenes that nearly repeat another", SHARE)
 
 
@@ -169,11 +170,13 @@ def configure(argv=None):
         weights, saved = common.read_weights(source)
         if given.get("evaluate") and "online.logit_scale" in weights:  # a run of this script: all its encoders
             values = {**common.as_fields(saved), "out": values["out"], "init": None}
+            sizes = {name: values[name] for name in (*common.SIZES, *common.GUESSED)}
             if "data" in given:
                 values.update(root=None, eval_data=(), eval_root=None)
         else:
-            weights, sizes = common.clip_weights(weights, saved, source, given.get("act"))
-            values.update(dict(method="clip", keep_rate=1.0) if given.get("evaluate") else {})
+            weights, found = common.clip_weights(weights, saved, source, given.get("act"))
+            sizes = {name: found[name] for name in common.SIZES}
+            values.update(found, **(dict(method="clip", keep_rate=1.0) if given.get("evaluate") else {}))
     cfg = Config(**{**values, **sizes, **given})
     check(cfg, sizes)
     return cfg, weights
@@ -187,8 +190,8 @@ def check(cfg, sizes=()):
         raise UserError(f"{common.flag(modes[0])} and {common.flag(modes[1])}: choose one")
     if cfg.linear_probe and not cfg.evaluate:
         raise UserError("--linear-probe goes with --evaluate FILE")
-    if cfg.ablate and (cfg.data != "emoji" or world_size() > 1):
-        raise UserError("--ablate is for the emoji scenes and one process")
+    if cfg.ablate and world_size() > 1:
+        raise UserError("--ablate runs in one process")
     if cfg.compile and cfg.keep_rate_warmup:
         raise UserError("--compile and --keep-rate-warmup: every new κ would be compiled anew")
     if any(not 0 <= block < cfg.vision_layers for block in cfg.prune_blocks):
@@ -623,7 +626,7 @@ def log_row(model, state, sampler, now, terms):
     values = common.mean_over_processes(terms)
     if not math.isfinite(values["loss"]):
         raise FloatingPointError(f"the loss is {values['loss']} at step {state['step']}: lower --lr, lengthen --warmup "
-                                 "or use --precision fp32; last.pt is from before it diverged")
+                                 "or use --precision fp32 (a checkpoint saved before it diverged is kept)")
     if model.momentum is None:
         now = {"lr": now["lr"], "keep_rate": now["keep_rate"]}
     return {"step": state["step"], "epoch": state["step"] / sampler.steps_per_epoch, **now, **values,
@@ -786,12 +789,12 @@ def forward_cost(visual, image, keep_rate):
     return counter.get_total_flops() / 2 / len(image), [1 + kept.shape[1] for kept in trace]
 
 
-METRIC = "concept_top1"  # zero-shot on unseen drawings
-
-
 def ablation_arms(cfg):
     """{name: the fields in which the arm differs from the flags given}"""
     plain = dict(method="clip", keep_rate=1.0)
+    regimes = {"noise 0": dict(noise=0.0), "noise 0.2": dict(noise=0.2), "noise 0.6": dict(noise=0.6),
+               "a sixth of the scenes": dict(scenes=cfg.scenes // 6, epochs=cfg.epochs * 6),  # as many samples seen
+               "constant lr": dict(lr_end=cfg.lr)} if cfg.data == "emoji" else {}
     return {
         "clip": plain,
         "eclipse": {},
@@ -805,10 +808,8 @@ def ablation_arms(cfg):
         "teacher pruned too": dict(teacher_keep_rate=cfg.keep_rate),
         "no fusion": dict(fuse=False),
         "random pruning": dict(prune_by="random"),
-        **{f"{regime}, {name}": dict(**setting, **arm) for regime, setting in {
-            "noise 0": dict(noise=0.0), "noise 0.2": dict(noise=0.2), "noise 0.6": dict(noise=0.6),
-            "a sixth of the scenes": dict(scenes=cfg.scenes // 6, epochs=cfg.epochs * 6),  # as many samples seen
-            "constant lr": dict(lr_end=cfg.lr)}.items() for name, arm in (("clip", plain), ("eclipse", {}))},
+        **{f"{regime}, {name}": dict(**setting, **arm) for regime, setting in regimes.items()
+           for name, arm in (("clip", plain), ("eclipse", {}))},
     }
 
 
@@ -822,12 +823,15 @@ def draw_sweet_spot(path, cfg, found):
     """Accuracy against measured throughput over κ, for the four cells of ECLIPSE, with plain CLIP and CLIP + EViT."""
     arms = {name: replace(cfg, **fields) for name, fields in ablation_arms(cfg).items()
             if name in found and name.startswith(("keep rate", "eclipse", "clip"))}
+    if not arms:
+        return
     device = common.start_device(cfg.device, 0)
     evaluator = Evaluator(build(cfg).to(device), cfg, device, common.mixed_precision(cfg, device)[0])
     encode = partial(evaluator.encode_image, evaluator.model.online.visual)
     probe = common.speed_probe(cfg, device)
     rates = sorted({1.0, *(arm.keep_rate for arm in arms.values())})
     speed = common.compare_speeds({rate: partial(encode, rate) for rate in rates}, probe)
+    metric = next(m for m in next(iter(found[next(iter(arms))][0]["cells"].values())) if m.endswith(("top1", "_r1")))
     series = {}  # label: [(keep rate in training, relative throughput at test, accuracies over seeds)]
     for name, arm in arms.items():
         for cell in found[name][0]["cells"]:
@@ -836,8 +840,8 @@ def draw_sweet_spot(path, cfg, found):
             for view in views if arm.method == "eclipse" else views[-1:]:
                 label = name if arm.method == "clip" else f"{encoder}, {view}"
                 series.setdefault(label, []).append((arm.keep_rate, speed[float(rate)] / speed[1.0],
-                                                     [run["cells"][cell][METRIC] for run in found[name]]))
-    common.plot_sweet_spot(path, series, f"{METRIC}, %")
+                                                     [run["cells"][cell][metric] for run in found[name]]))
+    common.plot_sweet_spot(path, series, f"{metric}, %")
 
 
 def main():
