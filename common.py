@@ -1898,16 +1898,16 @@ def loader_workers(cfg):
     return cfg.workers if cfg.workers >= 0 else 0 if cfg.data == "emoji" else min(8, max(1, os.cpu_count() // local))
 
 
-def example_images(cfg, count):
-    """(up to count, 3, S, S) uint8 and a caption each, from the first retrieval set of the test split; None without."""
+def example_images(sets, image_size, count):
+    """(up to count, 3, S, S) uint8 and a caption each, from the first retrieval set of {name: set}; None without."""
     images, captions = [], []
-    for data in evaluation_sets(cfg, "test").values():
+    for data in sets.values():
         for index in range(0 if hasattr(data, "classes") or images else len(data)):
             if len(images) == count:
                 break
             with contextlib.suppress(BadSample):
                 source, texts = data.read(index)
-                images.append(torch.from_numpy(resize_center_crop(source, cfg.image_size)))
+                images.append(torch.from_numpy(resize_center_crop(source, image_size)))
                 captions.append(texts[0])
     return (torch.stack(images), captions) if images else None
 

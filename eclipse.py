@@ -36,7 +36,7 @@ Assumptions, where the public text is silent. Each is ours, not the paper's:
 import copy
 import math
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -583,7 +583,7 @@ def train(cfg, weights=None):
     state = state or {"step": 0, "best": -1.0, "best_step": 0, "bad": 0}
     prepare_towers(model, cfg)
     evaluator = Evaluator(model, cfg, device, amp)
-    common.evaluation_sets(cfg, "val"), common.evaluation_sets(cfg, "test")  # what is missing is said before training
+    evaluator.sets("val"), evaluator.sets("test")  # what is missing is said before training
     samples = common.TrainSamples(data, evaluator.tokenizer, cfg.image_size, (cfg.crop_scale, 1.0), cfg.seed)
     total = cfg.epochs * (len(data) // cfg.batch_size)
     sampler = common.StepSampler(len(data), cfg.batch_size, total, state["step"], cfg.seed, rank(), world_size())
@@ -634,6 +634,7 @@ def log_row(model, state, sampler, now, terms):
 
 
 def prepare_towers(model, cfg):
+    """--grad-checkpoint and --compile, after the weights are loaded."""
     for tower in (model.online.visual.transformer, model.online.transformer):
         tower.grad_checkpoint = cfg.grad_checkpoint
     if cfg.compile:
@@ -650,6 +651,7 @@ class Evaluator:
     def __init__(self, model, cfg, device, amp):
         self.model, self.cfg, self.device, self.amp = model, cfg, device, amp
         self.tokenizer = common.CLIPTokenizer(cfg.context_length, cfg.vocab_size)
+        self.sets = cache(partial(common.evaluation_sets, cfg))  # "val" or "test" -> {name: set}
         self.statistics = 255 * torch.tensor(common.PIXELS[cfg.pixel_stats], device=device).view(2, 3, 1, 1)
 
     def encoders(self):
@@ -675,9 +677,8 @@ class Evaluator:
 
     def scores(self, encoders, split):
         """{evaluation set: {encoder: {metric: percent}}}"""
-        sets = common.evaluation_sets(self.cfg, split)
         return {name: common.evaluate(encoders, self.tokenizer, data, self.cfg)
-                for name, data in sets.items()}
+                for name, data in self.sets(split).items()}
 
 
 def validate(run, evaluator, state):
@@ -704,7 +705,7 @@ def finish(run, evaluator, state):
         return None
     cfg, encoders = evaluator.cfg, evaluator.encoders()
     results = common.write_results(run, cfg, encoders, evaluator.scores(encoders, "test"), state, evaluator.device)
-    examples = common.example_images(cfg, 64)
+    examples = common.example_images(evaluator.sets("test"), cfg.image_size, 64)
     if examples is not None:
         images, captions = examples
         encode_image, encode_text = encoders[f"online κ={cfg.keep_rate:g}"]
