@@ -2159,9 +2159,11 @@ def plot_curves(path, rows, chance, title):
             if points:
                 axis.plot(*zip(*points), label=column, marker="." if axis is right else None)
         axis.set_xlabel("epoch")
-        axis.legend()
+        if axis.lines:
+            axis.legend()
     left.axhline(chance, color="grey", ls=":")
-    left.text(0, chance, " chance of one NCE, ln(batch)", color="grey", va="bottom", fontsize=8)
+    left.text(0.02, chance, "chance of one NCE, ln(batch)", color="grey", va="bottom", fontsize=8,
+              transform=left.get_yaxis_transform())
     left.set_ylabel("loss")
     right.set_ylabel("validation, %")
     figure.suptitle(title)

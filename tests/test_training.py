@@ -533,7 +533,7 @@ ERRORS = {
     "--data nothing --root {wrong}/file": "{wrong}/file",
     "--data coco --root {wrong}/empty": "{wrong}/empty captions_train2017.json",
     "--data flickr30k --root {wrong}/empty": "{wrong}/empty dataset_flickr30k.json",
-    "--data bad --root {wrong}/bad --workers 1": "bad 10 of 50 unreadable %",
+    "--data bad --root {wrong}/bad --workers 1": "bad unreadable 10 %",
     "--data mute --root {wrong}/mute": "mute 10 of 50 without caption 10 %",
     "--eval-data nothing": "nothing",
     "--eval-data folder --eval-root {wrong}/missing": "{wrong}/missing",
@@ -638,6 +638,18 @@ def test_damaged_shards(tmp_path):
     assert re.search(r"mine: 1 of \d+ samples cannot be used: 1 unreadable", finished.out)
     for cell in cells_of(tmp_path / "run").values():
         assert cell["mine_unreadable"] == 1 and "mine_t2i_r10" in cell
+
+
+def test_unusable_samples_in_a_row_count_once_each(tmp_path):
+    """4 of 64 are less than 10 %, also where they stand together and one stands in for the other."""
+    samples = photo_samples(range(64))
+    for _, parts in samples[20:24]:
+        parts["jpg"] = b"no image"
+    write_shard(tmp_path / "data" / "train" / "0.tar", samples)
+    write_shard(tmp_path / "data" / "val" / "0.tar", samples[:4])
+    flags = [*TINY, "--data", "mine", "--root", tmp_path / "data", "--preset", "demo", "--workers", "0"]
+    finished = run(*flags, "--out", tmp_path / "run")
+    assert finished.out.count("mine: 4 of 64 samples cannot be used: 4 unreadable") == 2  # once an epoch
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
@@ -762,9 +774,13 @@ def test_ablation_can_be_interrupted(tmp_path):
     assert "same command" in message  # --resume --out of the arm's folder would end with that arm
 
 
-def test_ablation_with_other_keep_rate_and_data(photos, tmp_path):
-    """A κ that is not on the curve, and data without the emoji's zero-shot set."""
-    out = tmp_path / "ablation"
-    run(*photos, "--epochs", "1", "--keep-rate", "0.25", "--ablate", "eclipse", "--seeds", "0", "1", "--out", out)
-    assert "eclipse: online κ=0.25" in (out / "table.md").read_text("utf-8")
+def test_ablation_with_other_keep_rate_and_data(photos, classes, tmp_path):
+    """A κ that is not on the curve, and data without the emoji's zero-shot set, or without any test set."""
+    out, colours = tmp_path / "ablation", ["--eval-data", "colours", "--eval-root", classes]
+    flags = [*photos, "--epochs", "1", "--keep-rate", "0.25", "--ablate", "eclipse"]
+    run(*flags, *colours, "--seeds", "0", "1", "--out", out)
+    table = (out / "table.md").read_text("utf-8")
+    assert "eclipse: online κ=0.25" in table and "colours_top1" in table and "±" in table
     assert (out / "sweet_spot.png").exists()
+    run(*flags, "--seeds", "0", "--out", tmp_path / "without")
+    assert "images_per_second" in (tmp_path / "without" / "table.md").read_text("utf-8")
