@@ -155,8 +155,10 @@ def parse_command_line(config_class, description, argv=None):
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(parser.parse_args(argv)).items()}
     for field in dataclasses.fields(config_class):
         allowed = field.metadata["allowed"]
-        if isinstance(allowed, tuple) and field.name in given and not allowed[0](given[field.name]):
-            raise UserError(f"{flag(field.name)} {given[field.name]}: {allowed[1]}")
+        if isinstance(allowed, tuple) and field.name in given:
+            value = given[field.name]
+            if not allowed[0](value) or not math.isfinite(value):
+                raise UserError(f"{flag(field.name)} {value:g}: {allowed[1]}")
     return given
 
 
@@ -302,8 +304,8 @@ def saved_values(values, given):
     saved = as_fields(read_json(path)["config"])
     for name, value in given.items():
         if name not in FREE and saved[name] != value:
-            raise UserError(f"{flag(name)} {value}: the run in {values['out']} has {saved[name]}; leave the flag out "
-                            "or start another run with --out")
+            raise UserError(f"{flag(name)} {value}: the run in {values['out']} was started with {saved[name]}; leave "
+                            "the flag out or start another run with --out")
     return {**saved, "out": values["out"]}
 
 
@@ -423,8 +425,8 @@ def check_sizes(cfg, sizes):
         if getattr(cfg, size) % getattr(cfg, part):
             raise UserError(f"{flag(size)} {getattr(cfg, size)} is no multiple of {flag(part)} {getattr(cfg, part)}")
     if cfg.batch_size % (cfg.accum * world_size()):
-        raise UserError(f"--batch-size {cfg.batch_size} cannot be cut into {world_size()} x {cfg.accum} equal chunks "
-                        "(processes x --accum)")
+        raise UserError(f"--batch-size {cfg.batch_size} is no multiple of {world_size()} processes x --accum "
+                        f"{cfg.accum}")
 
 
 def run_arms(cfg, arms, train):
@@ -534,6 +536,8 @@ def read_weights(path):
     missing or is no checkpoint.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name the checkpoint file in it, such as {path / 'last.pt'}")
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
@@ -542,14 +546,13 @@ def read_weights(path):
         if zipfile.is_zipfile(path) and any(n.endswith("constants.pkl") for n in zipfile.ZipFile(path).namelist()):
             return torch.jit.load(path, map_location="cpu").state_dict(), {"act": "quick_gelu"}
         content = torch.load(path, map_location="cpu", weights_only=True)
-        config = content.get("config")
-        for wrapper in ("model", "state_dict"):
-            content = content.get(wrapper, content)
-        if not all(isinstance(value, torch.Tensor) for value in content.values()):
-            raise ValueError("it holds no table of tensors")
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} is no checkpoint that can be read ({reason})") from error
+    except Exception as error:  # the readers raise errors of many types on damaged files
+        raise UserError(f"{path} is no checkpoint, or is cut off or damaged ({type(error).__name__})") from error
+    config = content.get("config") if isinstance(content, dict) else None
+    for wrapper in ("model", "state_dict"):
+        content = content.get(wrapper, content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise UserError(f"{path} holds no table of weights")
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}, config
 
 
@@ -734,9 +737,9 @@ class CLIPTokenizer:
 
     def __init__(self, context_length: int = 77, vocab_size: int = 49408):
         if context_length < 2:
-            raise UserError(f"context_length must be at least 2 (start and end token), not {context_length}")
+            raise UserError(f"--context-length {context_length}: at least 2, the start and the end token")
         if not 514 <= vocab_size <= 49408:
-            raise UserError(f"vocab_size must be 514 to 49408 (512 bytes, merges, 2 specials), not {vocab_size}")
+            raise UserError(f"--vocab-size {vocab_size}: 514 to 49408 (512 bytes, merges, 2 specials)")
         self.context_length, self.vocab_size = context_length, vocab_size
         self.sot, self.eot = vocab_size - 2, vocab_size - 1
         self._merges, texts = load_merges(vocab_size - 514)
@@ -1444,7 +1447,7 @@ def _checked(data, where: Path):
 
 
 class TrainSamples(Dataset):
-    """samples[(epoch, index)] -> image uint8 (3, S, S), tokens int64 (context,), number of unusable samples skipped.
+    """samples[(epoch, index)] -> image uint8 (3, S, S), tokens int64 (context,), 1 if unusable and replaced, else 0.
 
     The crop and the choice among several captions depend on (seed, epoch, index) alone, not on workers or resuming.
     An unusable sample is replaced by the next one; UserError after 100 in a row.
@@ -1469,7 +1472,7 @@ class TrainSamples(Dataset):
                 reason = error
                 continue
             tokens = self.tokenizer([captions[rng.integers(len(captions))]])[0]
-            return torch.from_numpy(image), tokens, bad
+            return torch.from_numpy(image), tokens, int(bad > 0)
         raise UserError(f"100 samples in a row cannot be used, from {self.data.key(first)!r} on (last: {reason})")
 
 
@@ -1484,7 +1487,7 @@ class StepSampler(Sampler):
         if batch % world:
             raise UserError(f"the global batch of {batch} cannot be shared evenly by {world} processes")
         if n < batch:
-            raise UserError(f"the training set has {n} samples, fewer than one global batch of {batch}")
+            raise UserError(f"the training set has {n} samples, fewer than one batch of {batch}: lower --batch-size")
         self.n, self.batch, self.steps, self.start = n, batch, steps, start
         self.seed, self.rank, self.world = seed, rank, world
 
@@ -1537,7 +1540,7 @@ class Loader(DataLoader):
 def train_loader(samples: TrainSamples, sampler: StepSampler, workers: int, device_type: str) -> Loader:
     """Yields images uint8 (B, 3, S, S), tokens int64 (B, context), number of unusable samples skipped (int)."""
     return Loader(samples, batch_sampler=sampler, num_workers=workers, collate_fn=_collate_train,
-                  pin_memory=device_type == "cuda", persistent_workers=workers > 0)
+                  worker_init_fn=_ignore_ctrl_c, pin_memory=device_type == "cuda", persistent_workers=workers > 0)
 
 
 def eval_loader(data, image_size: int, batch_size: int, workers: int) -> Loader:
@@ -1546,7 +1549,11 @@ def eval_loader(data, image_size: int, batch_size: int, workers: int) -> Loader:
     Unusable samples are left out: the evaluation sees which indices are missing.
     """
     return Loader(EvalSamples(data, image_size), batch_size=batch_size, num_workers=workers,
-                  collate_fn=_collate_eval)
+                  collate_fn=_collate_eval, worker_init_fn=_ignore_ctrl_c)
+
+
+def _ignore_ctrl_c(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it reaches the whole process group; the main process ends the run
 
 
 def _collate_train(batch: list[tuple]) -> tuple[torch.Tensor, torch.Tensor, int]:

@@ -169,7 +169,7 @@ def configure(argv=None):
     if source:
         weights, saved = common.read_weights(source)
         if given.get("evaluate") and "online.logit_scale" in weights:  # a run of this script: all its encoders
-            values = {**common.as_fields(saved), "out": values["out"], "init": None}
+            values = {**common.as_fields(saved), "out": values["out"], "init": None, "device": "auto", "workers": -1}
             sizes = {name: values[name] for name in (*common.SIZES, *common.GUESSED)}
             if "data" in given:
                 values.update(root=None, eval_data=(), eval_root=None)
@@ -832,7 +832,10 @@ def draw_sweet_spot(path, cfg, found):
     probe = common.speed_probe(cfg, device)
     rates = sorted({1.0, *(arm.keep_rate for arm in arms.values())})
     speed = common.compare_speeds({rate: partial(encode, rate) for rate in rates}, probe)
-    metric = next(m for m in next(iter(found[next(iter(arms))][0]["cells"].values())) if m.endswith(("top1", "_r1")))
+    cell = next(iter(found[next(iter(arms))][0]["cells"].values()))
+    metric = next((m for m in cell if m.endswith(("top1", "_r1"))), None)
+    if metric is None:  # data without a test set
+        return
     series = {}  # label: [(keep rate in training, relative throughput at test, accuracies over seeds)]
     for name, arm in arms.items():
         for cell in found[name][0]["cells"]:
