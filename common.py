@@ -546,6 +546,8 @@ def read_weights(path):
         if zipfile.is_zipfile(path) and any(n.endswith("constants.pkl") for n in zipfile.ZipFile(path).namelist()):
             return torch.jit.load(path, map_location="cpu").state_dict(), {"act": "quick_gelu"}
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # the readers raise errors of many types on damaged files
         raise UserError(f"{path} is no checkpoint, or is cut off or damaged ({type(error).__name__})") from error
     config = content.get("config") if isinstance(content, dict) else None
@@ -565,6 +567,8 @@ def _read_safetensors(path):
     header, tensors = json.loads(content[8:start]), {}
     for name, entry in header.items():
         if name != "__metadata__":
+            if entry["dtype"] not in dtypes:
+                raise UserError(f"{path}: tensors of type {entry['dtype']} are not read here")
             begin, end = (start + offset for offset in entry["data_offsets"])
             flat = torch.frombuffer(bytearray(content[begin:end]), dtype=dtypes[entry["dtype"]]) if end > begin \
                 else torch.empty(0, dtype=dtypes[entry["dtype"]])
