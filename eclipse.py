@@ -13,15 +13,17 @@ runs at any keep rate without tuning: pruned for speed, full for accuracy.
     torchrun --nproc_per_node=8 eclipse.py --data cc3m        # ViT-B/16, shards in data/cc3m
     python eclipse.py --evaluate ViT-B-32.pt --data coco      # any OpenAI, OpenCLIP or Hugging Face CLIP ViT
 
-Measured on the emoji scenes (@HEADER@).
+Measured on the emoji scenes, 40 % of the captions wrong, 3 seeds, 2 CPU cores, torch 2.13.0 (README has the table and
+the commands): zero-shot top-1 on unseen drawings 15.8 ± 0.9 at κ = 0.7, against 14.4 ± 0.7 for the same pruned encoder
+without distillation and 16.2 ± 1.8 for CLIP. Not run at the paper's scale.
 
 Assumptions, where the public text is silent. Each is ours, not the paper's:
   A1  NCE is symmetric; KD is the mean over rows and columns of KL(teacher || student), weighted by λ = 1 (--kd-weight)
       that rises from 0 (--kd-ramp, an idea of ALBEF: over 10-30 % of the emoji run, over the first of 40 epochs else).
   A2  The paper aligns the online images with texts whose gradient is stopped. NCE(A) then has to train the images alone
       and NCE(Ā) the text: --text-grad momentum. "online" lets NCE(A) train both and leaves NCE(Ā) out, "both" adds the
-      two. Default: the reading that measured best, see README. KD never trains the text, and cannot replace NCE(A): its
-      gradient vanishes where student = teacher.
+      two. Default: online, best of the three on the emoji test set, by less than the spread (README). KD never trains
+      the text, and cannot replace NCE(A): its gradient vanishes where student = teacher.
   A3  One learnable logit scale, from 1/0.07, clamped to at most 100 as in SLIP; the soft targets do not train it.
   A4  The teacher starts equal to the student, its projection included, and moves after every optimiser step with
       constant momentum (--ema: 0.995 as in ALBEF, 0.99 for the few steps of the emoji run; --ema-schedule).

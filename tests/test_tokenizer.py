@@ -257,4 +257,5 @@ def test_errors_name_the_value_in_one_line(wrong):
     with pytest.raises(UserError) as error:
         CLIPTokenizer(**wrong)
     (name, value), = wrong.items()
-    assert name.replace("_", "-") in str(error.value) and str(value) in str(error.value) and "\n" not in str(error.value)
+    message = str(error.value)
+    assert name.replace("_", "-") in message and str(value) in message and "\n" not in message
