@@ -2222,18 +2222,28 @@ def main_metric(metrics):
 
 
 def plot_sweet_spot(path, series, ylabel):
-    """{label: [(training keep rate, relative throughput, [accuracy per seed])]}: mean and std against throughput."""
+    """{label: [(training keep rate, relative throughput, [accuracy per seed])]}: mean and std.
+
+    Left against the throughput; right, for the labels that end in "full view" and all run at full cost, against the
+    keep rate in training.
+    """
     plt = pyplot()
-    figure, axis = plt.subplots(figsize=(7.5, 5), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
     for label, points in series.items():
-        points = sorted(points)
+        full = label.endswith("full view")
+        axis, points = (right if full else left), sorted(points)
+        x = [point[0 if full else 1] for point in points]
         means = [np.mean(values) for _, _, values in points]
         spread = [np.std(values, ddof=1) if len(values) > 1 else 0 for _, _, values in points]
-        axis.errorbar([x for _, x, _ in points], means, spread, label=label, capsize=3,
-                      marker="*" if len(points) == 1 else "o", markersize=12 if len(points) == 1 else 5)
-        for (keep_rate, x, _), mean in zip(points, means):
-            axis.annotate(f"{keep_rate:g}", (x, mean), textcoords="offset points", xytext=(4, 4), fontsize=7)
-    axis.set(xlabel="measured inference throughput, CLIP = 1 (small numbers: κ in training)", ylabel=ylabel)
-    axis.legend()
-    figure.savefig(path, dpi=120)
+        marker = {"marker": "o", "markersize": 5} if len(points) > 1 else {"marker": "*", "markersize": 12}
+        axis.errorbar(x, means, spread, label=label, capsize=3, **marker)
+        for place, mean, (keep_rate, _, _) in zip(x, means, points if not full else ()):
+            axis.annotate(f"{keep_rate:g}", (place, mean), textcoords="offset points", xytext=(5, 5), fontsize=8)
+    left.set(xlabel="measured inference throughput, CLIP = 1 (small numbers: κ in training and at test)", ylabel=ylabel)
+    right.set(xlabel="κ in training; all tokens at test")
+    right.invert_xaxis()
+    for axis in (left, right):
+        if axis.lines:
+            axis.legend()
+    figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -841,11 +841,13 @@ def draw_sweet_spot(path, cfg, found):
     series = {}  # label: [(keep rate in training, relative throughput at test, accuracies over seeds)]
     for name, arm in arms.items():
         for cell in found[name][0]["cells"]:
-            encoder, rate = cell.split(" κ=")
-            views = ["full view"] * (float(rate) == 1) + ["pruned as trained"] * (float(rate) == arm.keep_rate)
-            for view in views if arm.method == "eclipse" else views[-1:]:
-                label = name if arm.method == "clip" else f"{encoder}, {view}"
-                series.setdefault(label, []).append((arm.keep_rate, speed[float(rate)] / speed[1.0],
+            encoder, rate = cell.split(" κ=")[0], float(cell.split(" κ=")[1])
+            labels = [f"{encoder}, full view"] if rate == 1 else []
+            labels += [f"{encoder}, pruned as trained"] if rate == arm.keep_rate else []
+            if arm.method == "clip":
+                labels = [name] if rate == arm.keep_rate else []
+            for label in labels:
+                series.setdefault(label, []).append((arm.keep_rate, speed[rate] / speed[1.0],
                                                      [run["cells"][cell][metric] for run in found[name]]))
     common.plot_sweet_spot(path, series, f"{metric}, %")
 
