@@ -22,8 +22,8 @@ Assumptions, where the public text is silent. Each is ours, not the paper's:
       that rises from 0 (--kd-ramp, an idea of ALBEF: over 10-30 % of the emoji run, over the first of 40 epochs else).
   A2  The paper aligns the online images with texts whose gradient is stopped. NCE(A) then has to train the images alone
       and NCE(Ā) the text: --text-grad momentum. "online" lets NCE(A) train both and leaves NCE(Ā) out, "both" adds the
-      two. Default: online, best of the three on the emoji test set, by less than the spread (README). KD never trains
-      the text, and cannot replace NCE(A): its gradient vanishes where student = teacher.
+      two. Default: online, set before the readings were measured; three seeds do not separate them (README). KD trains
+      no text, and cannot replace NCE(A): its gradient vanishes where student = teacher.
   A3  One learnable logit scale, from 1/0.07, clamped to at most 100 as in SLIP; the soft targets do not train it.
   A4  The teacher starts equal to the student, its projection included, and moves after every optimiser step with
       constant momentum (--ema: 0.995 as in ALBEF, 0.99 for the few steps of the emoji run; --ema-schedule).
