@@ -3,7 +3,7 @@
 The models, the losses and the training loops are not here: they stand in each script, to be read there. In order:
 
     errors · command line · devices and processes · run folder · published weights · tokenizer · images
-    · captioned and labelled sets on disk · emoji scenes · loading · evaluation · pictures
+    · captioned and labelled sets on disk · emoji scenes · loading · embeddings on disk · evaluation · pictures
 
 Letters in shape comments: B batch, N images, T texts, D embedding width, K classes, S image side in pixels.
 """
@@ -201,6 +201,20 @@ def mixed_precision(cfg, device):
     return amp, torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
+def exact_products(function):
+    """Decorator: float32 matrix products in full precision, without TF32, while the function runs."""
+    @functools.wraps(function)
+    def exact(*args, **kwargs):
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return exact
+
+
 class Gather(torch.autograd.Function):
     """(b, D) on each process -> (B, D) on all of them; the gradient is summed over the processes."""
 
@@ -245,6 +259,36 @@ def total(count, device):
     """The sum of an integer over the processes."""
     mean = mean_over_processes({"count": torch.tensor(float(count), device=device)})["count"]
     return round(mean * world_size())
+
+
+def sum_over_processes(x):
+    """x, in place, summed over the processes."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def gather_objects(thing):
+    """[the thing each process holds], in order of rank."""
+    if world_size() == 1:
+        return [thing]
+    things = [None] * world_size()
+    dist.all_gather_object(things, thing)
+    return things
+
+
+def on_first(work):
+    """work() on rank 0, while the other processes wait; returns what it returned. Its UserError ends them all."""
+    done = None
+    if rank() == 0:
+        try:
+            done = work()
+        except UserError as error:
+            done = error
+    done = gather_objects(done)[0]
+    if isinstance(done, UserError):
+        raise done
+    return done
 
 
 class StopRequest:
@@ -341,10 +385,7 @@ class Run:
             return
         if self.path("log.csv").exists() and not config.resume:
             raise UserError(f"{self.folder} holds a run: go on with --resume, or choose another --out")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {self.folder} cannot be made ({error.strerror})") from error
+        make_folder(self.folder)
         if step == 0:
             self.write_json("config.json", {"config": dataclasses.asdict(config), "environment": environment()})
         for name in self.columns:
@@ -356,7 +397,7 @@ class Run:
 
     def write_json(self, name, content):
         if rank() == 0:
-            _replace(self.path(name), lambda new: new.write_text(json.dumps(content, indent=2) + "\n", "utf-8"))
+            write_json(self.path(name), content)
 
     def log(self, name, row):
         """Append a row to a csv file; absent columns stay empty."""
@@ -396,9 +437,37 @@ class Run:
 
 
 def _replace(path, write):
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def make_folder(folder):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder {folder} cannot be made ({error.strerror})") from error
+
+
+def write_json(path, content):
+    _replace(path, lambda new: new.write_text(json.dumps(content, indent=2) + "\n", "utf-8"))
+
+
+def write_keys(path, keys):
+    """Sample keys, one a line."""
+    _replace(path, lambda new: new.write_text("\n".join(keys) + "\n", "utf-8", errors="surrogateescape"))
+
+
+def write_arrays(path, **arrays):
+    """An .npz file, in one step, so that no process ever reads half of it."""
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            np.savez(file, **arrays)
+
+    _replace(path, write)
 
 
 def read_json(path):
@@ -458,7 +527,36 @@ def run_arms(cfg, arms, train):
     table = {f"{name}: {cell}": {"seeds": str(len(runs)), **mean_std([run["cells"][cell] for run in runs])}
              for name, runs in found.items() for cell in runs[0]["cells"]}
     print_table(table, folder / "table.md")
+    for baseline in list(found)[:2]:
+        print(f"\ndifference to {baseline!r}, subtracted seed by seed, and in how many seeds it is positive")
+        print_table(paired_differences(found, baseline), folder / f"difference_to_{baseline.replace(' ', '_')}.md")
     return found
+
+
+def paired_differences(found, baseline):
+    """{"arm: cell": {metric: "mean ± std (positive/seeds)"}} against the first cell of the baseline, seed by seed.
+
+    found: {arm: [results.json]}, each with its seed; seeds that one of the two lacks are left out.
+    """
+    def by_seed(name, cell):
+        return {run["seed"]: run["cells"][cell] for run in found[name]}
+
+    own = by_seed(baseline, next(iter(found[baseline][0]["cells"])))
+    table = {}
+    for name in found:
+        for cell in found[name][0]["cells"]:
+            theirs = by_seed(name, cell)
+            seeds = [seed for seed in theirs if seed in own]
+            if seeds and theirs[seeds[0]] != own[seeds[0]]:
+                gains = [{m: theirs[seed][m] - own[seed][m] for m in own[seed] if m in theirs[seed]
+                          and m != "images_per_second"} for seed in seeds]
+                table[f"{name}: {cell}"] = {
+                    metric: f"{value} ({sum(gain[metric] > 0 for gain in gains)}/{len(gains)})"
+                    for metric, value in mean_std(gains).items()}
+    return table
+
+
+LOSSES = ("loss", "nce", "kd", "cluster", "instance", "mimicry")  # how the columns of log.csv that hold losses begin
 
 
 class Progress:
@@ -502,7 +600,7 @@ class Progress:
 
     def show(self, row, chance, line):
         """Show a row of log.csv, with ln(batch), the NCE of a model that knows nothing; the clock starts anew."""
-        metrics = " ".join(f"{k} {v:.4g}" for k, v in row.items() if k.startswith(("loss", "nce", "kd", "val_")))
+        metrics = " ".join(f"{k} {v:.4g}" for k, v in row.items() if k.startswith((*LOSSES, "val_")))
         text = (f"epoch {row['epoch']:.2f} {metrics} (chance nce {chance:.2f}) scale {row['logit_scale']:.1f} "
                 f"lr {row['lr']:.1e} | {self.speed:.0f} images/s, {self.data_share:.0%} waiting for data")
         if self.bar.disable and rank() == 0:
@@ -592,8 +690,9 @@ def clip_weights(weights, config, path, act=None):
     The sizes are read off the tensors. The activation is not in them: it comes from `act`, else from a config.json or
     open_clip_config.json beside the file, else OpenAI's TorchScript archives mean QuickGELU and anything else GELU.
     """
-    if any(name.startswith("online.") for name in weights):  # a checkpoint of this project: the trained towers
-        weights = {n.removeprefix("online."): t for n, t in weights.items() if n.startswith("online.")}
+    for prefix in ("online.", "student."):  # a checkpoint of this project: the trained towers
+        if prefix + "logit_scale" in weights:
+            weights = {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
     if "vision_model.embeddings.class_embedding" in weights:
         weights = _from_hugging_face(weights)
     missing = [n for n in ("visual.conv1.weight", "visual.proj", "token_embedding.weight") if n not in weights]
@@ -691,7 +790,7 @@ def load_weights(module, weights):
     if wrong:
         raise UserError(f"the checkpoint does not fit the model: {wrong[0]} and {len(wrong) - 1} more "
                         "are missing, unknown or of another shape")
-    module.load_state_dict(weights)
+    module.load_state_dict(weights, assign=any(p.is_meta for p in module.parameters()))  # meta: made without memory
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizer
@@ -999,7 +1098,10 @@ class TarShards:
                 rows[-1][i] = (number, *image, *caption, is_json, len(keys))
         rows, keys = np.concatenate(rows), np.frombuffer(bytes(keys), np.uint8)
         if rank() == 0:
-            _save_arrays(cache, rows=rows, keys=keys, bad=np.array(json.dumps(bad)))
+            try:
+                write_arrays(cache, rows=rows, keys=keys, bad=np.array(json.dumps(bad)))
+            except OSError as error:
+                print(f"cannot write {cache} ({error.strerror}): the shards will be indexed again at the next start")
         return rows, keys, bad
 
 
@@ -1035,19 +1137,6 @@ def _scan_shard(path: Path) -> tuple[list[tuple], collections.Counter]:
     if not ended and not bad["cut off"]:
         bad["in a damaged shard"] += 1  # how many is not known: at least one
     return samples, bad
-
-
-def _save_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """Write an .npz in one step, so that no process ever reads half a file."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        print(f"cannot write {path} ({error.strerror}): the shards will be indexed again at the next start")
 
 
 class CaptionTSV:
@@ -1465,18 +1554,25 @@ class TrainSamples(Dataset):
         return len(self.data)
 
     def __getitem__(self, place: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, int]:
+        return self.draw(place)[:3]
+
+    def draw(self, place: tuple[int, int], captions: int | None = None):
+        """image, tokens, bad; then the index of the sample it is and the number of its caption, one of the first few.
+
+        captions: how many of a sample's captions may be drawn (None: all).
+        """
         epoch, first = place
         for bad in range(100):
             index = (first + bad) % len(self.data)
             rng = np.random.default_rng((self.seed, epoch, index))
             try:
-                source, captions = self.data.read(index)
+                source, texts = self.data.read(index)
                 image = random_resized_crop(source, self.image_size, rng, self.crop_scale)
             except BadSample as error:
                 reason = error
                 continue
-            tokens = self.tokenizer([captions[rng.integers(len(captions))]])[0]
-            return torch.from_numpy(image), tokens, int(bad > 0)
+            caption = int(rng.integers(len(texts[:captions])))
+            return torch.from_numpy(image), self.tokenizer([texts[caption]])[0], int(bad > 0), index, caption
         raise UserError(f"100 samples in a row cannot be used, from {self.data.key(first)!r} on (last: {reason})")
 
 
@@ -1542,7 +1638,10 @@ class Loader(DataLoader):
 
 
 def train_loader(samples: TrainSamples, sampler: StepSampler, workers: int, device_type: str) -> Loader:
-    """Yields images uint8 (B, 3, S, S), tokens int64 (B, context), number of unusable samples skipped (int)."""
+    """Yields images uint8 (B, 3, S, S), tokens int64 (B, context), number of unusable samples skipped (int).
+
+    What `samples` returns beyond these three follows, stacked.
+    """
     return Loader(samples, batch_sampler=sampler, num_workers=workers, collate_fn=_collate_train,
                   worker_init_fn=_ignore_ctrl_c, pin_memory=device_type == "cuda", persistent_workers=workers > 0)
 
@@ -1560,9 +1659,9 @@ def _ignore_ctrl_c(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it reaches the whole process group; the main process ends the run
 
 
-def _collate_train(batch: list[tuple]) -> tuple[torch.Tensor, torch.Tensor, int]:
-    images, tokens, bad = zip(*batch)
-    return torch.stack(images), trim_padding(torch.stack(tokens)), sum(bad)
+def _collate_train(batch: list[tuple]) -> tuple:
+    images, tokens, bad, *more = zip(*batch)
+    return torch.stack(images), trim_padding(torch.stack(tokens)), sum(bad), *map(torch.stack, more)
 
 
 def trim_padding(tokens: torch.Tensor, multiple: int = 16) -> torch.Tensor:
@@ -1871,11 +1970,31 @@ PIXELS = {  # mean and std of the channels: ImageNet's, as in SLIP, and those of
 
 
 def training_set(cfg):
-    """The captioned training set a Config names: emoji scenes, or a set on disk."""
+    """The captioned training set a Config names, emoji scenes or a set on disk; with --keep, those samples of it."""
     if cfg.data == "emoji":
-        return EmojiScenes("train", cfg.scenes, cfg.image_size, cfg.seed, cfg.concepts, cfg.difficulty, cfg.noise,
+        data = EmojiScenes("train", cfg.scenes, cfg.image_size, cfg.seed, cfg.concepts, cfg.difficulty, cfg.noise,
                            cfg.long_tail, cfg.duplicates)
-    return open_train(cfg.data, cfg.root)
+    else:
+        data = open_train(cfg.data, cfg.root)
+    return keep_only(data, cfg.keep) if cfg.keep else data
+
+
+def read_keys(path):
+    """Sample keys, one a line."""
+    try:
+        return Path(path).read_text("utf-8", errors="surrogateescape").splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: the list of keys cannot be read ({error.strerror})") from None
+
+
+def keep_only(data, path):
+    """The samples of a captioned set whose keys are listed in a file, in the set's order."""
+    wanted = set(read_keys(path))
+    indices = np.array([i for i in range(len(data)) if data.key(i) in wanted])
+    if len(indices) < len(wanted):
+        raise UserError(f"--keep {path}: {len(wanted) - len(indices):,} of its {len(wanted):,} keys are not in the "
+                        "training set")
+    return Subset(data, indices)
 
 
 def evaluation_sets(cfg, split):
@@ -1903,6 +2022,14 @@ def evaluation_sets(cfg, split):
     return found
 
 
+def number_of_captions(data, most=5):
+    """How many captions an image of a captioned set has, judged by its first readable sample; at most `most`."""
+    for i in range(len(data)):
+        with contextlib.suppress(BadSample):
+            return min(most, len(data.read(i)[1]))
+    raise UserError("the training set holds no readable sample")
+
+
 def loader_workers(cfg):
     """--workers -1: no extra process for the emoji scenes, else a share of the machine's cores."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -1921,6 +2048,138 @@ def example_images(sets, image_size, count):
                 images.append(torch.from_numpy(resize_center_crop(source, image_size)))
                 captions.append(texts[0])
     return (torch.stack(images), captions) if images else None
+
+
+# ---------------------------------------------------------------------------------------------- embeddings on disk
+
+
+def digest(*parts):
+    """Sixteen hexadecimal digits that stand for strings, bytes, or what json can write."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part if isinstance(part, bytes) else json.dumps(part).encode())
+    return found.hexdigest()[:16]
+
+
+def file_digest(path):
+    """Of a file's size and up to 64 pieces of 64 KB spread over it: a teacher may have ten gigabytes."""
+    size, piece = Path(path).stat().st_size, 2**16
+    with open(path, "rb") as file:
+        pieces = []
+        for start in sorted({int(start) for start in np.linspace(0, max(0, size - piece), 64)}):
+            file.seek(start)
+            pieces.append(file.read(piece))
+    return digest(size, *pieces)
+
+
+def data_digest(data, keys):
+    """Of all keys, and of images and captions of up to 256 samples spread over the set."""
+    parts = ["\n".join(keys)]
+    for i in np.unique(np.linspace(0, len(data) - 1, 256).astype(int)).tolist():
+        try:
+            source, captions = data.read(i)
+            parts += [source if isinstance(source, bytes) else source.tobytes(), captions]
+        except BadSample as error:
+            parts.append(str(error))
+    return digest(*parts)
+
+
+def check_product(path, found, wanted):
+    """UserError when the product at `path` was `found` to be made from anything but what is `wanted` now."""
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            made_from = {"teacher": "another teacher", "data": "other training data"}.get(
+                name, f"{name.replace('_', ' ')} {found.get(name)}, not {value}")
+            raise UserError(f"{path} was made from {made_from}: delete it, or choose another folder")
+
+
+class Embeddings:
+    """The teacher's embeddings on disk. Row i of image.npy (n, T) and text.npy (n, C, T) belongs to line i of keys.txt.
+
+    fp16 memory maps, not normalised again; C captions an image. A row of zeros: the image could not be read.
+    embeddings.json says from which teacher and data they were made. UserError when a file is damaged.
+    """
+
+    def __init__(self, folder, info):
+        self.folder, self.fingerprint = Path(folder), digest(info["teacher"], info["data"])
+        self.logit_scale, self.keys = info["logit_scale"], read_keys(self.folder / "keys.txt")
+        self.open()
+
+    def open(self):
+        self.image, self.text = (open_array(self.folder / f"{part}.npy", len(self.keys)) for part in ("image", "text"))
+
+    def __getstate__(self):  # spawned workers open the maps themselves
+        return {**self.__dict__, "image": None, "text": None}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self.open()
+
+
+class ForeignEmbeddings:
+    """Image embeddings (n, T) of any model in a .npy file, for --stage balance and cluster (--embeddings, --keys)."""
+
+    text = logit_scale = None
+
+    def __init__(self, path, keys):
+        self.image = open_array(Path(path))
+        self.keys = read_keys(keys) if keys else [str(i) for i in range(len(self.image))]
+        if len(self.keys) != len(self.image):
+            raise UserError(f"{keys} has {len(self.keys):,} keys, {path} {len(self.image):,} rows")
+        self.fingerprint = digest(file_digest(path), self.keys)
+
+
+def open_array(path, rows=None):
+    """A memory map of a .npy file with vectors in its rows. UserError when it is none or has not so many rows."""
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} is missing, cut short or no .npy file ({error})") from None
+    if array.ndim < 2 or array.dtype.kind != "f" or rows not in (None, len(array)) or not len(array):
+        raise UserError(f"{path} holds {array.dtype} of shape {array.shape}, not "
+                        f"{'some' if rows is None else f'{rows:,}'} vectors of floats")
+    return array
+
+
+def usable_rows(embeddings):
+    """The rows that hold an embedding. UserError when one holds NaN or infinity."""
+    parts = []
+    for array in filter(lambda a: a is not None, (embeddings.image, embeddings.text)):
+        flat = array.reshape(len(array), -1)
+        largest = np.concatenate([np.abs(np.asarray(flat[start:start + 65536], np.float32)).max(1)
+                                  for start in range(0, len(flat), 65536)])
+        broken = np.flatnonzero(~np.isfinite(largest))
+        if len(broken):
+            raise UserError(f"the embedding of {embeddings.keys[broken[0]]!r} and {len(broken) - 1:,} more are NaN or "
+                            "infinite: embed again, perhaps with --teacher-precision fp32")
+        parts.append(largest > 0)
+    return np.flatnonzero(np.all(parts, 0))
+
+
+class Rows:
+    """Unit float32 vectors (m, d) on a device, read by position from one or more memory maps of embeddings.
+
+    With several maps a vector is the normalised sum of their unit rows.
+    """
+
+    def __init__(self, arrays, rows, device):
+        self.arrays, self.rows, self.device = arrays, rows, device
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, positions):
+        """positions: a slice or an index tensor."""
+        rows = self.rows[positions if isinstance(positions, slice) else positions.cpu().numpy()]
+        parts = [torch.from_numpy(np.asarray(array[rows], np.float32)).to(self.device) for array in self.arrays]
+        parts = [F.normalize(part, dim=-1) for part in parts]
+        return parts[0] if len(parts) == 1 else F.normalize(sum(parts), dim=-1)
+
+
+def find_samples(data, embeddings, rows):
+    """The index in `data` of each of these rows of the embeddings, by key."""
+    index_of = {data.key(i): i for i in range(len(data))}
+    return np.array([index_of[embeddings.keys[row]] for row in rows])
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
@@ -2061,7 +2320,7 @@ def write_results(run, cfg, encoders, scores, state, device):
     cells = {name: {**flatten(scores, name), "images_per_second": speeds[name]} for name in encoders}
     rows = read_csv(run.path("log.csv"))
     last = [float(value) for column, value in rows[-1].items() if column.startswith("val_") and value]
-    results = {"cells": cells, "steps": state["step"], "best_step": state["best_step"],
+    results = {"cells": cells, "seed": cfg.seed, "steps": state["step"], "best_step": state["best_step"],
                "best_validation": state["best"], "last_validation": max(last, default=None)}
     run.write_json("results.json", results)
     print_table(cells)
@@ -2072,6 +2331,14 @@ def write_results(run, cfg, encoders, scores, state, device):
 def flatten(scores, encoder):
     """{set: {encoder: {metric: value}}} -> {"set_metric": value} of one encoder."""
     return {f"{data}_{metric}": value for data, found in scores.items() for metric, value in found[encoder].items()}
+
+
+def with_means(cell):
+    """The cell, and where several sets have one, the mean of their top-1 accuracies, zero-shot and linear probe."""
+    probes = [value for metric, value in cell.items() if metric.endswith("_probe_top1")]
+    zero_shots = [value for metric, value in cell.items() if metric.endswith("_top1") and "_probe_" not in metric]
+    means = {"mean_top1": zero_shots, "mean_probe_top1": probes}
+    return {**cell, **{name: sum(values) / len(values) for name, values in means.items() if len(values) > 1}}
 
 
 def speed_probe(cfg, device):
@@ -2104,12 +2371,14 @@ def compare_speeds(encoders, images, rounds=5):
 def probe(encoders, cfg):
     """--linear-probe: {name: {"<set>_probe_top1", "<set>_probe_C"}} on each labelled set of --eval-data.
 
-    encoders: {name: (B, 3, S, S) uint8 -> (B, D)}.
-    Every fifth training image is the validation split on which the regularisation is chosen.
+    encoders: {name: (B, 3, S, S) uint8 -> (B, D)}. "emoji" are single drawings: by the artists of the training split,
+    and by the held-out ones. Every fifth training image is the validation split on which the regularisation is chosen.
     """
     scores = {name: {} for name in encoders}
     for set_name in cfg.eval_data or (cfg.data,):
-        splits = {split: open_labelled(set_name, cfg.eval_root or cfg.root, split) for split in ("train", "test")}
+        splits = {split: EmojiClasses(split, cfg.image_size, "concept", cfg.concepts, cfg.difficulty)
+                  if set_name == "emoji" else open_labelled(set_name, cfg.eval_root or cfg.root, split)
+                  for split in ("train", "test")}
         embedded = {split: embed_images(encoders, eval_loader(data, cfg.image_size, 128, loader_workers(cfg)))
                     for split, data in splits.items()}
         for name in encoders:
@@ -2164,7 +2433,7 @@ def plot_curves(path, rows, chance, title):
     """Losses (with ln(batch), chance) and validation metrics of log.csv against the epoch."""
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for axis, wanted in ((left, ("loss", "nce", "kd")), (right, ("val_",))):
+    for axis, wanted in ((left, LOSSES), (right, ("val_",))):
         for column in [c for c in rows[0] if c.startswith(wanted) and c != "kd_weight"]:
             points = [(float(row["epoch"]), float(row[column])) for row in rows if row[column]]
             if points:
@@ -2212,6 +2481,21 @@ def plot_retrieval(path, images, captions, scores, texts=6, shown=5):
                 spine.set(color="tab:green" if image == text else "none", linewidth=4)
         line[0].set_ylabel("\n".join(textwrap.wrap(captions[text], 26)), rotation=0, ha="right", va="center")
     figure.suptitle(f"best of {len(images)} images for each caption; the caption's own image is framed")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_matrices(path, matrices, captions, title):
+    """{name: (n, n) matrix} side by side, each with its own colour scale, captions at the left."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, len(matrices), figsize=(5.5 * len(matrices) + 2, 5), layout="constrained",
+                                squeeze=False)
+    for axis, (name, matrix) in zip(axes[0], matrices.items()):
+        shown = axis.imshow(matrix.numpy(), cmap="viridis")
+        figure.colorbar(shown, ax=axis, shrink=0.7)
+        axis.set(title=name, xticks=[], yticks=[])
+    axes[0, 0].set_yticks(range(len(captions)), [textwrap.shorten(text, 34) for text in captions], fontsize=8)
+    figure.suptitle(title)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -73,6 +73,7 @@ class Config:
     data: str = option("emoji", "training data: emoji, cc3m, coco, flickr30k, or any name with --root FOLDER of tar "
                        "shards; picks preset and recipe", section="run")
     root: str | None = option(None, "folder of the data (default data/NAME)")
+    keep: str | None = option(None, "train on these samples only: a file of keys, one a line (clip_cid.py writes one)")
     out: str | None = option(None, "run folder (default runs/METHOD-DATA, numbered when taken)")
     resume: bool = option(False, "go on from the last checkpoint in --out")
     evaluate: str | None = option(None, "evaluate this checkpoint (ours, OpenAI, OpenCLIP, Hugging Face) and stop")
@@ -131,7 +132,7 @@ class Config:
     warmup: float = option(1.0, "epochs of linear warm-up; cosine after it", NOT_NEGATIVE)
     weight_decay: float = option(0.2, "AdamW weight decay, on matrices only", NOT_NEGATIVE)
     beta2: float = option(0.98, "AdamW β₂ (β₁ is 0.9)", BELOW_ONE)
-    eps: float = option(1e-8, "AdamW ε", POSITIVE)
+    adam_eps: float = option(1e-8, "AdamW ε", POSITIVE)
     crop_scale: float = option(0.8, "smallest area of the random crop, as a share of the image", POSITIVE_SHARE)
     precision: str = option("auto", "auto: bf16 autocast on CUDA, fp32 elsewhere; fp16 uses a GradScaler",
                             ["auto", "fp32", "bf16", "fp16"])
@@ -496,7 +497,7 @@ def build_optimiser(model, cfg, device):
     groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": cfg.weight_decay},
               {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
     fused = device.type in ("cuda", "cpu")
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), eps=cfg.eps, fused=fused)
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), eps=cfg.adam_eps, fused=fused)
 
 
 def schedules(cfg, step, steps, steps_per_epoch):
@@ -747,7 +748,7 @@ def evaluate_checkpoint(cfg, weights):
     if cfg.linear_probe:
         for name, found in common.probe({name: encode for name, (encode, _) in encoders.items()}, cfg).items():
             cells[name].update(found)
-    common.print_table(cells)
+    common.print_table({name: common.with_means(cell) for name, cell in cells.items()})
 
 
 # ------------------------------------------------------------------------------------------------- profile and ablation

@@ -738,12 +738,12 @@ def test_optimiser_leaves_out_the_teacher_and_decays_matrices_only():
             vector = name.endswith(("bias", "class_embedding", "logit_scale")) or ".ln_" in name
             assert decay.pop(id(p)) == (0.0 if vector else 0.3), name
     assert not decay
-    assert all(group["betas"] == (0.9, cfg.beta2) and group["eps"] == cfg.eps for group in groups)
+    assert all(group["betas"] == (0.9, cfg.beta2) and group["eps"] == cfg.adam_eps for group in groups)
 
 
 def test_update_is_adamw_then_clamp_then_ema():
     """One update against AdamW's closed first step, lr * sign of the gradient, after decay."""
-    cfg = config(weight_decay=0.2, eps=1e-12)
+    cfg = config(weight_decay=0.2, adam_eps=1e-12)
     method = make(cfg)
     optimiser = eclipse.build_optimiser(method, cfg, torch.device("cpu"))
     found = run_backward(method, *batch(cfg, 6))[2]

@@ -494,7 +494,7 @@ ERRORS = {
     "--lr 0": "--lr 0",
     "--lr nan": "--lr",
     "--beta2 1.5": "--beta2 1.5",
-    "--eps -1": "--eps",
+    "--adam-eps -1": "--adam-eps",
     "--weight-decay -1": "--weight-decay",
     "--warmup -1": "--warmup",
     "--kd-weight -1": "--kd-weight",
