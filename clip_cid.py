@@ -383,16 +383,19 @@ def near_pairs(x, floor, block):
     """
     starts = range(0, len(x), block)
     turns = [(a, b) for a in starts for b in starts if b >= a][rank()::world_size()]
-    left_of = None
+    left_of, products = None, None
     for a, b in tqdm(turns, "comparing blocks", disable=None if len(turns) > 20 and rank() == 0 else True):
         if a != left_of:
             left, left_of = x[a:a + block], a
-        cosine = left @ (left if a == b else x[b:b + block]).T
-        near = cosine > floor()
+        right = left if a == b else x[b:b + block]
+        if products is None:  # one buffer for all products: fresh memory costs a fifth of the time on a CPU
+            products = left.new_empty(len(left), len(left))
+        cosine = torch.mm(left, right.T, out=products.view(-1)[:len(left) * len(right)].view(len(left), len(right)))
         if a == b:
-            near = near.triu(1)
-        i, j = near.nonzero(as_tuple=True)
-        yield a + i, b + j, cosine[i, j]
+            cosine.masked_fill_(torch.ones_like(cosine, dtype=torch.bool).tril(), -2)
+        rows = (cosine.amax(1) > floor()).nonzero().squeeze(1)  # few rows have a near one: look closer at these
+        i, j = (cosine[rows] > floor()).nonzero(as_tuple=True)
+        yield a + rows[i], b + j, cosine[rows[i], j]
 
 
 def spanning_forest(n, i, j):
