@@ -1421,7 +1421,12 @@ def ablation_arms(cfg):
 
 def ablate(cfg):
     """--ablate: train the arms that are not done yet; then the table of all that are, and the teacher's scores."""
-    common.run_arms(cfg, ablation_arms(cfg), train)
+    def train_arm(arm):  # arms on the same data share the teacher's embeddings
+        source = [arm.data, arm.root, arm.seed, arm.scenes, arm.concepts, arm.difficulty, arm.noise, arm.long_tail,
+                  arm.duplicates, str(teacher_file(arm))]
+        return train(replace(arm, cache=cfg.cache or str(Path(cfg.out) / f"embeddings_{common.digest(source)}")))
+
+    common.run_arms(cfg, ablation_arms(cfg), train_arm)
     device = common.start_device(cfg.device, cfg.seed)
     teacher, teacher_cfg = load_teacher(cfg, device)
     sets = cache(partial(common.evaluation_sets, teacher_cfg))

@@ -336,7 +336,7 @@ def as_fields(saved):
     return {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
 
 
-FREE = {"out", "resume", "root", "device", "workers", "log_every", "save_every", "seeds", "ablate"}  # may change
+FREE = {"out", "resume", "root", "cache", "device", "workers", "log_every", "save_every", "seeds", "ablate"}  # may change
 
 
 def saved_values(values, given):

@@ -1,4 +1,4 @@
-"""Speed against open_clip and webdataset, and what pruning brings; each ratio is measured in one run, sides in turn.
+"""Speed against open_clip, webdataset and faiss, and what pruning brings; each ratio is measured in one run.
 
     python tests/bench.py --quick            # a few minutes on two cores
     python tests/bench.py --device cuda      # adds bf16 and torch.compile
@@ -13,6 +13,7 @@ import logging
 import os
 import platform
 import re
+import resource
 import statistics
 import sys
 import tempfile
@@ -22,13 +23,15 @@ from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import numpy as np
 import torch
 
+import clip_cid
 import common
 import eclipse
 
 COCO = Path(__file__).resolve().parents[2] / "shared/data/coco_mini"
-PACKAGES = "torch", "torchvision", "open_clip_torch", "webdataset", "pillow", "numpy"
+PACKAGES = "torch", "torchvision", "open_clip_torch", "webdataset", "faiss-cpu", "pillow", "numpy"
 COLUMNS = "{:<34}  {:<22} {:>11}  {:<22} {:>11}  {:>5}  {:>11}  {:<10}  {}"
 
 
@@ -172,7 +175,89 @@ def reading(args, count=64, size=224, batch=32):
                 ("webdataset", lambda: read(theirs, torch.Tensor.float)), ">= 1.2", longer=3)
 
 
-PARTS = {part.__name__: part for part in (clip_step, pruned_inference, eclipse_step, reading)}
+def clip_cid_step(args):
+    """What cluster and instance discrimination cost: teacher of width 1280, k = 10,000, as for CC3M."""
+    flags, sides = ["--preset", "vit_b32", "--data", "cc3m", "--lr", "1e-6", "--batch-size", str(args.batch)], []
+    for method in ("clip_cid", "clip"):
+        cfg, _ = clip_cid.configure([*flags, "--teacher", "unused", "--method", method])
+        taught = {"centroids": torch.randn(cfg.k, 1280), "teacher_logit_scale": 4.6} if method == "clip_cid" else {}
+        model = clip_cid.build(cfg, **taught).to(args.device)
+        batch = [torch.randn(args.batch, 1280), torch.randn(args.batch, 1280), torch.randint(cfg.k, (args.batch,))]
+        batch = clip_cid.to_device(batch if taught else [], args.device)
+        optimiser = clip_cid.build_optimiser(model, cfg, args.device)
+        precision, (image, text) = common.mixed_precision(cfg, args.device), pairs(args)
+
+        def step(model=model, batch=batch, optimiser=optimiser, precision=precision, image=image, text=text):
+            clip_cid.backward(model, image, text, batch, *precision, seed=0)
+            clip_cid.update(model, optimiser, precision[1], 1e-6)
+
+        sides.append((method, step))
+    compare(args, "step, B/32, k = 10,000", *reversed(sides), "<= 1.1")
+
+
+def embeddings(args, folder):
+    """args.images unit vectors of width 512, fp16, in a .npy file: a third are near copies of others, in clusters."""
+    torch.manual_seed(0)
+    n, width = args.images, 512
+    array = np.lib.format.open_memmap(f"{folder}/x.npy", "w+", np.float16, (n, width))
+    centres = torch.randn(n // 50, width)
+    x = clip_cid.unit(centres[torch.randint(len(centres), (n,))] + torch.randn(n, width))
+    copies = torch.randperm(n)[:n // 3]
+    x[copies] = clip_cid.unit(x[torch.randint(n, (len(copies),))] + 0.01 * torch.randn(len(copies), width))
+    array[:] = x.half().numpy()
+    array.flush()
+    return common.Rows([np.load(f"{folder}/x.npy", mmap_mode="r")], np.arange(n), args.device)
+
+
+def balance(args, eps=0.447):
+    """All pairs closer than ε, their groups and the kept images, against faiss's exact range search; one run each."""
+    import faiss
+    with tempfile.TemporaryDirectory() as folder:
+        x = embeddings(args, folder)
+        before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+        group, _, pairs = clip_cid.find_groups(x, 4096, eps=eps)
+        kept = clip_cid.centres(x, group, 4096)
+        ours = time.perf_counter() - start
+        memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        start = time.perf_counter()
+        _, found, _ = clip_cid.find_groups(x, 4096, remove=0.437)
+        removing = time.perf_counter() - start
+        rows = x[:].cpu().numpy()
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        start = time.perf_counter()
+        index = faiss.IndexFlatIP(rows.shape[1])
+        index.add(rows)
+        limits, _, _ = index.range_search(rows, 1 - eps ** 2 / 2)
+        theirs = time.perf_counter() - start
+    their_pairs = (int(limits[-1]) - len(rows)) // 2  # each twice, and each vector with itself
+    print(f"balance, {len(rows):,} x {rows.shape[1]}: clip_cid.py {ours:.1f} s with groups and centres ({pairs:,} "
+          f"pairs, {len(kept):,} kept, {memory:.0f} MB above the memory before), faiss range search alone {theirs:.1f} s "
+          f"({their_pairs:,} pairs): ratio {theirs / ours:.2f}; with --remove 0.437 {removing:.1f} s (ε {found:.4f}), "
+          f"ratio {theirs / removing:.2f}")
+
+
+def clustering(args, k=1000, iterations=10):
+    """Spherical k-means against faiss's: the mean cosine reached, and the time."""
+    import faiss
+    with tempfile.TemporaryDirectory() as folder:
+        x = embeddings(args, folder)
+        rows = x[:].cpu().numpy()
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        start = time.perf_counter()
+        _, _, objective = clip_cid.kmeans(x, k, iterations, 0, 4096)
+        ours, start = time.perf_counter() - start, time.perf_counter()
+        theirs = faiss.Kmeans(rows.shape[1], k, niter=iterations, spherical=True, max_points_per_centroid=len(rows))
+        theirs.train(rows)
+        seconds = time.perf_counter() - start
+        centroids = clip_cid.unit(torch.from_numpy(theirs.centroids)).to(args.device)
+        parts = [clip_cid.nearest_centroid(x[i:i + 4096], centroids, 4096)[1] for i in range(0, len(x), 4096)]
+        reached = torch.cat(parts).mean().item()
+    print(f"k-means, {len(rows):,} x {rows.shape[1]}, k = {k}, {iterations} iterations: mean cosine {objective[-1]:.5f} "
+          f"(faiss {reached:.5f}), {ours:.1f} s (faiss {seconds:.1f} s): ratio {seconds / ours:.2f}")
+
+
+PARTS = {part.__name__: part for part in
+         (clip_step, pruned_inference, eclipse_step, clip_cid_step, reading, balance, clustering)}
 
 
 def main():
@@ -180,6 +265,7 @@ def main():
     parser.add_argument("--device", default="auto", help="cpu or cuda [auto]")
     parser.add_argument("--quick", action="store_true", help="3 rounds instead of 7, of smaller batches")
     parser.add_argument("--batch", type=int, help="images per step [cuda 256, cpu 16; quick: a quarter]")
+    parser.add_argument("--images", type=int, default=200_000, help="vectors for balance and clustering [200000]")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some of the measurements")
     args = parser.parse_args()
     logging.disable(logging.WARNING)  # open_clip warns that its weights are random
