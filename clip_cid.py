@@ -183,7 +183,7 @@ SMALLER = {**LARGE, "batch_size": 1024, "k": 1000}
 RECIPES = {"emoji": {}, "cc3m": LARGE, "yfcc15m": LARGE, "coco": SMALLER, "flickr30k": SMALLER}
 # --stage teacher: the CLIP that ships as data/teacher_clip.pt; larger, and trained longer on more scenes.
 TEACHER = dict(method="clip", filter="none", vision_width=128, vision_layers=6, vision_mlp=512, text_width=96,
-               text_layers=3, embed_dim=128, scenes=60000, noise=0.2, long_tail=0.0, duplicates=0.0, batch_size=128,
+               text_layers=3, embed_dim=128, scenes=50000, epochs=5, long_tail=0.0, duplicates=0.0, batch_size=128,
                seed=1000, log_every=100)
 DEMO_TEACHER = common.DATA / "teacher_clip.pt"
 
@@ -797,7 +797,15 @@ def teacher_file(cfg):
     return path
 
 
-@common.exact_products
+def start_embeddings(path, info, data, keys, width):
+    """The files of common.Embeddings, every number NaN: a row without a number is still to do."""
+    common.make_folder(path.parent)
+    common.write_keys(path.with_name("keys.txt"), keys)
+    for name, shape in (("image", (len(keys), width)), ("text", (len(keys), common.number_of_captions(data), width))):
+        np.lib.format.open_memmap(path.with_name(f"{name}.npy"), "w+", np.float16, shape)[:] = np.nan
+    common.write_json(path, info)
+
+
 @torch.no_grad()
 def embed(cfg, data, device):
     """--stage embed: the teacher's embeddings of the training set, in --cache; goes on where it was interrupted."""
@@ -812,19 +820,7 @@ def embed(cfg, data, device):
     teacher, teacher_cfg = load_teacher(cfg, device)
     info = {**made_from, "teacher_file": str(teacher_file(cfg)), "logit_scale": teacher.logit_scale.item(),
             "complete": False}
-
-    def start():
-        common.make_folder(folder)
-        if path.is_file() and (folder / "text.npy").is_file():
-            return
-        common.write_keys(folder / "keys.txt", keys)
-        for name, shape in (("image", ()), ("text", (common.number_of_captions(data),))):
-            array = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16,
-                                              (len(data), *shape, teacher_cfg.embed_dim))
-            array[:] = np.nan  # a row without a number is still to do
-        common.write_json(path, info)
-
-    common.on_first(start)
+    common.on_first(lambda: path.is_file() or start_embeddings(path, info, data, keys, teacher_cfg.embed_dim))
     image, text = (np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("image", "text"))
     mine = np.array_split(np.arange(len(data)), world_size())[rank()]
     todo = mine[np.isnan(image[mine, 0])]

@@ -336,7 +336,8 @@ def as_fields(saved):
     return {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
 
 
-FREE = {"out", "resume", "root", "cache", "device", "workers", "log_every", "save_every", "seeds", "ablate"}  # may change
+# fields that may differ when a run goes on
+FREE = {"out", "resume", "root", "cache", "device", "workers", "log_every", "save_every", "seeds", "ablate"}
 
 
 def saved_values(values, given):

@@ -231,9 +231,9 @@ def balance(args, eps=0.447):
         theirs = time.perf_counter() - start
     their_pairs = (int(limits[-1]) - len(rows)) // 2  # each twice, and each vector with itself
     print(f"balance, {len(rows):,} x {rows.shape[1]}: clip_cid.py {ours:.1f} s with groups and centres ({pairs:,} "
-          f"pairs, {len(kept):,} kept, {memory:.0f} MB above the memory before), faiss range search alone {theirs:.1f} s "
-          f"({their_pairs:,} pairs): ratio {theirs / ours:.2f}; with --remove 0.437 {removing:.1f} s (ε {found:.4f}), "
-          f"ratio {theirs / removing:.2f}")
+          f"pairs, {len(kept):,} kept, {memory:.0f} MB above the memory before), faiss range search alone {theirs:.1f} "
+          f"s ({their_pairs:,} pairs): ratio {theirs / ours:.2f}; with --remove 0.437 {removing:.1f} s (ε {found:.4f})"
+          f", ratio {theirs / removing:.2f}")
 
 
 def clustering(args, k=1000, iterations=10):
@@ -252,8 +252,9 @@ def clustering(args, k=1000, iterations=10):
         centroids = clip_cid.unit(torch.from_numpy(theirs.centroids)).to(args.device)
         parts = [clip_cid.nearest_centroid(x[i:i + 4096], centroids, 4096)[1] for i in range(0, len(x), 4096)]
         reached = torch.cat(parts).mean().item()
-    print(f"k-means, {len(rows):,} x {rows.shape[1]}, k = {k}, {iterations} iterations: mean cosine {objective[-1]:.5f} "
-          f"(faiss {reached:.5f}), {ours:.1f} s (faiss {seconds:.1f} s): ratio {seconds / ours:.2f}")
+    print(f"k-means, {len(rows):,} x {rows.shape[1]}, k = {k}, {iterations} iterations: mean cosine "
+          f"{objective[-1]:.5f} (faiss {reached:.5f}), {ours:.1f} s (faiss {seconds:.1f} s), ratio "
+          f"{seconds / ours:.2f}")
 
 
 PARTS = {part.__name__: part for part in
