@@ -857,37 +857,46 @@ def balance(cfg, embeddings, device):
     if cfg.filter == "semdedup":
         settings.update(k=cfg.k, kmeans_iters=cfg.kmeans_iters)
     if common.on_first(path.is_file):
-        report = common.read_json(path.with_name("balance.json"))
-        common.check_product(path, report["made_from"], settings)
-        keys = common.read_keys(path)
-        if common.digest(keys) != report["digest"]:
-            raise UserError(f"{path} was changed since it was made: give it as --keep with --filter none, or delete it")
-        row_of = {key: row for row, key in enumerate(embeddings.keys)}
-        return np.array([row_of[key] for key in keys])
-    x, count = common.Rows([embeddings.image], usable, device), round(cfg.remove * len(usable))
-    figures, group = {}, None
-    if cfg.filter == "random":
-        chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(cfg.seed))[count:].sort().values
-    elif cfg.filter == "semdedup":
-        centroids, label, _ = kmeans(x, cfg.k, cfg.kmeans_iters, cfg.seed, cfg.block)
-        score = semdedup(x, centroids, label, cfg.block)
-        limit = 1 - cfg.eps ** 2 / 2 if cfg.eps else None
-        order = score.argsort(stable=True)  # the worst copies last
-        chosen = ((score <= limit).nonzero().squeeze(1) if cfg.eps else order[:len(x) - count].sort().values)
-    else:
-        group, eps, pairs = find_groups(x, cfg.block, cfg.eps, None if cfg.eps else cfg.remove)
-        chosen = centres(x, group, cfg.block)
-        sizes = torch.bincount(group).sort(descending=True).values
-        figures = {"eps": eps, "pairs": pairs, "groups": int((sizes > 1).sum()), "largest": sizes[:10].tolist()}
+        return read_kept(path, settings, embeddings)
+    chosen, group, figures = choose(cfg, common.Rows([embeddings.image], usable, device))
     kept = usable[chosen.numpy()]
     if len(kept) < 2 <= len(usable):
         raise UserError(f"one image of {len(usable):,} would be left: lower {'--eps' if cfg.eps else '--remove'}")
-    report = {"images": len(usable), "kept": len(kept), "removed_share": 1 - len(kept) / len(usable), **figures}
     keys = [embeddings.keys[row] for row in kept]
-    common.on_first(lambda: write_kept(path, keys, usable, group, {**report, "made_from": settings,
-                                                                 "digest": common.digest(keys)}))
+    report = {"images": len(usable), "kept": len(kept), "removed_share": 1 - len(kept) / len(usable), **figures,
+              "made_from": settings, "digest": common.digest(keys)}
+    common.on_first(lambda: write_kept(path, keys, usable, group, report))
     tell(report, cfg)
     return kept
+
+
+def choose(cfg, x):
+    """What --filter keeps of x: (positions, sorted; the group of each vector or None; figures for balance.json)."""
+    count = round(cfg.remove * len(x))
+    if cfg.filter == "random":
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(cfg.seed))
+        return order[count:].sort().values, None, {}
+    if cfg.filter == "semdedup":
+        centroids, label, _ = kmeans(x, cfg.k, cfg.kmeans_iters, cfg.seed, cfg.block)
+        score = semdedup(x, centroids, label, cfg.block)
+        if cfg.eps:
+            return (score <= 1 - cfg.eps ** 2 / 2).nonzero().squeeze(1), None, {}
+        return score.argsort(stable=True)[:len(x) - count].sort().values, None, {}
+    group, eps, pairs = find_groups(x, cfg.block, cfg.eps, None if cfg.eps else cfg.remove)
+    sizes = torch.bincount(group).sort(descending=True).values
+    return centres(x, group, cfg.block), group, {
+        "eps": eps, "pairs": pairs, "groups": int((sizes > 1).sum()), "largest": sizes[:10].tolist()}
+
+
+def read_kept(path, settings, embeddings):
+    """The rows of an earlier kept.txt. UserError when it was made otherwise, or changed since."""
+    report = common.read_json(path.with_name("balance.json"))
+    common.check_product(path, report["made_from"], settings)
+    keys = common.read_keys(path)
+    if common.digest(keys) != report["digest"]:
+        raise UserError(f"{path} was changed since it was made: give it as --keep with --filter none, or delete it")
+    row_of = {key: row for row, key in enumerate(embeddings.keys)}
+    return np.array([row_of[key] for key in keys])
 
 
 def write_kept(path, keys, usable, group, report):
@@ -930,18 +939,18 @@ def cluster(cfg, embeddings, kept, device):
             raise UserError(f"{path} is damaged: delete it") from error
         common.check_product(path, made_from, settings)
         return torch.from_numpy(centroids), torch.from_numpy(label)
-    centroids, label, objective = kmeans(feature_rows(embeddings, cfg, kept, device), cfg.k, cfg.kmeans_iters, cfg.seed,
-                                         cfg.block)
-    sizes = torch.bincount(label, minlength=cfg.k)
+    x = feature_rows(embeddings, cfg, kept, device)
+    centroids, label, objective = kmeans(x, cfg.k, cfg.kmeans_iters, cfg.seed, cfg.block)
     if rank() == 0:
         common.make_folder(path.parent)
         common.write_arrays(path, centroids=centroids.cpu().numpy(), label=label.numpy(), row=kept, objective=objective,
                             made_from=json.dumps(settings))
-        edges = [0, *(10 ** i for i in range(len(str(int(sizes.max())))))]
-        histogram = [f"{int(((sizes > low) & (sizes <= high)).sum())} of {low + 1}-{high}" for low, high in
-                     zip(edges, [*edges[1:], 10 * edges[-1]]) if ((sizes > low) & (sizes <= high)).any()]
-        print(f"k-means: {cfg.k} clusters, mean cosine {objective[0]:.4f} -> {objective[-1]:.4f}; clusters by number "
-              f"of images: {', '.join(histogram)}")
+        sizes = torch.bincount(label, minlength=cfg.k)
+        common.plot_kmeans(path.with_name("kmeans.png"), objective, sizes.numpy())
+        low, middle, high = np.quantile(sizes, [0.1, 0.5, 0.9])
+        print(f"k-means: {cfg.k} clusters, mean cosine {objective[0]:.4f} -> {objective[-1]:.4f}; images per cluster: "
+              f"{int(sizes.min())} to {int(sizes.max())}, median {middle:.0f}, a tenth below {low:.0f}, a tenth above "
+              f"{high:.0f}")
     return centroids.cpu(), label
 
 

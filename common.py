@@ -2501,6 +2501,18 @@ def plot_matrices(path, matrices, captions, title):
     plt.close(figure)
 
 
+def plot_kmeans(path, objective, sizes):
+    """The mean cosine with the own centroid over the iterations, and a histogram of the clusters' sizes."""
+    plt = pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
+    left.plot(objective, marker=".")
+    left.set(xlabel="iteration", ylabel="mean cosine with the nearest centroid")
+    right.hist(sizes, bins=min(40, max(1, len(sizes) // 2)))
+    right.set(xlabel="images in a cluster", ylabel="clusters")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def main_metric(metrics):
     """The number a set is judged by: top-1 accuracy, or the mean of both R@1."""
     return metrics["top1"] if "top1" in metrics else (metrics["i2t_r1"] + metrics["t2i_r1"]) / 2
