@@ -14,25 +14,30 @@ discrimination, which of the batch's teacher embeddings is its own, for the deta
     python clip_cid.py --stage balance --embeddings FILE.npy --eps 0.447                        # thin out your own data
 
 The stages embed, balance, cluster, distil and evaluate run one after the other; --stage runs up to one of them. Each
-leaves plain files, which a later run uses again while data, teacher and settings are the same.
+leaves plain files, which a later command with the same --out uses again; --cache shares the embeddings between runs.
 
 RESULT
 
-Assumptions, where the public text is silent. Each is ours, not the paper's:
-  A1  ε is set so that 43.7 % of the images go (--remove), the share the paper removes from LAION400M; DanQing, a later
-      paper of the group, uses the cosine distance 0.1, which is ε = 0.447 (--eps). Groups are connected components.
-  A2  The kept image is the member nearest to its group's normalised mean, and keeps its own caption.
-  A3  Spherical k-means on the teacher's image embeddings of the kept images (--cluster-features, --k).
-  A4  Cluster loss: softmax over the prototypes with the k-means label, plus KL(teacher || student) over the same
-      prototypes: the frozen centroids (--prototypes), scale 32 (--cluster-scale, the teacher's: --teacher-scale), no
-      margin (--margin-type), every cluster a negative (--sample-rate 1), image side only (--text-cluster).
-  A5  Instance loss: student images against teacher texts, student texts against teacher images (--instance cross).
+Assumptions, where the public text is silent; what is marked [paper] is not ours:
+  A1  Groups by Union-Find at a distance ε [paper], that is connected components. ε is set so that 43.7 % of the images
+      go (--remove), the share the paper removes from LAION400M; DanQing, a later paper of the group, uses the cosine
+      distance 0.1, which is ε = 0.447 (--eps).
+  A2  The centre image of a group stays [paper]: the member nearest to the normalised mean, with its own caption.
+  A3  k-means on image embeddings [paper]: spherical, the teacher's, of the images kept (--cluster-features, --k).
+  A4  Softmax loss and KL divergence [paper]: softmax over prototypes with the k-means label, plus KL(teacher ||
+      student) over the same prototypes: the frozen centroids (--prototypes), scale 32 (--cluster-scale, the teacher's:
+      --teacher-scale), no margin (--margin-type), every cluster a negative (--sample-rate 1), images only
+      (--text-cluster).
+  A5  Bidirectional contrast between teacher and student [paper]: student images against teacher texts, student texts
+      against teacher images (--instance cross), with a learnable scale of its own, from 1/0.07, at most 100.
   A6  Total: CLIP + α cluster + β instance, α = β = 1 (--cluster-weight, --instance-weight). Student embeddings are
       projected linearly to the teacher's width for these two losses; the projections are not part of the student.
   A7  The teacher sees the centre crop, once; the student's random crops are compared with that cached embedding.
-  A8  Recipe (batch, epochs, learning rate) from sibling papers of the group, for CC3M with batch 4096.
+  A8  Recipe (batch, epochs, learning rate) from sibling papers of the group, for CC3M with batch 4096; crops as in
+      SLIP; k = 10,000.
 """
 
+import itertools
 import json
 import math
 from dataclasses import asdict, dataclass, replace
@@ -74,14 +79,14 @@ class Config:
     data: str = option("emoji", "training data: emoji, cc3m, coco, flickr30k, or any name with --root FOLDER of tar "
                        "shards; picks preset and recipe", section="run")
     root: str | None = option(None, "folder of the data (default data/NAME)")
-    keep: str | None = option(None, "train on these samples only: a file of keys, one a line")
+    keep: str | None = option(None, "train on these samples only: a file of keys, one a line (clip_cid.py writes one)")
     out: str | None = option(None, "run folder (default runs/METHOD-DATA, numbered when taken)")
     stage: str = option("all", "run up to this stage; teacher trains a CLIP that can serve as one",
                         ["all", "teacher", "embed", "balance", "cluster", "distil", "evaluate"])
     resume: bool = option(False, "go on from the last checkpoint in --out")
     evaluate: str | None = option(None, "evaluate this checkpoint (ours, OpenAI, OpenCLIP, Hugging Face) and stop")
     eval_data: tuple[str, ...] = option((), "evaluation sets (default: those that belong to --data)")
-    eval_root: str | None = option(None, "folder of the evaluation set when it is not data/NAME")
+    eval_root: str | None = option(None, "folder of the evaluation set when it is not data/NAME; if several, of all")
     linear_probe: bool = option(False, "with --evaluate or --stage evaluate: also fit a linear classifier on the "
                                 "frozen image features")
     ablate: tuple[str, ...] = option((), "train these arms of the ablation (names in quotes, or all) and tabulate them")
@@ -106,7 +111,7 @@ class Config:
                          ["balance", "semdedup", "random", "none"], section="image semantic balance")
     remove: float = option(0.437, "share of the images to remove; ε follows from it", BELOW_ONE)
     eps: float | None = option(None, "ε, Euclidean distance of unit embeddings below which images are linked; replaces "
-                               "--remove", POSITIVE)
+                               "--remove", (lambda x: 0 < x <= 2, "must be above 0 and at most 2"))
     block: int = option(4096, "rows per block of the similarity matrix; memory grows with its square", POSITIVE)
 
     k: int = option(256, "number of clusters", POSITIVE, section="cluster discrimination")
@@ -119,18 +124,19 @@ class Config:
                              "start at random", ["teacher", "learned-from-teacher", "learned"])
     cluster_scale: float = option(32.0, "s, scale of the student's cosines with the prototypes", POSITIVE)
     teacher_scale: float = option(32.0, "s_t, the same for the teacher in the KL term", POSITIVE)
-    sample_rate: float = option(1.0, "r, share of the clusters that a step contrasts, at least the batch size",
-                                POSITIVE_SHARE)
+    sample_rate: float = option(1.0, "r, share of the clusters that a step contrasts; at least as many as the "
+                                "batch has pairs", POSITIVE_SHARE)
     margin_type: str = option("none", "margin on the own cluster", ["none", "cosface", "arcface"])
     margin: float = option(0.0, "m, size of the margin: a cosine (cosface) or an angle in radians (arcface)", BELOW_ONE)
     text_cluster: bool = option(False, "the student's texts learn the clusters too")
 
     method: str = option("clip_cid", "clip: no teacher, no distillation", ["clip_cid", "clip"], section="distillation")
-    instance: str = option("cross", "cross: student images against teacher texts and texts against images; intra: "
-                           "images against images; both; logit-kl: KL between the similarity matrices, as in TinyCLIP",
+    instance: str = option("cross", "cross: student images against teacher texts and texts against images, CLIP-KD's "
+                           "ICL; intra: images against images, texts against texts; both; logit-kl: KL between the "
+                           "similarity matrices, its CRD and TinyCLIP's affinity",
                            ["cross", "intra", "both", "logit-kl"])
     instance_weight: float = option(1.0, "β, weight of the instance loss", NOT_NEGATIVE)
-    feature_weight: float = option(0.0, "weight of CLIP-KD's feature mimicry, there 2000", NOT_NEGATIVE)
+    feature_weight: float = option(0.0, "weight of feature mimicry, CLIP-KD's FD, there 2000", NOT_NEGATIVE)
 
     preset: str = option("demo", "sizes of both towers", ["demo", "vit_b32", "vit_b16"], section="student")
     image_size: int = option(40, "image side in pixels", POSITIVE)
@@ -195,20 +201,25 @@ def configure(argv=None):
     values = {**recipe, **PRESETS[given.get("preset", recipe.get("preset", "demo"))]}
     stem = f"runs/{given.get('method', 'clip_cid')}-{given.get('data', 'emoji')}"
     stem = "runs/teacher" if given.get("stage") == "teacher" else stem
-    goes_on = given.get("resume", False) or given.get("stage") in ("balance", "cluster", "distil", "evaluate")
+    stem = f"runs/{Path(given['embeddings']).stem}" if "embeddings" in given else stem
+    goes_on = given.get("resume", False) or given.get("stage", "all") not in ("all", "teacher")
     values["out"] = given.get("out") or ("runs/ablation_cid" if "ablate" in given else
                                          common.run_folder(stem, newest=goes_on))
     if given.get("resume"):
         values = common.saved_values(values, given)
+    elif given.get("stage") == "evaluate" and (Path(values["out"]) / "config.json").is_file():
+        saved = common.read_json(Path(values["out"]) / "config.json")["config"]
+        values = {**common.as_fields(saved), "out": values["out"], "stage": "evaluate"}
     source = given.get("evaluate") or given.get("init", values.get("init"))
     weights, sizes = None, {}
     if source:
         weights, saved = common.read_weights(source)
-        own = "student.logit_scale" in weights  # a run of this script
+        own = saved is not None and "prototypes" in saved  # a run of this script
         weights, found = common.clip_weights(weights, saved, source, given.get("act"))
         sizes = {name: found[name] for name in common.SIZES}
         if given.get("evaluate") and own:
-            values = {**common.as_fields(saved), "out": values["out"], "init": None, "device": "auto", "workers": -1}
+            values = {**common.as_fields(saved), "out": values["out"], "stage": "all", "resume": False, "init": None,
+                      "device": "auto", "workers": -1}
             if "data" in given:
                 values.update(root=None, keep=None, eval_data=(), eval_root=None)
         values.update(found)
@@ -226,24 +237,30 @@ def check(cfg, sizes=()):
         raise UserError(f"{common.flag(modes[0])} and {common.flag(modes[1])}: choose one")
     if cfg.linear_probe and not (cfg.evaluate or cfg.stage == "evaluate"):
         raise UserError("--linear-probe goes with --evaluate FILE or --stage evaluate")
-    if cfg.ablate and world_size() > 1:
-        raise UserError("--ablate runs in one process")
+    if cfg.ablate and (world_size() > 1 or cfg.eps):
+        raise UserError(f"--ablate {'takes --remove, not --eps' if cfg.eps else 'runs in one process'}")
+    if cfg.embeddings and (cfg.keep or cfg.cache or cfg.teacher):
+        raise UserError("--embeddings stands for data and teacher: no --keep, --cache or --teacher")
     if cfg.embeddings and cfg.stage not in ("balance", "cluster"):
         raise UserError("--embeddings goes with --stage balance or --stage cluster")
     if cfg.keys and not cfg.embeddings:
         raise UserError("--keys goes with --embeddings FILE")
     if cfg.eps and cfg.filter == "random":
         raise UserError("--filter random takes --remove, not --eps")
+    if cfg.sample_rate < 1 and cfg.k <= cfg.batch_size:
+        raise UserError(f"--sample-rate {cfg.sample_rate:g} changes nothing: --k {cfg.k} is not above --batch-size "
+                        f"{cfg.batch_size}")
     if bool(cfg.margin) != (cfg.margin_type != "none"):
         raise UserError("--margin and --margin-type go together")
-    if cfg.stage == "teacher" and (cfg.method, cfg.filter) != ("clip", "none"):
-        raise UserError("--stage teacher trains a plain CLIP: --method clip, --filter none")
-    if not cfg.embeddings and not cfg.evaluate and needs_teacher(cfg) and not cfg.teacher and cfg.data != "emoji":
-        raise UserError("--teacher FILE is needed: any OpenAI, OpenCLIP or Hugging Face CLIP ViT checkpoint")
+    if cfg.stage == "teacher" and (cfg.method, cfg.filter, cfg.data) != ("clip", "none", "emoji"):
+        raise UserError("--stage teacher trains a plain CLIP on the emoji scenes: --method clip, --filter none")
+    if not cfg.embeddings and not cfg.evaluate and needs_teacher(cfg):
+        teacher_file(cfg)
 
 
 def needs_teacher(cfg):
-    return cfg.method == "clip_cid" or cfg.filter != "none" or cfg.stage in ("embed", "balance", "cluster")
+    return (cfg.method == "clip_cid" or cfg.filter != "none" or cfg.profile
+            or cfg.stage in ("embed", "balance", "cluster", "evaluate"))
 
 
 # ---------------------------------------------------------------------------------------------------------------- model
@@ -382,9 +399,9 @@ def near_pairs(x, floor, block):
     Exact: all n(n-1)/2 cosines are computed, in memory of the order of block². Processes share the block pairs.
     """
     starts = range(0, len(x), block)
-    turns = [(a, b) for a in starts for b in starts if b >= a][rank()::world_size()]
-    left_of, products = None, None
-    for a, b in tqdm(turns, "comparing blocks", disable=None if len(turns) > 20 and rank() == 0 else True):
+    mine = itertools.islice(((a, b) for a in starts for b in starts if b >= a), rank(), None, world_size())
+    turns, left_of, products = len(starts) * (len(starts) + 1) // 2 // world_size(), None, None
+    for a, b in tqdm(mine, "comparing blocks", turns, disable=None if turns > 20 and rank() == 0 else True):
         if a != left_of:
             left, left_of = x[a:a + block], a
         right = left if a == b else x[b:b + block]
@@ -399,10 +416,11 @@ def near_pairs(x, floor, block):
 
 
 def spanning_forest(n, i, j):
-    """Borůvka's algorithm. i, j (e,): edges among n nodes, best first.
+    """Borůvka's algorithm: the groups that Union-Find gives, in rounds of whole arrays, on a CPU or a GPU.
 
-    Returns which edges the best spanning forest uses (e,), bool, and the component of each node (n,), named by its
-    lowest member. Every round each component takes the best edge that leaves it, all at once.
+    i, j (e,): edges among n nodes, best first. Returns which edges the maximum spanning forest uses (e,), bool, and the
+    component of each node (n,), named by its lowest member. In a round each component takes the best edge that leaves
+    it, all at once.
     """
     nodes = torch.arange(n, device=i.device)
     component, used, left = nodes, torch.zeros_like(i, dtype=torch.bool), torch.arange(len(i), device=i.device)
@@ -427,9 +445,10 @@ def spanning_forest(n, i, j):
 
 
 def lower_bound(x, count, block, part=256):
-    """A cosine that the best spanning tree's count-th best edge cannot be below: that of trees over parts of the data.
+    """A cosine that the count-th best edge of the maximum spanning tree of x cannot be below.
 
-    Prim's algorithm, on all parts of a block at once. Any edges give a bound; those of small trees are cheap and close.
+    A spanning forest of some of the edges is never better than that tree, so its count-th best edge is a bound. Here:
+    the trees over `part` vectors each, by Prim's algorithm on all parts of a block at once.
     """
     found = []
     for start in range(0, len(x) - part + 1, max(part, block // part * part)):
@@ -456,16 +475,17 @@ def find_groups(x, block, eps=None, remove=None, buffer=2**22):
     closer than ε or None).
 
     For every ε at once, the groups are the components of the maximum spanning tree without its edges beyond ε, and
-    each edge left removes one vector. So `remove` is met in one pass, exactly but for ties, by keeping the best
-    remove * n edges: pairs worse than the worst of these so far need no look. Equal cosines go together, whichever
-    of both sides is nearer to `remove`.
+    each edge left removes one vector. So `remove` is met in one pass, exactly but for ties, by the best remove * n
+    edges of that tree; and the remove * n-th best edge so far is a floor: worse pairs need no look. Equal cosines go
+    together, whichever of both sides is nearer to `remove`.
     """
     n = len(x)
-    count = 0 if remove is None else round(remove * n)
-    if n < 2 or (eps is None and count == 0):
-        return torch.arange(n), 0.0 if eps is None else eps, 0
+    count = 0 if remove is None else min(round(remove * n), n - 1)
+    if eps is None and count == 0:
+        return torch.arange(n), 0.0, None
     floor = 1 - eps ** 2 / 2 if eps is not None else lower_bound(x, count, block)
-    edges, waiting, size, pairs = None, [], 0, 0  # the forest so far: i, j, cosine, best first
+    nothing = torch.empty(0, dtype=torch.int64, device=x.device)
+    edges, waiting, size, pairs = (nothing, nothing, nothing.float()), [], 0, 0  # the forest so far, best first
 
     def merge(parts):
         i, j, cosine = (torch.cat(each) for each in zip(*parts))
@@ -480,12 +500,10 @@ def find_groups(x, block, eps=None, remove=None, buffer=2**22):
         size += len(found[0])
         pairs += len(found[0])
         if size > max(buffer, 2 * n):
-            edges, waiting, size = merge(waiting + ([edges] if edges else [])), [], 0
+            edges, waiting, size = merge([*waiting, edges]), [], 0
             if eps is None and len(edges[2]) >= count:
                 floor = max(floor, edges[2][count - 1].item() - 1e-5)
-    mine = merge(waiting + ([edges] if edges else []))
-    everyone = common.gather_objects(tuple(part.cpu() for part in mine))
-    i, j, cosine = merge(everyone) if len(everyone) > 1 else everyone[0]
+    i, j, cosine = merge(common.gather_objects(tuple(part.cpu() for part in merge([*waiting, edges]))))
     if eps is None:
         count, floor = cut_at(cosine, count)
         i, j, eps, pairs = i[:count], j[:count], math.sqrt(max(0.0, 2 - 2 * floor)), None
@@ -506,9 +524,10 @@ def cut_at(cosine, count):
 
 
 def centres(x, group, block):
-    """Of each group, the member nearest to its normalised mean (A2), the first of those within 1e-6; sorted (g,).
+    """Of each group, the member nearest to its normalised mean (A2), the first of those within 1e-6.
 
-    x: Rows or unit vectors (n, d); group: (n,), on the CPU. At most `block` vectors are held at a time.
+    Returns their positions, ascending. x: Rows or unit vectors (n, d); group: (n,), on the CPU. At most
+    `block` vectors are held at a time.
     """
     sizes = torch.bincount(group, minlength=len(group))
     alone, names = (sizes == 1).nonzero().squeeze(1), (sizes > 1).nonzero().squeeze(1)
@@ -561,7 +580,7 @@ def kmeans(x, k, iterations, seed, block):
     """
     if k > len(x):
         raise UserError(f"--k {k}: there are only {len(x):,} vectors to cluster")
-    centroids, objective = seed_centroids(x, k, seed), []
+    centroids, objective = common.of_first(seed_centroids(x, k, seed)), []
     for iteration in tqdm(range(iterations + 1), "k-means", disable=None if rank() == 0 else True):
         label, cosine = torch.zeros(len(x), dtype=torch.int64), torch.zeros(len(x))
         total = centroids.new_zeros(k, centroids.shape[1], dtype=torch.float64)
@@ -591,7 +610,8 @@ def nearest_centroid(rows, centroids, block):
 
 
 def seed_centroids(x, k, seed):
-    """k-means++ on a random 32k of the vectors: the first at random, each next with probability 1 - its best cosine.
+    """k-means++ on at most 32 * k of the vectors, drawn at random: the first centroid is any of them, each next one is
+    drawn with a probability proportional to 1 - its cosine with the nearest before it.
 
     Beyond k = 100 several are drawn at once, k / 100 a round, so that the work is matrix products.
     """
@@ -715,14 +735,14 @@ class CLIPCID(nn.Module):
         """u (b, E) and v (b, E), with gradient."""
         return self.student.encode_image(image), self.student.encode_text(text)
 
-    def loss(self, u, v, taught, seed):
-        """The loss and its terms. taught: the teacher's t^I and t^T (b, T) and the cluster labels (b,), or None."""
+    def loss(self, u, v, targets, seed):
+        """The loss and its terms. targets: the teacher's t^I and t^T (b, T) and the cluster labels (b,), or None."""
         cfg = self.cfg
         nce = info_nce(similarities(self.student.logit_scale.exp(), u, v))
-        if taught is None:
+        if targets is None:
             return nce, {"nce": nce.detach()}
-        t_image, t_text, label = taught
-        p, q = unit(self.project_image(u)), unit(self.project_text(v))  # (b, T)
+        t_image, t_text, label = targets
+        p, q = unit(self.project_image(u)), unit(self.project_text(v))  # P_v u and P_t v, (b, T)
         total, terms = nce, {"nce": nce}
         if cfg.cluster_weight:
             found = self.cluster_loss(p, q, t_image, t_text, label, seed)
@@ -740,7 +760,8 @@ class CLIPCID(nn.Module):
     def cluster_loss(self, p, q, t_image, t_text, label, seed):
         """L_hard and L_kl (A4) of the images, or the mean of images and texts with --text-cluster.
 
-        The teacher's side of the KL are the features that were clustered, against their own frozen centroids.
+        The teacher's side of the KL are the features that were clustered (of the texts, the caption drawn), against
+        their own frozen centroids.
         """
         cfg, centroids = self.cfg, self.centroids
         prototypes = centroids if cfg.prototypes == "teacher" else unit(self.prototypes)
@@ -748,10 +769,10 @@ class CLIPCID(nn.Module):
             chosen, label = sample_clusters(label, len(centroids), cfg.sample_rate, seed)
             centroids, prototypes = centroids[chosen], prototypes[chosen]
         t = {"image": t_image, "text": t_text, "joint": unit(t_image + t_text)}[cfg.cluster_features]
-        sides = [p @ prototypes.T, q @ prototypes.T][:1 + cfg.text_cluster]  # (b, S) each
+        sides = [side @ prototypes.T for side in ((p, q) if cfg.text_cluster else (p,))]  # (b, S) each
+        teacher = t @ centroids.T
         hard = sum(cluster_hard(cosine, label, cfg.cluster_scale, cfg.margin_type, cfg.margin) for cosine in sides)
-        kl, entropy = zip(*(cluster_kl(cosine, t @ centroids.T, cfg.cluster_scale, cfg.teacher_scale)
-                            for cosine in sides))
+        kl, entropy = zip(*(cluster_kl(cosine, teacher, cfg.cluster_scale, cfg.teacher_scale) for cosine in sides))
         return {"cluster_hard": hard / len(sides), "cluster_kl": sum(kl) / len(sides), "teacher_entropy": entropy[0]}
 
     def instance_loss(self, u, v, p, q, t_image, t_text):
@@ -774,9 +795,19 @@ def feature_rows(embeddings, cfg, rows, device):
     """The vectors that --cluster-features names, of these rows; texts: the first caption's."""
     if cfg.cluster_features != "image" and embeddings.text is None:
         raise UserError(f"--cluster-features {cfg.cluster_features}: --embeddings holds one kind of vectors")
-    arrays = {"image": lambda: [embeddings.image], "text": lambda: [embeddings.text[:, 0]],
-              "joint": lambda: [embeddings.image, embeddings.text[:, 0]]}[cfg.cluster_features]()
-    return common.Rows(arrays, rows, device)
+    image, text = embeddings.image, None if embeddings.text is None else embeddings.text[:, 0]
+    return common.Rows({"image": [image], "text": [text], "joint": [image, text]}[cfg.cluster_features], rows, device)
+
+
+def teacher_file(cfg):
+    """The checkpoint of the teacher. UserError when there is none."""
+    if not cfg.teacher and cfg.data != "emoji":
+        raise UserError("--teacher FILE is needed: any OpenAI, OpenCLIP or Hugging Face CLIP ViT checkpoint")
+    path = Path(cfg.teacher or DEMO_TEACHER)
+    if not path.is_file():
+        raise UserError(f"{path} is a folder: name the checkpoint file in it" if path.is_dir() else
+                        f"no teacher at {path}; --stage teacher makes one for the emoji scenes")
+    return path
 
 
 def load_teacher(cfg, device):
@@ -786,19 +817,13 @@ def load_teacher(cfg, device):
     with torch.device("meta"):  # a bigG has 2.5 G parameters: no need to draw them first
         teacher = CLIP(teacher_cfg)
     precision = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.teacher_precision]
-    common.load_weights(teacher, {name: tensor.to(precision) for name, tensor in weights.items()})
+    common.load_weights(teacher, {name: tensor.to(precision) if tensor.ndim else tensor
+                                  for name, tensor in weights.items()})
     return teacher.to(device).eval().requires_grad_(False), teacher_cfg
 
 
-def teacher_file(cfg):
-    path = Path(cfg.teacher or DEMO_TEACHER)
-    if not path.is_file():
-        raise UserError(f"no teacher at {path}")
-    return path
-
-
 def start_embeddings(path, info, data, keys, width):
-    """The files of common.Embeddings, every number NaN: a row without a number is still to do."""
+    """The files of common.Embeddings, every number NaN."""
     common.make_folder(path.parent)
     common.write_keys(path.with_name("keys.txt"), keys)
     for name, shape in (("image", (len(keys), width)), ("text", (len(keys), common.number_of_captions(data), width))):
@@ -809,65 +834,76 @@ def start_embeddings(path, info, data, keys, width):
 @torch.no_grad()
 def embed(cfg, data, device):
     """--stage embed: the teacher's embeddings of the training set, in --cache; goes on where it was interrupted."""
-    folder, keys = Path(cfg.cache or cfg.out), [data.key(i) for i in range(len(data))]
-    path = folder / "embeddings.json"
-    made_from = {"teacher": common.digest(common.file_digest(teacher_file(cfg)), cfg.teacher_act),
+    path, keys = Path(cfg.cache or cfg.out) / "embeddings.json", [data.key(i) for i in range(len(data))]
+    made_from = {"teacher": common.digest(common.file_digest(teacher_file(cfg)), cfg.teacher_act, cfg.teacher_precision,
+                                          common.config_beside(teacher_file(cfg))),
                  "data": common.data_digest(data, keys)}
     if common.on_first(path.is_file):
-        common.check_product(path, common.read_json(path), made_from)
-        if common.read_json(path)["complete"]:
-            return common.Embeddings(folder, common.read_json(path))
+        found = common.read_product(path)
+        common.check_product(path, found, made_from)
+        if found["complete"]:
+            return common.Embeddings(path.parent)
     teacher, teacher_cfg = load_teacher(cfg, device)
     info = {**made_from, "teacher_file": str(teacher_file(cfg)), "logit_scale": teacher.logit_scale.item(),
             "complete": False}
     common.on_first(lambda: path.is_file() or start_embeddings(path, info, data, keys, teacher_cfg.embed_dim))
-    image, text = (np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("image", "text"))
-    mine = np.array_split(np.arange(len(data)), world_size())[rank()]
-    todo = mine[np.isnan(image[mine, 0])]
-    statistics = 255 * torch.tensor(common.PIXELS[teacher_cfg.pixel_stats], device=device).view(2, 3, 1, 1)
-    tokenizer = common.CLIPTokenizer(teacher_cfg.context_length, teacher_cfg.vocab_size)
-    loader = common.eval_loader(common.Subset(data, todo), teacher_cfg.image_size, 256, common.loader_workers(cfg))
-    with tqdm(total=len(todo), desc="embedding", unit="image", disable=None if rank() == 0 else True) as bar:
-        for images, places, captions in loader:
-            u = teacher.encode_image(normalise(images, statistics).to(teacher.visual.proj.dtype))
-            texts = [caption for own in captions for caption in (own * text.shape[1])[:text.shape[1]]]
-            v = teacher.encode_text(common.trim_padding(tokenizer(texts)).to(device)).view(len(u), -1, u.shape[1])
-            if not (u.isfinite().all() and v.isfinite().all()):
-                raise UserError(f"{teacher_file(cfg)} gives embeddings that are NaN: try --teacher-precision fp32")
-            text[todo[places]], image[todo[places]] = v.half().cpu().numpy(), u.half().cpu().numpy()
-            bar.update(len(u))
-    for array in (text, image):
-        array[mine[np.isnan(array[mine].reshape(len(mine), -1)[:, 0])]] = 0  # unreadable
-        array.flush()
+    embeddings = common.Embeddings(path.parent, mode="r+")
+    todo = common.on_first(lambda: np.flatnonzero(np.isnan(embeddings.image[:, 0])))
+    try:
+        embed_rows(cfg, data, embeddings, np.array_split(todo, world_size())[rank()], teacher, teacher_cfg, device)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped while embedding; the same command with --out {cfg.out} goes on") from None
     common.gather_objects("done")
     common.on_first(lambda: common.write_json(path, {**info, "complete": True}))
-    return common.Embeddings(folder, {**info, "complete": True})
+    return common.Embeddings(path.parent)
+
+
+def embed_rows(cfg, data, embeddings, rows, teacher, teacher_cfg, device):
+    """Fill these rows of the embeddings; zeros where an image cannot be read."""
+    statistics = 255 * torch.tensor(common.PIXELS[teacher_cfg.pixel_stats], device=device).view(2, 3, 1, 1)
+    tokenizer = common.CLIPTokenizer(teacher_cfg.context_length, teacher_cfg.vocab_size)
+    loader = common.eval_loader(common.Subset(data, rows), teacher_cfg.image_size, 256, common.loader_workers(cfg))
+    captions, read = embeddings.text.shape[1], []
+    with tqdm(total=len(rows), desc="embedding", unit="image", disable=None if rank() == 0 else True) as bar:
+        for images, places, texts in loader:
+            u = teacher.encode_image(normalise(images, statistics).to(teacher.visual.proj.dtype))
+            texts = [text for own in texts for text in (own * captions)[:captions]]
+            v = teacher.encode_text(common.trim_padding(tokenizer(texts)).to(device)).view(len(u), captions, -1)
+            if not (u.isfinite().all() and v.isfinite().all()):
+                raise UserError(f"{teacher_file(cfg)} gives embeddings that are NaN: try --teacher-precision fp32")
+            read += places
+            embeddings.text[rows[places]] = v.half().cpu().numpy()
+            embeddings.image[rows[places]] = u.half().cpu().numpy()
+            bar.update(len(u))
+    unreadable = np.delete(rows, read)
+    embeddings.text[unreadable], embeddings.image[unreadable] = 0, 0
+    embeddings.text.flush(), embeddings.image.flush()
 
 
 @common.exact_products
 def balance(cfg, embeddings, device):
     """--stage balance: the rows that --filter keeps; kept.txt holds their keys, balance.json the figures."""
-    usable, path = common.usable_rows(embeddings), Path(cfg.out) / "kept.txt"
+    rows, path = common.usable_rows(embeddings), Path(cfg.out) / "kept.txt"
+    if cfg.keep:
+        wanted = set(common.read_keys(cfg.keep))
+        rows = rows[[embeddings.keys[row] in wanted for row in rows]]
     if cfg.filter == "none":
-        return usable
-    settings = {"embeddings": embeddings.fingerprint, "filter": cfg.filter, "eps": cfg.eps,
-                "remove": None if cfg.eps else cfg.remove}
+        return rows
+    how = {"filter": cfg.filter, "setting": f"--eps {cfg.eps:g}" if cfg.eps else f"--remove {cfg.remove:g}"}
     if cfg.filter != "balance":
-        settings["seed"] = cfg.seed
+        how["seed"] = cfg.seed
     if cfg.filter == "semdedup":
-        settings.update(k=cfg.k, kmeans_iters=cfg.kmeans_iters)
-    if common.on_first(path.is_file):
-        return read_kept(path, settings, embeddings)
-    chosen, group, figures = choose(cfg, common.Rows([embeddings.image], usable, device))
-    kept = usable[chosen.numpy()]
-    if len(kept) < 2 <= len(usable):
-        raise UserError(f"one image of {len(usable):,} would be left: lower {'--eps' if cfg.eps else '--remove'}")
-    keys = [embeddings.keys[row] for row in kept]
-    report = {"images": len(usable), "kept": len(kept), "removed_share": 1 - len(kept) / len(usable), **figures,
-              "made_from": settings, "digest": common.digest(keys)}
-    common.on_first(lambda: write_kept(path, keys, usable, group, report))
-    tell(report, cfg)
-    return kept
+        how.update(k=cfg.k, kmeans_iters=cfg.kmeans_iters)
+    how.update({"embeddings": embeddings.fingerprint, "data": common.digest(rows.tolist())})
+    if not common.on_first(path.is_file):
+        chosen, group, figures = choose(cfg, common.Rows([embeddings.image], rows, device))
+        if len(chosen) < 2 <= len(rows):
+            raise UserError(f"one image of {len(rows):,} would be left: lower {'--eps' if cfg.eps else '--remove'}")
+        keys = [embeddings.keys[row] for row in rows[chosen]]
+        report = {"images": len(rows), "kept": len(keys), "removed_share": 1 - len(keys) / len(rows), **figures,
+                  "made_from": how, "digest": common.digest(keys)}
+        common.on_first(lambda: write_kept(path, keys, rows, group, report))
+    return read_kept(cfg, path, how, embeddings)
 
 
 def choose(cfg, x):
@@ -888,23 +924,26 @@ def choose(cfg, x):
         "eps": eps, "pairs": pairs, "groups": int((sizes > 1).sum()), "largest": sizes[:10].tolist()}
 
 
-def read_kept(path, settings, embeddings):
-    """The rows of an earlier kept.txt. UserError when it was made otherwise, or changed since."""
-    report = common.read_json(path.with_name("balance.json"))
-    common.check_product(path, report["made_from"], settings)
+def write_kept(path, keys, rows, group, report):
+    common.make_folder(path.parent)
+    path.with_name("balance.png").unlink(missing_ok=True)
+    path.with_name("groups.npz").unlink(missing_ok=True)
+    if group is not None:
+        common.write_arrays(path.with_name("groups.npz"), row=rows, group=rows[group.numpy()])
+    common.write_json(path.with_name("balance.json"), report)
+    common.write_keys(path, keys)  # last: its presence says that the stage is done
+
+
+def read_kept(cfg, path, how, embeddings):
+    """The rows in kept.txt. UserError when it was made otherwise, or changed since."""
+    report = common.read_product(path.with_name("balance.json"))
+    common.check_product(path, report["made_from"], how)
     keys = common.read_keys(path)
     if common.digest(keys) != report["digest"]:
-        raise UserError(f"{path} was changed since it was made: give it as --keep with --filter none, or delete it")
+        raise UserError(f"{path} was changed since it was made: move it away and give it as --keep with --filter none")
+    tell(report, cfg)
     row_of = {key: row for row, key in enumerate(embeddings.keys)}
     return np.array([row_of[key] for key in keys])
-
-
-def write_kept(path, keys, usable, group, report):
-    common.make_folder(path.parent)
-    if group is not None:
-        common.write_arrays(path.with_name("groups.npz"), row=usable, group=usable[group.numpy()])
-    common.write_keys(path, keys)
-    common.write_json(path.with_name("balance.json"), report)
 
 
 def tell(report, cfg):
@@ -929,22 +968,25 @@ def tell(report, cfg):
 def cluster(cfg, embeddings, kept, device):
     """--stage cluster: (centroids (k, T), a label per kept row); clusters.npz holds them, with rows and objective."""
     path = Path(cfg.out) / "clusters.npz"
-    settings = {"embeddings": embeddings.fingerprint, "kept images": common.digest(kept.tolist()), "k": cfg.k,
-                "kmeans_iters": cfg.kmeans_iters, "seed": cfg.seed, "cluster_features": cfg.cluster_features}
+    how = {"k": cfg.k, "kmeans_iters": cfg.kmeans_iters, "seed": cfg.seed, "cluster_features": cfg.cluster_features,
+           "embeddings": embeddings.fingerprint, "kept images": common.digest(kept.tolist())}
     if common.on_first(path.is_file):
         try:
             with np.load(path) as found:
                 made_from, centroids, label = json.loads(str(found["made_from"])), found["centroids"], found["label"]
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except Exception as error:  # numpy and zipfile raise errors of many types on damaged files
             raise UserError(f"{path} is damaged: delete it") from error
-        common.check_product(path, made_from, settings)
+        common.check_product(path, made_from, how)
         return torch.from_numpy(centroids), torch.from_numpy(label)
+    if cfg.k > len(kept):
+        raise UserError(f"--k {cfg.k}: only {len(kept):,} images are left to cluster")
     x = feature_rows(embeddings, cfg, kept, device)
     centroids, label, objective = kmeans(x, cfg.k, cfg.kmeans_iters, cfg.seed, cfg.block)
     if rank() == 0:
         common.make_folder(path.parent)
         common.write_arrays(path, centroids=centroids.cpu().numpy(), label=label.numpy(), row=kept, objective=objective,
-                            made_from=json.dumps(settings))
+                            made_from=json.dumps(how))
+        path.with_name("clusters.png").unlink(missing_ok=True)
         sizes = torch.bincount(label, minlength=cfg.k)
         common.plot_kmeans(path.with_name("kmeans.png"), objective, sizes.numpy())
         low, middle, high = np.quantile(sizes, [0.1, 0.5, 0.9])
@@ -976,7 +1018,7 @@ class TaughtSamples(common.TrainSamples):
 def run_stages(cfg, device, last):
     """embed, balance and cluster up to `last`, with their pictures: (data or None, embeddings, kept rows or None,
     centroids and labels or None)."""
-    data = None if cfg.embeddings else common.training_set(cfg)
+    data = None if cfg.embeddings else common.training_set(replace(cfg, keep=None))
     embeddings = common.ForeignEmbeddings(cfg.embeddings, cfg.keys) if cfg.embeddings else embed(cfg, data, device)
     kept = clusters = None
     if last in ("balance", "cluster"):
@@ -998,13 +1040,13 @@ def prepare(cfg, device, tokenizer):
     if cfg.method == "clip":
         return common.TrainSamples(data, tokenizer, cfg.image_size, crop, cfg.seed), {}
     centroids, label = clusters
-    taught = {"centroids": centroids, "teacher_logit_scale": embeddings.logit_scale}
-    return TaughtSamples(data, tokenizer, cfg, embeddings, kept, label), taught
+    samples = TaughtSamples(data, tokenizer, cfg, embeddings, kept, label)
+    return samples, {"centroids": centroids, "teacher_logit_scale": embeddings.logit_scale}
 
 
-def build(cfg, weights=None, **taught):
+def build(cfg, weights=None, **from_teacher):
     """CLIPCID with fresh weights, or with those of a CLIP checkpoint in OpenAI's naming for the student."""
-    model = CLIPCID(cfg, **taught)
+    model = CLIPCID(cfg, **from_teacher)
     if weights:
         rows = model.student.visual.positional_embedding.shape[0]
         key = "visual.positional_embedding"
@@ -1034,7 +1076,7 @@ def schedules(cfg, step, steps, steps_per_epoch):
     return {"lr": lr}
 
 
-def backward(model, image, text, taught, amp, scaler, seed):
+def backward(model, image, text, targets, amp, scaler, seed):
     """Backpropagate one batch; returns the loss and its terms, on the device.
 
     With --accum k > 1 the batch is embedded without graph, the loss is taken on all of it, and its gradient with
@@ -1052,7 +1094,7 @@ def backward(model, image, text, taught, amp, scaler, seed):
         u, v = cat_features(embed_chunk(i) for i in range(k))
     if k > 1:
         u.requires_grad_(), v.requires_grad_()
-    loss, terms = model.loss(u, v, taught, seed)
+    loss, terms = model.loss(u, v, targets, seed)
     scaler.scale(loss).backward()
     if k > 1:
         for i, gradients in enumerate(zip(u.grad.chunk(k), v.grad.chunk(k))):
@@ -1089,28 +1131,29 @@ def train(cfg, weights=None):
     """Prepare the data, distil, validate after every epoch, evaluate at the end; returns what results.json holds."""
     device = common.start_device(cfg.device, cfg.seed)
     run = Run(cfg.out, {"log.csv": LOG_COLUMNS, "timing.csv": common.TIMING_COLUMNS})
+    run.check_free(cfg)
     sets = cache(partial(common.evaluation_sets, cfg))  # "val" or "test" -> {name: set}
     sets("val"), sets("test")  # what is missing is said before training
-    samples, taught = prepare(cfg, device, common.CLIPTokenizer(cfg.context_length, cfg.vocab_size))
+    samples, from_teacher = prepare(cfg, device, common.CLIPTokenizer(cfg.context_length, cfg.vocab_size))
     torch.manual_seed(cfg.seed)
-    model = build(cfg, weights, **taught).to(device)
+    model = build(cfg, weights, **from_teacher).to(device)
     optimiser, (amp, scaler) = build_optimiser(model, cfg, device), common.mixed_precision(cfg, device)
     parts = {"model": model, "optimiser": optimiser, "scaler": scaler}
     state = run.load_state(**parts) if cfg.resume else {}
     state = state or {"step": 0, "best": -1.0, "best_step": 0, "bad": 0}
     prepare_towers(model, cfg)
-    evaluator = Evaluator(model.student, cfg, device, amp, sets, "student")
-    total = cfg.samples // cfg.batch_size or cfg.epochs * (len(samples) // cfg.batch_size)
+    evaluator = Evaluator(model.student, cfg, device, amp, "student", sets)
+    total = max(1, cfg.samples // cfg.batch_size) if cfg.samples else cfg.epochs * (len(samples) // cfg.batch_size)
     sampler = common.StepSampler(len(samples), cfg.batch_size, total, state["step"], cfg.seed, rank(), world_size())
     run.start(cfg, state["step"])
     loader = common.train_loader(samples, sampler, common.loader_workers(cfg), device.type)
     progress = common.Progress(sampler, state["step"], cfg.batch_size, device)
     with common.StopRequest() as stop, progress:
-        for image, text, bad, *taught in progress.watch(loader):
+        for image, text, bad, *targets in progress.watch(loader):
             now = schedules(cfg, state["step"], sampler.steps, sampler.steps_per_epoch)
             image, text = normalise(image, evaluator.statistics), text.to(device, non_blocking=True)
-            taught = to_device(taught, device)
-            terms = backward(model, image, text, taught, amp, scaler, seed=cfg.seed * 10 ** 9 + state["step"])
+            targets = to_device(targets, device)
+            terms = backward(model, image, text, targets, amp, scaler, seed=cfg.seed * 10 ** 9 + state["step"])
             update(model, optimiser, scaler, now["lr"])
             state["step"] += 1
             state["bad"] += bad
@@ -1133,11 +1176,11 @@ def train(cfg, weights=None):
     return finish(run, evaluator, state)
 
 
-def to_device(taught, device):
-    """[t^I, t^T, label] of a batch: the embeddings as unit rows (b, T); None when there is no teacher."""
-    if not taught:
+def to_device(targets, device):
+    """(t^I, t^T, label) of a batch: the embeddings as unit rows (b, T); None when there is no teacher."""
+    if not targets:
         return None
-    *embedded, label = (part.to(device, non_blocking=True) for part in taught)
+    *embedded, label = (part.to(device, non_blocking=True) for part in targets)
     return *map(unit, embedded), label
 
 
@@ -1173,8 +1216,9 @@ def prepare_towers(model, cfg):
 class Evaluator:
     """The encoders of a CLIP as functions, by a name."""
 
-    def __init__(self, clip, cfg, device, amp, sets, name):
-        self.clip, self.cfg, self.device, self.amp, self.sets, self.name = clip, cfg, device, amp, sets, name
+    def __init__(self, clip, cfg, device, amp, name, sets=None):
+        self.clip, self.cfg, self.device, self.amp, self.name = clip, cfg, device, amp, name
+        self.sets = sets or cache(partial(common.evaluation_sets, cfg))  # "val" or "test" -> {name: set}
         self.tokenizer = common.CLIPTokenizer(cfg.context_length, cfg.vocab_size)
         self.statistics = 255 * torch.tensor(common.PIXELS[cfg.pixel_stats], device=device).view(2, 3, 1, 1)
 
@@ -1256,7 +1300,8 @@ def pictures_of(data, embeddings, lines, count, size):
 def draw_groups(cfg, data, embeddings, groups=10, shown=12):
     """balance.png: the largest groups, the kept image first and removed ones after it."""
     path = Path(cfg.out) / "balance.png"
-    if rank() > 0 or cfg.filter != "balance" or data is None or path.exists():
+    if rank() > 0 or cfg.filter != "balance" or data is None or path.exists() or not (
+            path.with_name("groups.npz").is_file()):
         return
     with np.load(path.with_name("groups.npz")) as found:
         row, group = found["row"], found["group"]
@@ -1303,9 +1348,8 @@ def evaluate_run(cfg):
     student = CLIP(student_cfg)
     common.load_weights(student, weights)
     teacher, teacher_cfg = load_teacher(cfg, device)
-    evaluators = [Evaluator(model, own, device, amp, cache(partial(common.evaluation_sets, own)), name)
-                  for name, model, own in (("student", student.to(device).eval(), student_cfg),
-                                           ("teacher", teacher, teacher_cfg))]
+    evaluators = [Evaluator(student.to(device).eval(), student_cfg, device, amp, "student"),
+                  Evaluator(teacher, teacher_cfg, device, amp, "teacher")]
     cells = {evaluator.name: evaluator.cell() for evaluator in evaluators}
     common.write_json(folder / "evaluation.json", cells)
     common.print_table(cells)
@@ -1326,9 +1370,8 @@ def evaluate_checkpoint(cfg, weights):
     device = common.start_device(cfg.device, cfg.seed)
     clip = CLIP(cfg)
     common.load_weights(clip, weights)
-    amp, sets = common.mixed_precision(cfg, device)[0], cache(partial(common.evaluation_sets, cfg))
-    name = Path(cfg.evaluate).stem
-    common.print_table({name: Evaluator(clip.to(device).eval(), cfg, device, amp, sets, name).cell()})
+    amp, name = common.mixed_precision(cfg, device)[0], Path(cfg.evaluate).stem
+    common.print_table({name: Evaluator(clip.to(device).eval(), cfg, device, amp, name).cell()})
 
 
 # ------------------------------------------------------------------------------------------------- profile and ablation
@@ -1337,38 +1380,35 @@ def evaluate_checkpoint(cfg, weights):
 def profile(cfg):
     """--profile: parameters, MACs and images/s of student and teacher, and the time of a training step."""
     device = common.start_device(cfg.device, cfg.seed)
-    models = {"student": (CLIP(cfg).to(device).eval(), cfg), "teacher": load_teacher(cfg, device)}
-    cells = {}
+    amp, scaler = common.mixed_precision(cfg, device)
+    models, cells = {"student": (CLIP(cfg).to(device).eval(), cfg), "teacher": load_teacher(cfg, device)}, {}
     for name, (clip, own) in models.items():
-        amp = common.mixed_precision(own, device)[0]
-        evaluator = Evaluator(clip, own, device, amp, None, name)
-        probe = common.speed_probe(own, device)[:256 if device.type == "cuda" or own.image_size < 64 else 8]
+        encode = Evaluator(clip, own, device, amp, name).encode_image
+        images = common.speed_probe(own, device)[:256 if device.type == "cuda" or own.image_size < 64 else 8]
         cells[name] = {"image_tower_M": count(clip.visual) / 1e6,
                        "text_tower_M": (count(clip) - count(clip.visual)) / 1e6,
                        "image_GMACs": macs(clip.visual, own, device) / 1e9,
-                       "images_per_second": common.compare_speeds({name: evaluator.encode_image}, probe)[name]}
+                       "images_per_second": common.compare_speeds({name: encode}, images)[name]}
     common.print_table(cells)
     width, steps = models["teacher"][1].embed_dim, {}
-    size = min(cfg.batch_size, 64 if device.type == "cpu" else cfg.batch_size)
-    for method in ("clip", "clip_cid"):
-        own = replace(cfg, method=method)
-        taught = {} if method == "clip" else {"centroids": torch.randn(cfg.k, width), "teacher_logit_scale": 4.6}
-        model = build(own, **taught).to(device)
-        optimiser, (amp, scaler) = build_optimiser(model, own, device), common.mixed_precision(own, device)
-        batch = [torch.randn(size, width), torch.randn(size, width), torch.randint(cfg.k, (size,))] if taught else []
-        text = torch.randint(1, cfg.vocab_size, (size, cfg.context_length), device=device)
-        steps[method] = partial(one_step, model, text, to_device(batch, device), amp, scaler, optimiser)
-        print(f"{method}: {(count(model) - count(model.student)) / 1e6:.2f} M parameters that only the training needs")
+    size = cfg.batch_size if device.type == "cuda" else min(cfg.batch_size, 64)
     images = torch.randn(size, 3, cfg.image_size, cfg.image_size, device=device)
-    with torch.inference_mode(False):
-        speeds = common.compare_speeds(steps, images)
-    print(f"training step, batch {size}: clip {speeds['clip']:.0f} images/s, clip_cid "
-          f"{speeds['clip_cid']:.0f} images/s, {speeds['clip'] / speeds['clip_cid']:.2f} times the time of a clip step")
+    texts = torch.randint(1, cfg.vocab_size, (size, cfg.context_length), device=device)
+    for method in ("clip", "clip_cid"):
+        own, taught = replace(cfg, method=method), method == "clip_cid"
+        model = build(own, **({"centroids": torch.randn(cfg.k, width), "teacher_logit_scale": 4.6} if taught else {}))
+        optimiser = build_optimiser(model.to(device), own, device)
+        targets = [torch.randn(size, width), torch.randn(size, width), torch.randint(cfg.k, (size,))] if taught else []
+        steps[method] = partial(one_step, model, texts, to_device(targets, device), amp, scaler, optimiser)
+        print(f"{method}: {(count(model) - count(model.student)) / 1e6:.2f} M parameters that only the training needs")
+    speeds = common.compare_speeds(steps, images)
+    print(f"training step, batch {size}: clip {speeds['clip']:.0f} images/s, clip_cid {speeds['clip_cid']:.0f} images/s"
+          f", {speeds['clip'] / speeds['clip_cid']:.2f} times the time of a clip step")
 
 
-def one_step(model, text, taught, amp, scaler, optimiser, images):
+def one_step(model, text, targets, amp, scaler, optimiser, images):
     with torch.inference_mode(False), torch.enable_grad():
-        backward(model, images, text, taught, amp, scaler, seed=0)
+        backward(model, images, text, targets, amp, scaler, seed=0)
         update(model, optimiser, scaler, lr=1e-4)
 
 
@@ -1390,24 +1430,26 @@ def macs(visual, cfg, device):
 def ablation_arms(cfg):
     """{name: the fields in which the arm differs from the flags given}
 
-    Every arm sees as many samples as CLIP does in --epochs on all data; "equal epochs": as many passes over what is
-    left of them.
+    Every arm sees as many samples as CLIP does in --epochs on all data, "equal epochs": as many passes over what is
+    left of them. The warm-up takes as many steps everywhere.
     """
     seen = cfg.samples or cfg.epochs * len(common.training_set(cfg))
-    plain, only = dict(method="clip"), {
-        "cluster": dict(instance_weight=0.0), "instance": dict(cluster_weight=0.0)}
+    plain, all_data = dict(method="clip"), dict(filter="none", warmup=cfg.warmup * (1 - cfg.remove))
     arms = {
-        "clip": dict(plain, filter="none"),
+        "clip": {**plain, **all_data},
         "clip + filter": plain,
-        **{f"clip + filter + {name}": fields for name, fields in only.items()},
+        "clip + filter + cluster": dict(instance_weight=0.0),
+        "clip + filter + instance": dict(cluster_weight=0.0),
         "clip-cid": {},
         **{f"clip, {name} filter": dict(plain, filter=name) for name in ("random", "semdedup")},
-        **{f"clip-cid, {name} filter": dict(filter=name) for name in ("none", "random", "semdedup")},
+        **{f"clip-cid, {name} filter": dict(filter=name) for name in ("random", "semdedup")},
+        "clip-cid, no filter": all_data,
         **{f"cluster {terms} only": dict(cluster_terms=terms) for terms in ("hard", "kl")},
         **{f"instance {mode}": dict(instance=mode) for mode in ("intra", "both", "logit-kl")},
         **{f"prototypes {kind}": dict(prototypes=kind) for kind in ("learned-from-teacher", "learned")},
         **{f"k {k}": dict(k=k) for k in (cfg.k // 4, cfg.k * 4)},
-        **{f"sample rate {rate:g}": dict(sample_rate=rate) for rate in (0.25, 0.5)},
+        **{f"sample rate {rate:g}": dict(sample_rate=rate) for rate in (0.25, 0.5) if cfg.k * rate >= cfg.batch_size},
+        **{f"teacher scale {scale:g}": dict(teacher_scale=scale) for scale in (8.0, 100.0)},
         "arcface 0.3": dict(margin_type="arcface", margin=0.3),
         "cosface 0.2": dict(margin_type="cosface", margin=0.2),
         "texts clustered too": dict(text_cluster=True),
@@ -1418,9 +1460,10 @@ def ablation_arms(cfg):
     if cfg.data == "emoji":
         regimes = {"no noise": dict(noise=0.0), "no duplicates": dict(duplicates=0.0, long_tail=0.0)}
         arms.update({f"{name}, {regime}": {**arms[name], **fields} for regime, fields in regimes.items()
-                     for name in ("clip", "clip + filter", "clip-cid", "clip-cid, none filter")})
-    equal_epochs = {f"{name}, equal epochs": arms[name] for name in
-                    ("clip + filter", "clip, random filter", "clip, semdedup filter", "clip-cid")}
+                     for name in ("clip", "clip + filter", "clip-cid", "clip-cid, no filter")})
+    equal_epochs = {f"{name}, equal epochs": {**arms[name], "samples": 0} for name in
+                    ("clip + filter", "clip, random filter", "clip, semdedup filter", "clip-cid",
+                     "clip-cid, random filter", "clip-cid, semdedup filter")}
     return {**{name: {**fields, "samples": seen} for name, fields in arms.items()}, **equal_epochs}
 
 
@@ -1434,9 +1477,8 @@ def ablate(cfg):
     common.run_arms(cfg, ablation_arms(cfg), train_arm)
     device = common.start_device(cfg.device, cfg.seed)
     teacher, teacher_cfg = load_teacher(cfg, device)
-    sets = cache(partial(common.evaluation_sets, teacher_cfg))
-    amp = common.mixed_precision(cfg, device)[0]
-    common.print_table({"teacher": Evaluator(teacher, teacher_cfg, device, amp, sets, "teacher").cell()})
+    cell = Evaluator(teacher, teacher_cfg, device, common.mixed_precision(cfg, device)[0], "teacher").cell()
+    common.print_table({"teacher": cell}, Path(cfg.out) / "teacher.md")
 
 
 def main():

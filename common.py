@@ -180,9 +180,9 @@ def start_device(name, seed):
     available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
     if name.split(":")[0] not in available or not available[name.split(":")[0]]():
         raise UserError(f"--device {name}: not available here; try --device auto")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        if name == "cuda":
-            name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if world_size() > 1 and not dist.is_initialized():
         hours = datetime.timedelta(hours=3)  # the other processes wait while rank 0 evaluates
         dist.init_process_group("nccl" if name.startswith("cuda") else "gloo", timeout=hours)
     if name.startswith("cuda"):
@@ -265,6 +265,13 @@ def sum_over_processes(x):
     """x, in place, summed over the processes."""
     if world_size() > 1:
         dist.all_reduce(x)
+    return x
+
+
+def of_first(x):
+    """x, in place, as rank 0 has it."""
+    if world_size() > 1:
+        dist.broadcast(x, 0)
     return x
 
 
@@ -380,12 +387,16 @@ class Run:
     def path(self, name):
         return self.folder / name
 
+    def check_free(self, config):
+        """UserError when the folder holds a run that is not to be resumed."""
+        if self.path("log.csv").exists() and not config.resume:
+            raise UserError(f"{self.folder} holds a run: go on with --resume, or choose another --out")
+
     def start(self, config, step):
         """Begin at a step: at 0 the folder must hold no run; later rows of an interrupted run are dropped."""
         if rank() > 0:
             return
-        if self.path("log.csv").exists() and not config.resume:
-            raise UserError(f"{self.folder} holds a run: go on with --resume, or choose another --out")
+        self.check_free(config)
         make_folder(self.folder)
         if step == 0:
             self.write_json("config.json", {"config": dataclasses.asdict(config), "environment": environment()})
@@ -702,7 +713,7 @@ def clip_weights(weights, config, path, act=None):
     extras = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's archives, no parameters
     weights = {name: tensor.float() for name, tensor in weights.items() if name not in extras}
     sizes = clip_sizes(weights)
-    config = config or _config_beside(Path(path)) or {}
+    config = config or config_beside(Path(path)) or {}
     sizes["act"] = act or config.get("act", "gelu")
     if sizes["act"] not in ("gelu", "quick_gelu"):
         raise UserError(f"{path} wants the activation {sizes['act']}, not gelu or quick_gelu: choose with --act")
@@ -758,7 +769,7 @@ def _from_hugging_face(weights):
     return renamed
 
 
-def _config_beside(path):
+def config_beside(path):
     """{"act": ...} from the config a hub repository keeps beside its weights, None when there is none."""
     if (path.parent / "open_clip_config.json").is_file():
         model = read_json(path.parent / "open_clip_config.json")["model_cfg"]
@@ -1983,7 +1994,7 @@ def training_set(cfg):
 def read_keys(path):
     """Sample keys, one a line."""
     try:
-        return Path(path).read_text("utf-8", errors="surrogateescape").splitlines()
+        return Path(path).read_text("utf-8", errors="surrogateescape").rstrip("\n").split("\n")
     except OSError as error:
         raise UserError(f"{path}: the list of keys cannot be read ({error.strerror})") from None
 
@@ -1998,24 +2009,35 @@ def keep_only(data, path):
     return Subset(data, indices)
 
 
+def is_captioned(cfg, name):
+    """Whether a set of --eval-data is for retrieval."""
+    return name in CAPTIONED or (name == cfg.data and name not in (*LABELLED, "emoji"))
+
+
+def eval_folder(cfg, name):
+    """The folder of a set of --eval-data: --eval-root, or NAME in it where there are several; --root for --data's."""
+    if cfg.eval_root:
+        return Path(cfg.eval_root) / name if len(cfg.eval_data) > 1 else cfg.eval_root
+    return cfg.root if name == cfg.data else None
+
+
 def evaluation_sets(cfg, split):
     """{name: set} of --eval-data (default: what belongs to --data) in a split, "val" or "test".
 
     Where no set has a validation split, the part of the training set that is held out serves. UserError when a set is
     not there.
     """
-    if cfg.data == "emoji" and not cfg.eval_data:
-        scenes = dict(concepts=cfg.concepts, difficulty=cfg.difficulty)
-        sets = {"concept": EmojiClasses(split, cfg.image_size, "concept", **scenes)}
-        if split == "test":
-            sets["group"] = EmojiClasses(split, cfg.image_size, "group", **scenes)
-            sets["retrieval"] = EmojiScenes(split, 1000, cfg.image_size, **scenes)
-        return sets
     found = {}
     for name in cfg.eval_data or (cfg.data,):
-        root = cfg.eval_root or (cfg.root if name == cfg.data else None)
-        captioned = name in CAPTIONED or (name == cfg.data and name not in LABELLED)
-        found[name] = (open_retrieval if captioned else open_labelled)(name, root, split)
+        if name == "emoji":
+            scenes = dict(concepts=cfg.concepts, difficulty=cfg.difficulty)
+            found["concept"] = EmojiClasses(split, cfg.image_size, "concept", **scenes)
+            if split == "test":
+                found["group"] = EmojiClasses(split, cfg.image_size, "group", **scenes)
+                found["retrieval"] = EmojiScenes(split, 1000, cfg.image_size, **scenes)
+        else:
+            open_set = open_retrieval if is_captioned(cfg, name) else open_labelled
+            found[name] = open_set(name, eval_folder(cfg, name), split)
     found = {name: data for name, data in found.items() if data is not None}
     if split == "val" and not found and cfg.data not in ("emoji", *LABELLED):
         data = open_retrieval(cfg.data, cfg.root, split)
@@ -2063,14 +2085,11 @@ def digest(*parts):
 
 
 def file_digest(path):
-    """Of a file's size and up to 64 pieces of 64 KB spread over it: a teacher may have ten gigabytes."""
-    size, piece = Path(path).stat().st_size, 2**16
+    found = hashlib.sha256()
     with open(path, "rb") as file:
-        pieces = []
-        for start in sorted({int(start) for start in np.linspace(0, max(0, size - piece), 64)}):
-            file.seek(start)
-            pieces.append(file.read(piece))
-    return digest(size, *pieces)
+        while piece := file.read(2**24):
+            found.update(piece)
+    return found.hexdigest()[:16]
 
 
 def data_digest(data, keys):
@@ -2087,27 +2106,53 @@ def data_digest(data, keys):
 
 def check_product(path, found, wanted):
     """UserError when the product at `path` was `found` to be made from anything but what is `wanted` now."""
+    unnamed = ("teacher", "data", "embeddings", "kept images")  # digests, which say nothing to the reader
     for name, value in wanted.items():
         if found.get(name) != value:
-            made_from = {"teacher": "another teacher", "data": "other training data"}.get(
-                name, f"{name.replace('_', ' ')} {found.get(name)}, not {value}")
-            raise UserError(f"{path} was made from {made_from}: delete it, or choose another folder")
+            other = f"another {name}" if name == "teacher" else f"other {name}" if name in unnamed else \
+                f"{name} {found.get(name)}, not {value}"
+            raise UserError(f"{path} was made from {other}: delete it, or choose another folder")
+
+
+def read_product(path):
+    """The json a stage has left. UserError when it is missing or damaged."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is missing or damaged: delete what the stage made and run it again") from error
+
+
+def open_array(path, advice, mode="r"):
+    """A memory map of a .npy file with a vector of floats, or several, per row. UserError, ending in advice, else."""
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        raise UserError(f"{path} is missing, cut short or no .npy file{advice}") from None
+    if not isinstance(array, np.ndarray) or array.ndim < 2 or array.dtype.kind != "f" or not array.size:
+        raise UserError(f"{path} does not hold vectors of floats in rows{advice}")
+    return array if mode == "r" else np.load(path, mmap_mode=mode)
 
 
 class Embeddings:
     """The teacher's embeddings on disk. Row i of image.npy (n, T) and text.npy (n, C, T) belongs to line i of keys.txt.
 
-    fp16 memory maps, not normalised again; C captions an image. A row of zeros: the image could not be read.
-    embeddings.json says from which teacher and data they were made. UserError when a file is damaged.
+    fp16 memory maps, not normalised again; C captions an image. A row of zeros: the image could not be read. A row of
+    NaN: still to do. embeddings.json says from which teacher and data they were made. UserError when a file is damaged.
     """
 
-    def __init__(self, folder, info):
-        self.folder, self.fingerprint = Path(folder), digest(info["teacher"], info["data"])
-        self.logit_scale, self.keys = info["logit_scale"], read_keys(self.folder / "keys.txt")
-        self.open()
+    def __init__(self, folder, mode="r"):
+        self.folder, info = Path(folder), read_product(Path(folder) / "embeddings.json")
+        self.fingerprint, self.logit_scale = digest(info["teacher"], info["data"]), info["logit_scale"]
+        self.advice = f": delete {self.folder / 'embeddings.json'} to embed again"
+        self.keys = read_keys(self.folder / "keys.txt")
+        self.open(mode)
+        if not len(self.keys) == len(self.image) == len(self.text):
+            raise UserError(f"{self.folder} has {len(self.keys):,} keys for {len(self.image):,} images and "
+                            f"{len(self.text):,} texts{self.advice}")
 
-    def open(self):
-        self.image, self.text = (open_array(self.folder / f"{part}.npy", len(self.keys)) for part in ("image", "text"))
+    def open(self, mode="r"):
+        self.image = open_array(self.folder / "image.npy", self.advice, mode)
+        self.text = open_array(self.folder / "text.npy", self.advice, mode)
 
     def __getstate__(self):  # spawned workers open the maps themselves
         return {**self.__dict__, "image": None, "text": None}
@@ -2121,29 +2166,19 @@ class ForeignEmbeddings:
     """Image embeddings (n, T) of any model in a .npy file, for --stage balance and cluster (--embeddings, --keys)."""
 
     text = logit_scale = None
+    advice = ""
 
     def __init__(self, path, keys):
-        self.image = open_array(Path(path))
+        self.image = open_array(Path(path), self.advice)
         self.keys = read_keys(keys) if keys else [str(i) for i in range(len(self.image))]
-        if len(self.keys) != len(self.image):
-            raise UserError(f"{keys} has {len(self.keys):,} keys, {path} {len(self.image):,} rows")
+        if len(self.keys) != len(self.image) or len(set(self.keys)) < len(self.keys):
+            raise UserError(f"{keys} has {len(self.keys):,} keys, {len(set(self.keys)):,} of them different; {path} "
+                            f"has {len(self.image):,} rows")
         self.fingerprint = digest(file_digest(path), self.keys)
 
 
-def open_array(path, rows=None):
-    """A memory map of a .npy file with vectors in its rows. UserError when it is none or has not so many rows."""
-    try:
-        array = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is missing, cut short or no .npy file ({error})") from None
-    if array.ndim < 2 or array.dtype.kind != "f" or rows not in (None, len(array)) or not len(array):
-        raise UserError(f"{path} holds {array.dtype} of shape {array.shape}, not "
-                        f"{'some' if rows is None else f'{rows:,}'} vectors of floats")
-    return array
-
-
 def usable_rows(embeddings):
-    """The rows that hold an embedding. UserError when one holds NaN or infinity."""
+    """The rows that hold an embedding. UserError when one holds NaN or infinity, or none is there."""
     parts = []
     for array in filter(lambda a: a is not None, (embeddings.image, embeddings.text)):
         flat = array.reshape(len(array), -1)
@@ -2151,29 +2186,46 @@ def usable_rows(embeddings):
                                   for start in range(0, len(flat), 65536)])
         broken = np.flatnonzero(~np.isfinite(largest))
         if len(broken):
-            raise UserError(f"the embedding of {embeddings.keys[broken[0]]!r} and {len(broken) - 1:,} more are NaN or "
-                            "infinite: embed again, perhaps with --teacher-precision fp32")
+            raise UserError(f"{len(broken):,} embeddings are NaN or infinite, the first is that of "
+                            f"{embeddings.keys[broken[0]]!r}{embeddings.advice}")
         parts.append(largest > 0)
-    return np.flatnonzero(np.all(parts, 0))
+    rows = np.flatnonzero(np.all(parts, 0))
+    if not len(rows):
+        raise UserError("every embedding is zero: there is nothing to choose from")
+    return rows
 
 
 class Rows:
     """Unit float32 vectors (m, d) on a device, read by position from one or more memory maps of embeddings.
 
-    With several maps a vector is the normalised sum of their unit rows.
+    With several maps a vector is the normalised sum of their unit rows. rows: ascending. On CUDA all are copied there
+    once, in their own precision, if they fit in half of the free memory.
     """
 
     def __init__(self, arrays, rows, device):
-        self.arrays, self.rows, self.device = arrays, rows, device
+        # double precision sums and integer reductions are not to be had on MPS
+        self.device = torch.device("cpu" if torch.device(device).type == "mps" else device)
+        self.arrays, self.rows = arrays, np.asarray(rows)
+        size = sum(array.dtype.itemsize * array[0].size for array in arrays) * len(rows)
+        if self.device.type == "cuda" and size < torch.cuda.mem_get_info(self.device)[0] / 2:
+            self.arrays = [torch.cat([torch.from_numpy(array[part]).to(self.device) for part in
+                                      np.array_split(self.rows, 1 + len(rows) // 65536)]) for array in arrays]
+            self.rows = None
 
     def __len__(self):
-        return len(self.rows)
+        return len(self.arrays[0]) if self.rows is None else len(self.rows)
 
     def __getitem__(self, positions):
         """positions: a slice or an index tensor."""
-        rows = self.rows[positions if isinstance(positions, slice) else positions.cpu().numpy()]
-        parts = [torch.from_numpy(np.asarray(array[rows], np.float32)).to(self.device) for array in self.arrays]
-        parts = [F.normalize(part, dim=-1) for part in parts]
+        if self.rows is None:
+            positions = positions if isinstance(positions, slice) else positions.to(self.device)
+            parts = [F.normalize(array[positions].float(), dim=-1) for array in self.arrays]
+        else:
+            rows = self.rows[positions if isinstance(positions, slice) else positions.cpu().numpy()]
+            if isinstance(positions, slice) and len(rows) and (np.diff(rows) == 1).all():
+                rows = slice(rows[0], rows[-1] + 1)  # read faster
+            parts = [F.normalize(torch.from_numpy(np.asarray(array[rows], np.float32)).to(self.device), dim=-1)
+                     for array in self.arrays]
         return parts[0] if len(parts) == 1 else F.normalize(sum(parts), dim=-1)
 
 
@@ -2373,12 +2425,13 @@ def probe(encoders, cfg):
     """--linear-probe: {name: {"<set>_probe_top1", "<set>_probe_C"}} on each labelled set of --eval-data.
 
     encoders: {name: (B, 3, S, S) uint8 -> (B, D)}. "emoji" are single drawings: by the artists of the training split,
-    and by the held-out ones. Every fifth training image is the validation split on which the regularisation is chosen.
+    and by the held-out ones; captioned sets are passed over. Every fifth training image is the validation split on
+    which the regularisation is chosen.
     """
     scores = {name: {} for name in encoders}
-    for set_name in cfg.eval_data or (cfg.data,):
+    for set_name in [name for name in cfg.eval_data or (cfg.data,) if not is_captioned(cfg, name)]:
         splits = {split: EmojiClasses(split, cfg.image_size, "concept", cfg.concepts, cfg.difficulty)
-                  if set_name == "emoji" else open_labelled(set_name, cfg.eval_root or cfg.root, split)
+                  if set_name == "emoji" else open_labelled(set_name, eval_folder(cfg, set_name), split)
                   for split in ("train", "test")}
         embedded = {split: embed_images(encoders, eval_loader(data, cfg.image_size, 128, loader_workers(cfg)))
                     for split, data in splits.items()}

@@ -78,7 +78,7 @@ class Config:
     resume: bool = option(False, "go on from the last checkpoint in --out")
     evaluate: str | None = option(None, "evaluate this checkpoint (ours, OpenAI, OpenCLIP, Hugging Face) and stop")
     eval_data: tuple[str, ...] = option((), "evaluation sets (default: those that belong to --data)")
-    eval_root: str | None = option(None, "folder of the evaluation set when it is not data/NAME")
+    eval_root: str | None = option(None, "folder of the evaluation set when it is not data/NAME; if several, of all")
     linear_probe: bool = option(False, "with --evaluate: also fit a linear classifier on the frozen image features")
     ablate: tuple[str, ...] = option((), "train these arms of the ablation (names in quotes, or all) and tabulate them")
     seeds: tuple[int, ...] = option((0, 1, 2), "seeds of the ablation")
@@ -175,7 +175,7 @@ def configure(argv=None):
             values = {**common.as_fields(saved), "out": values["out"], "init": None, "device": "auto", "workers": -1}
             sizes = {name: values[name] for name in (*common.SIZES, *common.GUESSED)}
             if "data" in given:
-                values.update(root=None, eval_data=(), eval_root=None)
+                values.update(root=None, keep=None, eval_data=(), eval_root=None)
         else:
             weights, found = common.clip_weights(weights, saved, source, given.get("act"))
             sizes = {name: found[name] for name in common.SIZES}
@@ -394,7 +394,7 @@ def info_nce(logits):
 
 
 def distillation(teacher_logits, student_logits):
-    """KD = 1/2 [KL(softmax(M_t) || softmax(M_s)) + the same of the transposes], mean over the rows (assumption A1)."""
+    """KD = 1/2 [KL(softmax(M_t) || softmax(M_s)) + the same of the transposes], mean over the rows."""
     return sum(F.kl_div(s.log_softmax(-1), t.detach().log_softmax(-1), reduction="batchmean", log_target=True)
                for t, s in zip(teacher_logits, student_logits)) / 2
 
@@ -527,26 +527,26 @@ def backward(model, image, text, now, amp, scaler, seed):
     k = model.cfg.accum
     images, texts = image.chunk(k), text.chunk(k)
 
-    def embed(i):
+    def embed_chunk(i):
         torch.manual_seed(seed + i)  # random pruning draws the same tokens in both passes, and after --resume
         with amp:
             return model.embed(images[i], texts[i], now["keep_rate"])
 
-    def teach(i):
+    def teach_chunk(i):
         torch.manual_seed(seed + i)
         with amp:
             return model.teach(images[i], texts[i])
 
-    u_bar, v_bar = cat_features(teach(i) for i in range(k))
+    u_bar, v_bar = cat_features(teach_chunk(i) for i in range(k))
     with torch.set_grad_enabled(k == 1):
-        u, v = cat_features(embed(i) for i in range(k))
+        u, v = cat_features(embed_chunk(i) for i in range(k))
     if k > 1:
         u.requires_grad_(), v.requires_grad_()
     loss, terms = model.loss(u, v, u_bar, v_bar, now["kd_weight"])
     scaler.scale(loss).backward()
     if k > 1:
         for i, gradients in enumerate(zip(u.grad.chunk(k), v.grad.chunk(k))):
-            torch.autograd.backward(embed(i), gradients)
+            torch.autograd.backward(embed_chunk(i), gradients)
     return {"loss": loss.detach(), **terms}
 
 

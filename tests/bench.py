@@ -179,11 +179,11 @@ def clip_cid_step(args):
     """What cluster and instance discrimination cost: teacher of width 1280, k = 10,000, as for CC3M."""
     flags, sides = ["--preset", "vit_b32", "--data", "cc3m", "--lr", "1e-6", "--batch-size", str(args.batch)], []
     for method in ("clip_cid", "clip"):
-        cfg, _ = clip_cid.configure([*flags, "--teacher", "unused", "--method", method])
-        taught = {"centroids": torch.randn(cfg.k, 1280), "teacher_logit_scale": 4.6} if method == "clip_cid" else {}
-        model = clip_cid.build(cfg, **taught).to(args.device)
+        cfg, _ = clip_cid.configure([*flags, "--teacher", str(clip_cid.DEMO_TEACHER), "--method", method])
+        from_teacher = dict(centroids=torch.randn(cfg.k, 1280), teacher_logit_scale=4.6) if method == "clip_cid" else {}
+        model = clip_cid.build(cfg, **from_teacher).to(args.device)
         batch = [torch.randn(args.batch, 1280), torch.randn(args.batch, 1280), torch.randint(cfg.k, (args.batch,))]
-        batch = clip_cid.to_device(batch if taught else [], args.device)
+        batch = clip_cid.to_device(batch if from_teacher else [], args.device)
         optimiser = clip_cid.build_optimiser(model, cfg, args.device)
         precision, (image, text) = common.mixed_precision(cfg, args.device), pairs(args)
 

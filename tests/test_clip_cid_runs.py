@@ -4,10 +4,8 @@ The reference is always another way to the same thing: all stages at once, the u
 teacher called directly, brute force, eclipse.py. Models and pictures are tiny; what they learn is tested elsewhere.
 """
 
-import csv
 import dataclasses
 import hashlib
-import io
 import json
 import multiprocessing
 import os
@@ -62,12 +60,13 @@ class Cid(Script):
     """clip_cid.py (or another script of this repository) in a process of its own.
 
     quick: pictures become one byte, and the emoji's test scenes are 100; both take seconds and are the same for all.
+    pause: seconds that every batch of embeddings takes longer, so that an interruption meets it.
     """
 
-    def __init__(self, *flags, cwd=REPO, env=(), quick=True, script="clip_cid"):
+    def __init__(self, *flags, cwd=REPO, env=(), quick=True, pause=0, script="clip_cid"):
         self.output = tempfile.TemporaryDirectory()
         self.process = SERVER.Process(target=_main, args=(script, list(map(str, flags)), str(cwd), self.output.name,
-                                                          dict(env), quick))
+                                                          dict(env), quick, pause))
         self.process.start()
 
     def wait_until(self, test):
@@ -78,7 +77,7 @@ class Cid(Script):
         return self
 
 
-def _main(script, flags, cwd, output, env, quick):
+def _main(script, flags, cwd, output, env, quick, pause):
     if hasattr(os, "setpgrp"):
         os.setpgrp()
     for stream, name in ((1, "out"), (2, "err")):
@@ -88,11 +87,14 @@ def _main(script, flags, cwd, output, env, quick):
     multiprocessing.set_start_method(WORKERS, force=True)
     sys.argv = [f"{script}.py", *flags]
     if quick:
-        for name in ("plot_grid", "plot_retrieval", "plot_matrices", "plot_curves"):
+        for name in [name for name in vars(common) if name.startswith("plot_")]:
             setattr(common, name, lambda path, *args, **kwargs: Path(path).write_bytes(b"p"))
         scenes = common.EmojiScenes
         common.EmojiScenes = lambda split, count, *args, **kwargs: scenes(
             split, count if split == "train" else min(count, 100), *args, **kwargs)
+    if pause:
+        encode = clip_cid.CLIP.encode_image
+        clip_cid.CLIP.encode_image = lambda *args: [encode(*args), time.sleep(pause)][0]
     try:
         common.run_main({"clip_cid": clip_cid, "eclipse": eclipse}[script].main)
     finally:
@@ -266,7 +268,7 @@ def assert_embedded(folder, teacher, data):
 PRODUCTS = {
     "embed": {"image.npy", "text.npy", "keys.txt", "embeddings.json"},
     "balance": {"kept.txt", "balance.json", "groups.npz", "balance.png"},
-    "cluster": {"clusters.npz", "clusters.png"},
+    "cluster": {"clusters.npz", "clusters.png", "kmeans.png"},
     "distil": {"config.json", "log.csv", "timing.csv", "last.pt", "best.pt", "student.pt", "results.json",
                "curves.png", "retrieval.png"},
     "evaluate": {"evaluation.json", "similarities.png"},
@@ -314,14 +316,15 @@ def test_products(whole, root, teacher):
         torch.testing.assert_close(centroids.norm(dim=1), torch.ones(8))
         cosine = x @ centroids.T
         assert (cosine.gather(1, torch.from_numpy(found["label"])[:, None])[:, 0] >= cosine.amax(1) - 1e-6).all()
-        assert len(found["objective"]) == 21 and found["objective"][-1] == pytest.approx(float(cosine.amax(1).mean()), 1e-5)
+        assert len(found["objective"]) == 21
+        assert found["objective"][-1] == pytest.approx(float(cosine.amax(1).mean()), 1e-5)
     rows = log_of(whole)
     assert len(rows) == len(kept) // 16 * 2
     assert all(float(row[name]) > 0 for row in rows for name in ("nce", "cluster_hard", "cluster_kl", "instance"))
     for row in rows:
         parts = sum(float(row[name]) for name in ("nce", "cluster_hard", "cluster_kl", "instance"))
         assert float(row["loss"]) == pytest.approx(parts, abs=1e-5)
-    for picture in ("balance.png", "clusters.png", "curves.png", "retrieval.png", "similarities.png"):
+    for picture in ("balance.png", "clusters.png", "kmeans.png", "curves.png", "retrieval.png", "similarities.png"):
         assert Image.open(whole / picture).size[0] > 300
     student = {f"student.{name}": tensor for name, tensor in checkpoint(whole, "student.pt")["model"].items()}
     trained = checkpoint(whole)["model"]
@@ -340,6 +343,17 @@ def test_evaluation_beside_the_teacher(whole, photos, teacher):
     assert table == {"teacher": shown(found["teacher"])}
 
 
+def test_made_again_after_it_was_deleted(photos, whole, tmp_path):
+    """What the messages about other settings ask for: the pictures are then those of the new settings."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out, ignore=lambda _, names: PRODUCTS["distil"] | PRODUCTS["evaluate"])
+    before = hashes(out)
+    (out / "kept.txt").unlink(), (out / "clusters.npz").unlink()
+    run(*photos, "--stage", "cluster", "--remove", "0.2", "--k", "5", "--out", out)
+    changed = {path.name for path, value in hashes(out).items() if before[path] != value}
+    assert changed == (PRODUCTS["balance"] | PRODUCTS["cluster"])
+
+
 def test_a_cache_is_shared(photos, whole, tmp_path):
     """--cache: another run's embeddings are used, nothing is written there."""
     before = hashes(whole)
@@ -349,7 +363,7 @@ def test_a_cache_is_shared(photos, whole, tmp_path):
     assert (tmp_path / "run" / "kept.txt").read_bytes() == (whole / "kept.txt").read_bytes()
 
 
-# --------------------------------------------------------------------------------------------------------- interruptions
+# -------------------------------------------------------------------------------------------------------- interruptions
 
 
 def rows_embedded(folder):
@@ -364,8 +378,8 @@ def rows_embedded(folder):
 
 @pytest.fixture(scope="module")
 def embedded(teacher, tmp_path_factory):
-    """Flags to embed 800 emoji scenes, and the folder of an uninterrupted run."""
-    flags = [*EMOJI, "--scenes", "800", "--teacher", str(teacher), "--stage", "embed"]
+    """Flags to embed 600 emoji scenes, and the folder of an uninterrupted run."""
+    flags = [*EMOJI, "--scenes", "600", "--teacher", str(teacher), "--stage", "embed"]
     out = tmp_path_factory.mktemp("embedded") / "run"
     run(*flags, "--out", out)
     return flags, out
@@ -374,10 +388,10 @@ def embedded(teacher, tmp_path_factory):
 @pytest.mark.parametrize("how", ["kill", pytest.param("ctrl_c", marks=posix)])
 def test_interrupted_while_embedding(embedded, tmp_path, how):
     flags, uninterrupted = embedded
-    stopped = Cid(*flags, "--out", tmp_path).wait_until(lambda: rows_embedded(tmp_path) > 0)
+    stopped = Cid(*flags, "--out", tmp_path, pause=1).wait_until(lambda: rows_embedded(tmp_path) > 0)
     getattr(stopped, how)()
     written = rows_embedded(tmp_path)
-    assert 0 < written < 800
+    assert 0 < written < 600
     assert how == "kill" or (stopped.code == 130 and one_line(stopped.err))
     before = np.load(tmp_path / "image.npy")
     run(*flags, "--out", tmp_path)
@@ -396,12 +410,12 @@ def test_the_rows_that_are_there_are_not_embedded_again(embedded, tmp_path):
     (tmp_path / "embeddings.json").write_text(json.dumps({**info, "complete": False}))
     image = np.load(tmp_path / "image.npy", mmap_mode="r+")
     image[:] = 1
-    image[700:705] = np.nan
+    image[500:505] = np.nan
     image.flush()
     run(*flags, "--out", tmp_path)
     found, expected = np.load(tmp_path / "image.npy"), np.load(uninterrupted / "image.npy")
-    assert (found[:700] == 1).all() and (found[705:] == 1).all()
-    np.testing.assert_allclose(found[700:705], expected[700:705], atol=1e-3)
+    assert (found[:500] == 1).all() and (found[505:] == 1).all()
+    np.testing.assert_allclose(found[500:505], expected[500:505], atol=1e-3)
 
 
 DISTIL = {
@@ -444,12 +458,12 @@ def test_ctrl_c_saves_and_says_how_to_go_on(photos, whole, tmp_path):
 # ---------------------------------------------------------------------------------------------------- several processes
 
 
-def test_torchrun(photos, whole, tmp_path):
+def test_two_processes(photos, whole, tmp_path):
     """Two processes embed, keep, cluster and learn as one does, and write each file and row once."""
-    out = tmp_path / "run"
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    finished = as_user(*photos, "--accum", "2", "--stage", "distil", "--out", out, python=torchrun)
-    assert finished.returncode == 0, finished.stderr
+    out, flags = tmp_path / "run", [*photos, "--accum", "2", "--block", "32", "--stage", "distil"]
+    scripts = together(*flags, "--out", out, port=free_port())
+    for script in scripts:
+        assert script.wait().code == 0, script.err
     assert (out / "keys.txt").read_bytes() == (whole / "keys.txt").read_bytes()
     for name in ("image.npy", "text.npy"):
         np.testing.assert_allclose(np.load(out / name), np.load(whole / name), atol=1e-3)
@@ -465,29 +479,43 @@ def test_torchrun(photos, whole, tmp_path):
             assert float(row[column]) == pytest.approx(float(other[column]), abs=2e-4), (row["step"], column)
     assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()} - PRODUCTS["evaluate"]
     for words in (f"step {len(rows)} ", "balance: ", "k-means: ", "pictures, tables"):
-        assert finished.stdout.count(words) == 1, finished.stdout
+        assert "".join(script.out for script in scripts).count(words) == 1, words
     assert json.loads((out / "config.json").read_text())["environment"]["processes"] == 2
 
 
-@pytest.mark.parametrize("arms", [["--eps", "0.1", "--block", "16"], ["--filter", "semdedup", "--block", "16"],
-                                  ["--filter", "random"]], ids=" ".join)
+def test_torchrun(tmp_path):
+    np.save(tmp_path / "x.npy", clumps(np.float32))
+    flags = ["--stage", "cluster", "--embeddings", tmp_path / "x.npy", "--k", "10", "--device", "cpu", "--block", "64"]
+    run(*flags, "--out", tmp_path / "one")
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    finished = as_user(*flags, "--out", tmp_path / "two", python=torchrun)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("k-means: 10 clusters") == 1
+    assert_same_clusters(tmp_path / "one", tmp_path / "two")
+
+
+def assert_same_clusters(a, b):
+    assert (a / "kept.txt").read_bytes() == (b / "kept.txt").read_bytes()
+    assert json.loads((a / "balance.json").read_text()) == json.loads((b / "balance.json").read_text())
+    with np.load(a / "clusters.npz") as one, np.load(b / "clusters.npz") as two:
+        assert np.array_equal(one["label"], two["label"]) and np.array_equal(one["row"], two["row"])
+        np.testing.assert_allclose(two["centroids"], one["centroids"], atol=1e-6)
+
+
+@pytest.mark.parametrize("arms", [["--eps", "0.1", "--block", "16"], ["--eps", "0.1"], [],
+                                  ["--filter", "semdedup", "--block", "16"], ["--filter", "random"]], ids=" ".join)
 def test_two_processes_balance_and_cluster_as_one(photos, whole, tmp_path, arms):
-    """With blocks so small that both have several; and an error on one ends both."""
+    """With blocks so small that both have several, and with one block, so that one process has none."""
     flags = [*photos, "--cache", whole, "--stage", "cluster", *arms]
     run(*flags, "--out", tmp_path / "one")
     for script in together(*flags, "--out", tmp_path / "two", port=free_port()):
         assert script.wait().code == 0, script.err
-    assert (tmp_path / "one" / "kept.txt").read_bytes() == (tmp_path / "two" / "kept.txt").read_bytes()
-    ours, theirs = (json.loads((tmp_path / name / "balance.json").read_text()) for name in ("one", "two"))
-    assert ours == theirs
-    with np.load(tmp_path / "one" / "clusters.npz") as one, np.load(tmp_path / "two" / "clusters.npz") as two:
-        assert np.array_equal(one["label"], two["label"])
-        np.testing.assert_allclose(two["centroids"], one["centroids"], atol=1e-6)
+    assert_same_clusters(tmp_path / "one", tmp_path / "two")
 
 
 def test_an_error_ends_both_processes(photos, whole, tmp_path):
-    scripts = together(*photos, "--cache", whole, "--stage", "cluster", "--k", "1000", "--out", tmp_path / "run",
-                       port=free_port())
+    scripts = together(*photos, "--cache", whole, "--stage", "cluster", "--k", "1000", "--block", "32", "--out",
+                       tmp_path / "run", port=free_port())
     assert [script.wait(60).code for script in scripts] == [2, 2]
     assert "--k 1000" in one_line(scripts[0].err)
 
@@ -583,6 +611,7 @@ def wrong(tmp_path_factory, teacher, root):
     np.save(folder / "int.npy", np.arange(40).reshape(20, 2))
     np.save(folder / "nan.npy", np.where(np.arange(20)[:, None] == 3, np.nan, rng.normal(size=(20, 8))))
     np.save(folder / "none.npy", np.zeros((0, 8)))
+    np.save(folder / "zeros.npy", np.zeros((20, 8)))
     (folder / "text.npy").write_text("these are no vectors\n")
     np.savez(folder / "several.npz", a=np.zeros((2, 2)))
     (folder / "keys.txt").write_text("".join(f"k{i}\n" for i in range(19)))
@@ -606,6 +635,11 @@ def put_nan(name, row):
 def edit_kept(folder):
     path = folder / "kept.txt"
     path.write_text("\n".join(keys_of(path)[1:]) + "\n")
+
+
+def half_embedded(folder):
+    path = folder / "embeddings.json"
+    path.write_text(path.read_text().replace("true", "false"))
 
 
 def remove(*names):
@@ -645,6 +679,10 @@ ON_A_RUN = {
     "clusters.npz empty": (lambda folder: (folder / "clusters.npz").write_bytes(b""), "--stage cluster",
                            "{run}/clusters.npz damaged delete"),
     "groups.npz gone with its picture": (remove("groups.npz", "balance.png"), "--stage balance", "{run}/groups.npz"),
+    "half embedded and cut": (lambda folder: [half_embedded(folder), cut("image.npy", -100)(folder)], "--stage embed",
+                              "{run}/image.npy"),
+    "half embedded and gone": (lambda folder: [half_embedded(folder), remove("text.npy")(folder)], "--stage embed",
+                               "{run}/text.npy"),
     "distilled already": (untouched, "--stage distil", "{run} --resume --out"),
     "resumed with another weight": (untouched, "--resume --cluster-weight 2", "--cluster-weight 2 1 {run}"),
     "evaluated without a student": (remove("student.pt"), "--stage evaluate", "{run} student distil"),
@@ -711,6 +749,7 @@ ON_NONE = {
     "--embeddings {wrong}/int.npy --stage balance": "{wrong}/int.npy int64 floats",
     "--embeddings {wrong}/none.npy --stage balance": "{wrong}/none.npy (0, 8)",
     "--embeddings {wrong}/nan.npy --stage balance": "'3' NaN",
+    "--embeddings {wrong}/zeros.npy --stage balance": "{wrong}/zeros.npy",
     "--embeddings {wrong}/good.npy --keys {wrong}/keys.txt --stage balance": "{wrong}/keys.txt 19 20",
     "--embeddings {wrong}/good.npy --keys {wrong}/twice.txt --stage balance": "{wrong}/twice.txt",
     "--embeddings {wrong}/good.npy --keys {wrong}/missing.txt --stage balance": "{wrong}/missing.txt",
@@ -720,7 +759,7 @@ ON_NONE = {
     "--stage embed --cache {empty} --teacher {wrong}/missing.pt": "{wrong}/missing.pt teacher",
     "--stage embed --cache {empty} --teacher {wrong}/cut.pt": "{wrong}/cut.pt damaged",
     "--stage embed --cache {empty} --teacher {wrong}/other.pt": "{wrong}/other.pt CLIP",
-    "--stage embed --cache {empty} --teacher {wrong}": "{wrong} folder",
+    "--stage embed --cache {empty} --teacher {wrong}": "{wrong}",
     "--stage embed --cache {wrong}/text.npy": "{wrong}/text.npy",
     "--stage teacher --method clip_cid": "--stage teacher --method clip",
     "--stage something": "--stage something balance",
@@ -799,8 +838,8 @@ def test_balance_of_any_embeddings(tmp_path, dtype):
 
 def test_balance_as_the_help_shows_it(tmp_path):
     np.save(tmp_path / "FILE.npy", clumps(np.float32))
-    finished = as_user("--stage", "balance", "--embeddings", "FILE.npy", "--eps", "0.447", cwd=tmp_path)
-    assert finished.returncode == 0 and finished.stderr == "", finished.stderr
+    script = run("--stage", "balance", "--embeddings", "FILE.npy", "--eps", "0.447", cwd=tmp_path)
+    assert script.err == ""
     kept = keys_of(next(tmp_path.glob("runs/*/kept.txt")))
     assert list(map(int, kept)) == brute_force(clumps(np.float32), 0.447)
 
@@ -811,7 +850,7 @@ def test_cluster_any_embeddings(tmp_path):
     flags = ["--stage", "cluster", "--embeddings", tmp_path / "x.npy", "--k", "10", "--device", "cpu"]
     run(*flags, "--filter", "none", "--out", tmp_path / "all")
     run(*flags, "--eps", "0.447", "--out", tmp_path / "kept")
-    assert {path.name for path in (tmp_path / "all").iterdir()} == {"clusters.npz"}
+    assert {path.name for path in (tmp_path / "all").iterdir()} == {"clusters.npz", "kmeans.png"}
     for folder, rows in (("all", list(range(300))), ("kept", brute_force(x, 0.447))):
         with np.load(tmp_path / folder / "clusters.npz") as found:
             assert found["row"].tolist() == rows and found["centroids"].shape == (10, 16)
@@ -820,7 +859,7 @@ def test_cluster_any_embeddings(tmp_path):
             assert np.all(np.diff(found["objective"]) > -1e-6) and len(np.unique(found["label"])) == 10
 
 
-# ----------------------------------------------------------------------------------------------------------- real images
+# ---------------------------------------------------------------------------------------------------------- real images
 
 
 REAL = [*TINY, "--preset", "demo", "--workers", "2", "--epochs", "1"]
