@@ -187,17 +187,19 @@ PRESETS = {"demo": {}, "vit_b32": {**VIT_B, "patch_size": 32}, "vit_b16": {**VIT
 LARGE = dict(preset="vit_b32", epochs=32, batch_size=4096, lr=1e-3, crop_scale=0.5, warmup=3.2, k=10000, log_every=50)
 SMALLER = {**LARGE, "batch_size": 1024, "k": 1000}
 RECIPES = {"emoji": {}, "cc3m": LARGE, "yfcc15m": LARGE, "coco": SMALLER, "flickr30k": SMALLER}
-# --stage teacher: the CLIP that ships as data/teacher_clip.pt; larger, and trained longer on more scenes.
-TEACHER = dict(method="clip", filter="none", vision_width=128, vision_layers=6, vision_mlp=512, text_width=96,
-               text_layers=3, embed_dim=128, scenes=50000, epochs=5, long_tail=0.0, duplicates=0.0, batch_size=128,
-               seed=1000, log_every=100)
+# --stage teacher on the emoji scenes: the CLIP that ships as data/teacher_clip.pt, larger, trained on more scenes.
+DEMO = dict(vision_width=128, vision_layers=6, vision_mlp=512, text_width=96, text_layers=3, embed_dim=128,
+            scenes=50000, epochs=5, long_tail=0.0, duplicates=0.0, batch_size=128, seed=1000, log_every=100)
 DEMO_TEACHER = common.DATA / "teacher_clip.pt"
 
 
 def configure(argv=None):
     """(Config, weights or None): defaults <- recipe of --data <- preset <- run or checkpoint in use <- flags given."""
     given = common.parse_command_line(Config, __doc__, argv)
-    recipe = TEACHER if given.get("stage") == "teacher" else RECIPES.get(given.get("data", "emoji"), LARGE)
+    recipe = RECIPES.get(given.get("data", "emoji"), LARGE)
+    if given.get("stage") == "teacher":
+        recipe = {**recipe, **(DEMO if given.get("data", "emoji") == "emoji" else {}), "method": "clip",
+                  "filter": "none"}
     values = {**recipe, **PRESETS[given.get("preset", recipe.get("preset", "demo"))]}
     stem = f"runs/{given.get('method', 'clip_cid')}-{given.get('data', 'emoji')}"
     stem = "runs/teacher" if given.get("stage") == "teacher" else stem
@@ -239,8 +241,6 @@ def check(cfg, sizes=()):
         raise UserError("--linear-probe goes with --evaluate FILE or --stage evaluate")
     if cfg.ablate and (world_size() > 1 or cfg.eps):
         raise UserError(f"--ablate {'takes --remove, not --eps' if cfg.eps else 'runs in one process'}")
-    if cfg.embeddings and (cfg.keep or cfg.cache or cfg.teacher):
-        raise UserError("--embeddings stands for data and teacher: no --keep, --cache or --teacher")
     if cfg.embeddings and cfg.stage not in ("balance", "cluster"):
         raise UserError("--embeddings goes with --stage balance or --stage cluster")
     if cfg.keys and not cfg.embeddings:
@@ -252,8 +252,8 @@ def check(cfg, sizes=()):
                         f"{cfg.batch_size}")
     if bool(cfg.margin) != (cfg.margin_type != "none"):
         raise UserError("--margin and --margin-type go together")
-    if cfg.stage == "teacher" and (cfg.method, cfg.filter, cfg.data) != ("clip", "none", "emoji"):
-        raise UserError("--stage teacher trains a plain CLIP on the emoji scenes: --method clip, --filter none")
+    if cfg.stage == "teacher" and (cfg.method, cfg.filter) != ("clip", "none"):
+        raise UserError("--stage teacher trains a plain CLIP: --method clip, --filter none")
     if not cfg.embeddings and not cfg.evaluate and needs_teacher(cfg):
         teacher_file(cfg)
 
@@ -885,8 +885,7 @@ def balance(cfg, embeddings, device):
     """--stage balance: the rows that --filter keeps; kept.txt holds their keys, balance.json the figures."""
     rows, path = common.usable_rows(embeddings), Path(cfg.out) / "kept.txt"
     if cfg.keep:
-        wanted = set(common.read_keys(cfg.keep))
-        rows = rows[[embeddings.keys[row] in wanted for row in rows]]
+        rows = np.intersect1d(rows, common.listed(embeddings.keys, cfg.keep))
     if cfg.filter == "none":
         return rows
     how = {"filter": cfg.filter, "setting": f"--eps {cfg.eps:g}" if cfg.eps else f"--remove {cfg.remove:g}"}
@@ -899,7 +898,7 @@ def balance(cfg, embeddings, device):
         chosen, group, figures = choose(cfg, common.Rows([embeddings.image], rows, device))
         if len(chosen) < 2 <= len(rows):
             raise UserError(f"one image of {len(rows):,} would be left: lower {'--eps' if cfg.eps else '--remove'}")
-        keys = [embeddings.keys[row] for row in rows[chosen]]
+        keys = [embeddings.keys[row] for row in rows[chosen.numpy()]]
         report = {"images": len(rows), "kept": len(keys), "removed_share": 1 - len(keys) / len(rows), **figures,
                   "made_from": how, "digest": common.digest(keys)}
         common.on_first(lambda: write_kept(path, keys, rows, group, report))

@@ -2001,12 +2001,17 @@ def read_keys(path):
 
 def keep_only(data, path):
     """The samples of a captioned set whose keys are listed in a file, in the set's order."""
+    return Subset(data, listed([data.key(i) for i in range(len(data))], path))
+
+
+def listed(keys, path):
+    """The places in `keys` of those that a file lists, ascending. UserError when one is not among them."""
     wanted = set(read_keys(path))
-    indices = np.array([i for i in range(len(data)) if data.key(i) in wanted])
-    if len(indices) < len(wanted):
-        raise UserError(f"--keep {path}: {len(wanted) - len(indices):,} of its {len(wanted):,} keys are not in the "
+    places = np.array([place for place, key in enumerate(keys) if key in wanted], int)
+    if len(places) < len(wanted):
+        raise UserError(f"--keep {path}: {len(wanted) - len(places):,} of its {len(wanted):,} keys are not in the "
                         "training set")
-    return Subset(data, indices)
+    return places
 
 
 def is_captioned(cfg, name):
@@ -2129,7 +2134,8 @@ def open_array(path, advice, mode="r"):
     except (OSError, ValueError, EOFError):
         raise UserError(f"{path} is missing, cut short or no .npy file{advice}") from None
     if not isinstance(array, np.ndarray) or array.ndim < 2 or array.dtype.kind != "f" or not array.size:
-        raise UserError(f"{path} does not hold vectors of floats in rows{advice}")
+        what = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else "no .npy array"
+        raise UserError(f"{path} holds {what}, not vectors of floats in rows{advice}")
     return array if mode == "r" else np.load(path, mmap_mode=mode)
 
 
@@ -2143,7 +2149,7 @@ class Embeddings:
     def __init__(self, folder, mode="r"):
         self.folder, info = Path(folder), read_product(Path(folder) / "embeddings.json")
         self.fingerprint, self.logit_scale = digest(info["teacher"], info["data"]), info["logit_scale"]
-        self.advice = f": delete {self.folder / 'embeddings.json'} to embed again"
+        self.where, self.advice = self.folder, f": delete {self.folder / 'embeddings.json'} to embed again"
         self.keys = read_keys(self.folder / "keys.txt")
         self.open(mode)
         if not len(self.keys) == len(self.image) == len(self.text):
@@ -2169,6 +2175,7 @@ class ForeignEmbeddings:
     advice = ""
 
     def __init__(self, path, keys):
+        self.where = path
         self.image = open_array(Path(path), self.advice)
         self.keys = read_keys(keys) if keys else [str(i) for i in range(len(self.image))]
         if len(self.keys) != len(self.image) or len(set(self.keys)) < len(self.keys):
@@ -2191,7 +2198,7 @@ def usable_rows(embeddings):
         parts.append(largest > 0)
     rows = np.flatnonzero(np.all(parts, 0))
     if not len(rows):
-        raise UserError("every embedding is zero: there is nothing to choose from")
+        raise UserError(f"{embeddings.where}: every embedding is zero")
     return rows
 
 
@@ -2224,7 +2231,7 @@ class Rows:
             rows = self.rows[positions if isinstance(positions, slice) else positions.cpu().numpy()]
             if isinstance(positions, slice) and len(rows) and (np.diff(rows) == 1).all():
                 rows = slice(rows[0], rows[-1] + 1)  # read faster
-            parts = [F.normalize(torch.from_numpy(np.asarray(array[rows], np.float32)).to(self.device), dim=-1)
+            parts = [F.normalize(torch.from_numpy(np.array(array[rows], np.float32)).to(self.device), dim=-1)
                      for array in self.arrays]
         return parts[0] if len(parts) == 1 else F.normalize(sum(parts), dim=-1)
 

@@ -923,7 +923,7 @@ def test_teachers_in_half_precision(open_clip, tmp_path, precision, dtype, toler
     model = open_clip_model(open_clip, "ViT-B/32")
     torch.save(model.state_dict(), tmp_path / "model.pt")
     teacher, cfg = teacher_of(tmp_path / "model.pt", teacher_act="quick_gelu", teacher_precision=precision)
-    assert {p.dtype for p in teacher.parameters()} == {dtype}
+    assert {p.dtype for p in teacher.parameters() if p.ndim} == {dtype}
     assert_same_towers(teacher, cfg, model.encode_image, model.encode_text, tolerance, dtype)
 
 
@@ -962,9 +962,7 @@ TWO_PAPERS = {  # top-level functions and classes of both scripts that differ, a
     "evaluate_checkpoint": "one encoder", "profile": "student and teacher, not keep rates",
     "ablation_arms": "other arms", "ablate": "no sweet spot, the teacher's scores", "main": "stages",
 }
-DOCSTRING_ONLY = {"distillation": "names eclipse.py's assumption"}
 FIELDS = {  # fields of both Configs that differ: what, and why
-    "keep": ({"help"}, "clip_cid.py need not say that it writes one"),
     "linear_probe": ({"help"}, "--stage evaluate"), "profile": ({"help"}, "what is measured"),
     "method": ({"default", "allowed", "section"}, "its own name"),
     "preset": ({"section"}, "the student's, beside the teacher's"),
@@ -975,17 +973,13 @@ REPO = Path(__file__).resolve().parents[1]
 
 
 def top_level(script):
-    """{name: (source, syntax tree without docstrings and positions)} of its functions and classes."""
+    """{name: source} of its functions and classes, decorators included."""
     source, found = (REPO / script).read_text("utf-8"), {}
     lines = source.splitlines()
     for node in ast.parse(source).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             first = min(line.lineno for line in (node, *node.decorator_list))
-            text = lines[first - 1:node.end_lineno]
-            for inner in ast.walk(node):
-                if isinstance(inner, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(inner) is not None:
-                    inner.body = inner.body[1:]
-            found[node.name] = text, ast.dump(node)
+            found[node.name] = lines[first - 1:node.end_lineno]
     return found
 
 
@@ -993,9 +987,7 @@ def test_what_both_scripts_need_is_the_same_to_the_letter():
     ours, theirs = top_level("clip_cid.py"), top_level("eclipse.py")
     both = ours.keys() & theirs.keys()
     differ = {name for name in both if ours[name] != theirs[name]}
-    documentation = {name for name in differ if ours[name][1] == theirs[name][1]}
-    assert documentation == DOCSTRING_ONLY.keys()
-    assert differ - documentation == TWO_PAPERS.keys()
+    assert differ == TWO_PAPERS.keys()
     assert {"QuickGELU", "unit", "similarities", "info_nce", "normalise", "build_optimiser"} <= both - differ
 
 
