@@ -13,7 +13,6 @@ import logging
 import os
 import platform
 import re
-import resource
 import statistics
 import sys
 import tempfile
@@ -209,16 +208,25 @@ def embeddings(args, folder):
     return common.Rows([np.load(f"{folder}/x.npy", mmap_mode="r")], np.arange(n), args.device)
 
 
+def peak_memory(restart=False):
+    """MB that the process has held at most, since the last restart of the count (Linux; elsewhere 0)."""
+    if not Path("/proc/self/clear_refs").exists():
+        return 0
+    if restart:
+        Path("/proc/self/clear_refs").write_text("5")
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+
 def balance(args, eps=0.447):
     """All pairs closer than ε, their groups and the kept images, against faiss's exact range search; one run each."""
     import faiss
     with tempfile.TemporaryDirectory() as folder:
         x = embeddings(args, folder)
-        before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+        before, start = peak_memory(restart=True), time.perf_counter()
         group, _, pairs = clip_cid.find_groups(x, 4096, eps=eps)
         kept = clip_cid.centres(x, group, 4096)
         ours = time.perf_counter() - start
-        memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        memory = peak_memory() - before
         start = time.perf_counter()
         _, found, _ = clip_cid.find_groups(x, 4096, remove=0.437)
         removing = time.perf_counter() - start
