@@ -16,7 +16,9 @@ discrimination, which of the batch's teacher embeddings is its own, for the deta
 The stages embed, balance, cluster, distil and evaluate run one after the other; --stage runs up to one of them. Each
 leaves plain files, which a later command with the same --out uses again; --cache shares the embeddings between runs.
 
-RESULT
+Measured on the emoji scenes, 32,000 samples seen, 3 seeds, 2 CPU cores, torch 2.13.0 (README has the table and the
+commands): zero-shot top-1 on unseen drawings 21.2 ± 1.2, against 12.8 ± 1.7 for the same student without a teacher and
+39.5 for the teacher. Not run at the paper's scale.
 
 Assumptions, where the public text is silent; what is marked [paper] is not ours:
   A1  Groups by Union-Find at a distance ε [paper], that is connected components. ε is set so that 43.7 % of the images
