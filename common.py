@@ -1,9 +1,10 @@
-"""What eclipse.py, clip_cid.py and dlip.py share: command line, run folder, tokenizer, data, evaluation, plots.
+"""What eclipse.py, clip_cid.py and dlip.py share: command line, run folder, tokenizers, data, evaluation, plots.
 
 The models, the losses and the training loops are not here: they stand in each script, to be read there. In order:
 
-    errors · command line · devices and processes · run folder · published weights · tokenizer · images
-    · captioned and labelled sets on disk · emoji scenes · loading · embeddings on disk · evaluation · pictures
+    errors · command line · devices and processes · run folder · published weights · tokenizers · images
+    · captioned and labelled sets on disk · emoji scenes · loading · embeddings on disk · evaluation
+    · captions and answers · pictures
 
 Letters in shape comments: B batch, N images, T texts, D embedding width, K classes, S image side in pixels.
 """
@@ -26,13 +27,16 @@ import os
 import platform
 import re
 import signal
+import string
 import struct
 import subprocess
 import sys
 import tarfile
 import textwrap
 import time
+import unicodedata
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -912,6 +916,130 @@ class CLIPTokenizer:
                     merged.append(i)
             ids = merged
         return ids
+
+
+# ----------------------------------------------------------------------------------------------------- BERT's tokenizer
+
+BERT_SPECIALS = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"
+BERT_SPECIAL = re.compile("(" + "|".join(map(re.escape, BERT_SPECIALS)) + ")")
+CJK = re.compile("([\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf"
+                 "\U0002f800-\U0002fa1f])")
+BLIP_SYMBOLS = '.!"()*#:;~'  # what BLIP takes out of captions and questions
+
+
+@functools.lru_cache(maxsize=1)
+def load_vocabulary() -> tuple[str, ...]:
+    """The 30522 tokens of bert-base-uncased in order of their ids, from data/bert_base_uncased_vocab.txt.gz."""
+    path = DATA / "bert_base_uncased_vocab.txt.gz"
+    try:
+        tokens = tuple(gzip.decompress(path.read_bytes()).decode().split("\n")[:-1])
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise UserError(f"no vocabulary in {path} ({type(error).__name__}): data/README.md tells its source") from error
+    if len(tokens) != 30522:
+        raise UserError(f"{path} holds {len(tokens)} tokens, not the 30522 of bert-base-uncased")
+    return tokens
+
+
+def split_words(text: str) -> list[str]:
+    """Lower-cased words and single punctuation marks of a text, without accents: BERT's "basic tokenization".
+
+    Control, format, private and unassigned characters vanish; each CJK ideograph is a word by itself.
+    """
+    text = "".join(map(str.lower, text))  # one by one, so that a final Σ becomes σ and not ς, as in transformers
+    text = "".join(c for c in text if c in "\t\n\r" or unicodedata.category(c)[0] != "C" and c != "\ufffd")
+    text = unicodedata.normalize("NFD", CJK.sub(r" \1 ", text))
+    chars = []
+    for c in text:
+        kind = unicodedata.category(c)
+        if c in string.punctuation or kind[0] == "P":
+            chars.append(f" {c} ")
+        elif kind != "Mn":  # a combining mark, such as an accent
+            chars.append(c)
+    return "".join(chars).split()
+
+
+class BertTokenizer:
+    """WordPiece of bert-base-uncased (Devlin et al. 2019), token for token as transformers' BertTokenizer.
+
+    As in BLIP (Li et al. 2022), [DEC] and [ENC] follow the vocabulary as ids 30522 and 30523: the first token of a text
+    that is decoded, or encoded with an image. What is punctuation or an accent is what Python's Unicode tables say.
+    A special token written in a text becomes that token, as in transformers; lower case, as in clean_blip_caption,
+    prevents it.
+
+    context_length: tokens per text, first and [SEP] included. words: texts whose tokens and characters make up a small
+    vocabulary, for a small embedding table: they are encoded as with the full one, other texts into smaller pieces or
+    [UNK]; its ids count from 0 in the same order. Raises UserError for a context_length below 3 or a vocabulary file
+    that is missing or not whole.
+    """
+
+    def __init__(self, context_length: int = 30, words: Iterable[str] | None = None):
+        if context_length < 3:
+            raise UserError(f"--context-length {context_length}: at least 3, the first token, a piece and [SEP]")
+        self.context_length = context_length
+        self._set_tokens([*load_vocabulary(), "[DEC]", "[ENC]"])
+        if words is not None:
+            kept = set(BERT_SPECIALS)
+            for word in {word for text in words for word in split_words(text)}:
+                kept.update(word, ("##" + c for c in word), (self._tokens[i] for i in self._pieces(word)))
+            self._set_tokens([token for token in self._tokens if token in kept])
+
+    def _set_tokens(self, tokens: list[str]) -> None:
+        self._tokens, self.vocab_size = tokens, len(tokens)
+        self._ids = {token: i for i, token in enumerate(tokens)}
+        self.pad, self.unk, self.cls, self.sep, self.mask, self.dec, self.enc = (self._ids[s] for s in BERT_SPECIALS)
+
+    def __call__(self, texts: str | list[str], first: str = "[CLS]") -> torch.Tensor:
+        """Long tensor (B, context_length): first, text, [SEP], [PAD] ... A text that is too long keeps its [SEP]."""
+        texts = [texts] if isinstance(texts, str) else texts
+        rows = [[self._ids[first], *self.encode(text)[:self.context_length - 2], self.sep] for text in texts]
+        rows = [row + [self.pad] * (self.context_length - len(row)) for row in rows]
+        return torch.tensor(rows, dtype=torch.long).view(len(rows), self.context_length)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text of any length, without first token and [SEP]."""
+        ids = []
+        for part in BERT_SPECIAL.split(text):
+            if part in BERT_SPECIALS:
+                ids.append(self._ids[part])
+            else:
+                ids += [i for word in split_words(part) for i in self._pieces(word)]
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids without special tokens, as transformers' decode with clean_up_tokenization_spaces."""
+        text = " ".join(token for token in (self._tokens[i] for i in ids) if token not in BERT_SPECIALS)
+        text = text.replace(" ##", "").strip()
+        for spaced in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
+            text = text.replace(spaced, spaced.strip())
+        return text
+
+    def _pieces(self, word: str) -> list[int]:
+        """Token ids of one word: the longest piece that fits, again and again; [UNK] if none fits, or above 100."""
+        ids, start = [], 0
+        while start < len(word) <= 100:
+            prefix = "##" if start else ""
+            end = next((end for end in range(len(word), start, -1) if prefix + word[start:end] in self._ids), None)
+            if end is None:
+                return [self.unk]
+            ids.append(self._ids[prefix + word[start:end]])
+            start = end
+        return ids or [self.unk]
+
+
+def clean_blip_caption(text: str, max_words: int = 30) -> str:
+    """A caption as BLIP reads it: lower case, a space for each of .!"()*#:;~, at most max_words words."""
+    text = text.lower().translate(dict.fromkeys(map(ord, BLIP_SYMBOLS), " "))
+    text = re.sub(r"\s\s+", " ", text).rstrip("\n").strip(" ")
+    return " ".join(text.split(" ")[:max_words])
+
+
+def clean_blip_question(text: str, max_words: int = 50) -> str:
+    """A question as BLIP reads it: lower case, .!"()*#:;~ removed without a trace, at most max_words words.
+
+    BLIP's own limit is 50 words, then 35 tokens.
+    """
+    text = text.lower().translate(dict.fromkeys(map(ord, BLIP_SYMBOLS))).rstrip(" ")
+    return " ".join(text.split(" ")[:max_words])
 
 
 # --------------------------------------------------------------------------------------------------------------- images
@@ -2448,6 +2576,154 @@ def probe(encoders, cfg):
             found = linear_probe((x[~held], y[~held]), (x[held], y[held]), test, len(splits["test"].classes))
             scores[name].update({f"{set_name}_probe_{key}": value for key, value in found.items()})
     return scores
+
+
+# ------------------------------------------------------------------------------------------------- captions and answers
+
+# Captions are strings of tokens separated by spaces, such as ptb_tokenize returns; R: references of an image.
+
+# What COCO's tokenizer (Stanford's PTBTokenizer 3.4.1, then a list of punctuation to drop) does, found by trying it.
+ABBREVIATIONS = """adm adv al ala alex apr ariz assn assoc asst atty aug ave bancorp bhd bldg blvd brig bros calif capt
+    cf cie cmdr co col colo comdr conn corp cos cpl ct dak dec dept det dr drs elec ens esq est etc ext feb fla fri ft
+    ga gen gov govs hon inc ind insp intl invt jan jos jr jul jun kan kans ky lieut lt ltd maj mar md messrs mfg mich
+    minn mlle mme mo mon mont mr mrs ms msgr mt mtg natl neb nev nov oct okla penn pfc ph plc pres prof profs pte pty
+    pvt rd rep reps rev rt sen sens sep sept seq sfc sgt spc sq sr st ste supt sys tel tenn thu thurs treas tue tues
+    univ va vs vt wed wis wisc wm wyo"""
+ABBREVIATION = "|".join(ABBREVIATIONS.split())
+ALNUM, LETTER = r"[^\W_]", r"[^\W\d_]"
+WORD = rf"(?:(?:[cdlno]|qu)['’](?={LETTER}{{2}}))?{ALNUM}+"
+PTB_TOKEN = re.compile(rf"""
+      (?:https?://|www\.)\S*{ALNUM} | [\w.]+@[\w.]*{ALNUM} | [\#@][a-z]\w* | </?[a-z]+>  # address, tag, markup
+    | (?:{ABBREVIATION}|[a-z](?:\.[a-z])*)\.(?!{ALNUM})                     # st. u.s.
+    | (?:no|nos|fig|art|pp|op|ca|prop)\.(?=\s*\d) | {LETTER}+\.(?=[,;:])    # no. 5
+    | can(?=not\b) | (?:gon|wan)(?=na\b) | got(?=ta\b) | (?:gim|lem)(?=me\b) | 't(?=is\b|was\b)
+    | {LETTER}+?(?=n't\b) | n't\b | '(?:s|m|d|re|ve|ll)\b                   # do n't, dog 's
+    | ['’](?:em|till?|cause|n)\b['’]? | ['’]\d\ds?\b(?!['’"”])              # 'em, '80s
+    | [jy]['’](?={LETTER}{{2}}) | ol'\B | ma['’]ams? | hallowe['’]en | n?e['’]er
+    | \d+(?:[.,]\d+)*(?:[-/]{ALNUM}+)+                                      # 3.5-inch
+    | (?:(?<!-)[-+])?\d*(?:[.,:]\d+)+ | (?<!-)[-+]\d+                       # 1,000 12:30 -5
+    | (?-i:[A-Z]+(?:&[A-Z]+)+)                                              # B&W
+    | {LETTER}{ALNUM}*(?:[.!?]{LETTER}{ALNUM}*)+                            # the.end
+    | {WORD}(?:[-/_‐‑]{WORD})*                                              # black-and-white, and/or
+    | [:;=][-o]?[()] | [!?]{{2,}} | \*+ | _+                                # emoticons, runs
+    | [^\w\s.?!,:;'`"“”‘’«»‹›—–―…\u200b-\u200d\ufe0f\U00010000-\U0010ffff-]
+    """, re.VERBOSE | re.IGNORECASE)
+SPELLED = str.maketrans({"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-",
+                         "€": "$", "£": "#", "¢": "cents"})
+FRACTIONS = str.maketrans({"½": " 1/2 ", "¼": " 1/4 ", "¾": " 3/4 ", "⅓": " 1/3 ", "⅔": " 2/3 "})
+
+
+def ptb_tokenize(text: str) -> str:
+    """Lower-cased tokens of a caption without punctuation, joined by spaces: "A dog's bowl." -> "a dog 's bowl".
+
+    An approximation, without Java, of COCO's caption tokenizer: equal to it on all 795 captions of coco_mini. Like it,
+    it splits contractions (do n't, can not), keeps compounds (black-and-white, and/or), abbreviations (st.), symbols
+    and runs such as !!, and writes brackets as -lrb-. Not treated: HTML entities, phone numbers, rare contractions.
+    """
+    text = re.sub(r"’(?=(?:s|m|d|t|re|ve|ll)\b)", "'", text.translate(FRACTIONS), flags=re.IGNORECASE)
+    return " ".join(token.lower().translate(SPELLED) for token in PTB_TOKEN.findall(text))
+
+
+def _ngram_counts(sentence: str) -> list[collections.Counter]:
+    """How often each n-gram occurs in a sentence, for n = 1, 2, 3, 4."""
+    words = sentence.split()
+    return [collections.Counter(tuple(words[i:i + n]) for i in range(len(words) - n + 1)) for n in (1, 2, 3, 4)]
+
+
+def bleu(references: list[list[str]], hypotheses: list[str]) -> list[float]:
+    """BLEU-1, -2, -3 and -4 of a corpus (Papineni et al. 2002, section 2), in 0..1, as in pycocoevalcap.
+
+    BLEU-n = exp(min(0, 1 - r/c)) (p_1 ... p_n)^(1/n). p_n: n-grams of the hypotheses that a reference has, each counted
+    at most as often as in one reference, over all n-grams of the hypotheses. c: words of the hypotheses; r: words of
+    the references closest in length, the shorter one of two. references: N lists of R strings; hypotheses: N strings.
+    """
+    matched, total = np.zeros(4), np.zeros(4)
+    length = closest = 0
+    for refs, hypothesis in zip(references, hypotheses, strict=True):
+        words = len(hypothesis.split())
+        length += words
+        closest += min((len(ref.split()) for ref in refs), key=lambda r: (abs(r - words), r))
+        counted = [_ngram_counts(ref) for ref in refs]
+        for n, counts in enumerate(_ngram_counts(hypothesis)):
+            matched[n] += sum(min(count, max(c[n][gram] for c in counted)) for gram, count in counts.items())
+            total[n] += counts.total()
+    # pycocoevalcap's 1e-15 and 1e-9 stand for zeros: nothing matched gives a score close to 0.
+    precisions = (matched + 1e-15) / (total + 1e-9)
+    ratio = (length + 1e-15) / (closest + 1e-9)
+    return [float(np.prod(precisions[:n]) ** (1 / n) * np.exp(min(0, 1 - 1 / ratio))) for n in (1, 2, 3, 4)]
+
+
+def cider_d(references: list[list[str]], hypotheses: list[str], sigma: float = 6) -> tuple[float, np.ndarray]:
+    """CIDEr-D (Vedantam et al. 2015, section 6) as in pycocoevalcap's Cider: mean over images, and (N,), in 0..10.
+
+    Mean over n = 1..4 and the references of 10 exp(-(difference in words)^2 / 2 sigma^2) min(h, r).r / (|h||r|), where
+    h and r weigh each n-gram by its count times log(I / images with the n-gram in a reference, at least 1). An n-gram
+    in every image's references weighs nothing, so a single image scores 0.
+    references: N lists of R strings; hypotheses: N strings.
+    """
+    images = [[_ngram_counts(ref) for ref in refs] for refs in references]
+    seen = [collections.Counter(gram for refs in images for gram in {g for counts in refs for g in counts[n]})
+            for n in range(4)]
+
+    def weigh(counts):
+        vectors = [{gram: count * math.log(len(images) / max(1, frequency[gram]))
+                    for gram, count in grams.items()} for grams, frequency in zip(counts, seen)]
+        return vectors, [sum(w * w for w in vector.values()) ** 0.5 for vector in vectors], counts[0].total()
+
+    scores = np.zeros(len(images))
+    for i, (refs, hypothesis) in enumerate(zip(images, hypotheses, strict=True)):
+        vectors, norms, length = weigh(_ngram_counts(hypothesis))
+        for counts in refs:
+            ref_vectors, ref_norms, ref_length = weigh(counts)
+            penalty = math.exp(-(length - ref_length) ** 2 / (2 * sigma ** 2))
+            for h, r, h_norm, r_norm in zip(vectors, ref_vectors, norms, ref_norms):
+                if h_norm and r_norm:
+                    dot = sum(min(weight, r[gram]) * r[gram] for gram, weight in h.items() if gram in r)
+                    scores[i] += 10 * penalty * dot / (h_norm * r_norm) / (4 * len(refs))
+    return float(scores.mean()), scores
+
+
+# VQA answers in which an apostrophe is missing get it back: each of these words is found with any one of its own left
+# out. Left as they are: I'm, I've, I'd've (answers are lower case by then), and what the official table does not hold.
+CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't
+    he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've
+    needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll
+    somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd
+    there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
+    what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't
+    would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"""
+RESTORED = {word[:i] + word[i + 1:]: word for word in CONTRACTIONS.split() for i, c in enumerate(word) if c == "'"}
+RESTORED["somebody'd"] = "somebodyd"  # the wrong way round in the official table
+NUMBERS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
+NUMBERS["none"] = "0"
+
+
+def normalize_answer(answer: str) -> str:
+    """An answer as VQA's official evaluation compares it: without punctuation and articles, numbers in digits.
+
+    A mark goes without a trace where it stands beside a space, or everywhere if the answer has a comma between digits;
+    else a space takes its place. A period goes unless a digit follows.
+    """
+    thousands = re.search(r"\d,\d", answer)
+    text = answer
+    for mark in ";/[]\"{}()=+\\_-><@`,?!":
+        text = text.replace(mark, "" if thousands or mark + " " in answer or " " + mark in answer else " ")
+    words = re.sub(r"\.(?!\d)", "", text).lower().split()
+    words = [NUMBERS.get(word, word) for word in words]
+    return " ".join(RESTORED.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
+def vqa_accuracy(answer: str, human_answers: Iterable[str]) -> float:
+    """Accuracy of one answer (Antol et al. 2015, section 3), in 0..1: min(people who gave it / 3, 1).
+
+    As in the official evaluation, averaged over leaving out each of the human answers (10 in VQA, at least one here:
+    fewer than 4 cannot reach 1), and answers are normalised only where the humans disagree.
+    """
+    answer, *humans = (re.sub(r"[\n\t]", " ", a).strip() for a in (answer, *human_answers))
+    if len(set(humans)) > 1:
+        answer, *humans = map(normalize_answer, (answer, *humans))
+    same = humans.count(answer)
+    return sum(min((same - (human == answer)) / 3, 1) for human in humans) / len(humans)
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
