@@ -1475,7 +1475,7 @@ def ablate(cfg):
                   arm.duplicates, str(teacher_file(arm))]
         return train(replace(arm, cache=cfg.cache or str(Path(cfg.out) / f"embeddings_{common.digest(source)}")))
 
-    common.run_arms(cfg, ablation_arms(cfg), train_arm)
+    common.run_arms(cfg, ablation_arms(cfg), train_arm, baselines=("clip", "clip-cid"))
     device = common.start_device(cfg.device, cfg.seed)
     teacher, teacher_cfg = load_teacher(cfg, device)
     cell = Evaluator(teacher, teacher_cfg, device, common.mixed_precision(cfg, device)[0], "teacher").cell()

@@ -514,11 +514,12 @@ def check_sizes(cfg, sizes):
                         f"{cfg.accum}")
 
 
-def run_arms(cfg, arms, train):
+def run_arms(cfg, arms, train, baselines):
     """--ablate: train each arm that is not done yet, seed by seed, then tabulate every arm that is, mean ± std.
 
-    arms: {name: fields that differ from cfg}; cfg.ablate holds names of arms, or "all". Arm and seed have a
-    run folder of their own, so an interrupted ablation goes on where it stopped. Returns {arm: [results.json]}.
+    arms: {name: fields that differ from cfg}; cfg.ablate holds names of arms, or "all"; baselines: the arms that all
+    are compared with, seed by seed. Arm and seed have a run folder of their own, so an interrupted ablation goes on
+    where it stopped. Returns {arm: [results.json]}.
     """
     names = [name for name in arms if "all" in cfg.ablate or name in cfg.ablate]
     unknown = set(cfg.ablate) - {"all", *arms}
@@ -543,7 +544,7 @@ def run_arms(cfg, arms, train):
     table = {f"{name}: {cell}": {"seeds": str(len(runs)), **mean_std([run["cells"][cell] for run in runs])}
              for name, runs in found.items() for cell in runs[0]["cells"]}
     print_table(table, folder / "table.md")
-    for baseline in list(found)[:2]:
+    for baseline in [name for name in baselines if name in found]:
         print(f"\ndifference to {baseline!r}, subtracted seed by seed, and in how many seeds it is positive")
         print_table(paired_differences(found, baseline), folder / f"difference_to_{baseline.replace(' ', '_')}.md")
     return found

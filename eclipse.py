@@ -819,7 +819,7 @@ def ablation_arms(cfg):
 
 def ablate(cfg):
     """--ablate: train the arms that are not done yet; then the table and the sweet-spot plot of all that are."""
-    found = common.run_arms(cfg, ablation_arms(cfg), train)
+    found = common.run_arms(cfg, ablation_arms(cfg), train, baselines=("clip", "eclipse"))
     draw_sweet_spot(Path(cfg.out) / "sweet_spot.png", cfg, found)
 
 
