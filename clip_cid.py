@@ -7,7 +7,7 @@ than ε form groups, and only the centre of each group stays (image semantic bal
 discrimination, which cluster an image belongs to, so that images alike are no negatives of each other; and instance
 discrimination, which of the batch's teacher embeddings is its own, for the detail that clusters lose.
 
-    python clip_cid.py                                        # emoji scenes, about five minutes on a laptop
+    python clip_cid.py                                        # emoji scenes, a few minutes on a laptop
     python clip_cid.py --ablate all                           # the ladder of ablations on the emoji scenes
     python clip_cid.py --data coco --root DIR --teacher ViT-L-14.pt
     torchrun --nproc_per_node=8 clip_cid.py --data cc3m --teacher open_clip_pytorch_model.bin   # bigG/14, student B/32
