@@ -83,7 +83,8 @@ class Config:
     root: str | None = option(None, "folder of the data (default data/NAME)")
     keep: str | None = option(None, "train on these samples only: a file of keys, one a line (clip_cid.py writes one)")
     out: str | None = option(None, "run folder (default runs/METHOD-DATA, numbered when taken)")
-    stage: str = option("all", "run up to this stage; teacher trains a CLIP that can serve as one",
+    stage: str = option("all", "run the stages up to this one; teacher, no stage of theirs, trains a CLIP "
+                        "that can serve as teacher",
                         ["all", "teacher", "embed", "balance", "cluster", "distil", "evaluate"])
     resume: bool = option(False, "go on from the last checkpoint in --out")
     evaluate: str | None = option(None, "evaluate this checkpoint (ours, OpenAI, OpenCLIP, Hugging Face) and stop")
@@ -1333,8 +1334,9 @@ def draw_clusters(cfg, data, embeddings, kept, centroids, label, clusters=10, sh
         lines.append(members[cosine.argsort(descending=True).numpy()])
         titles.append(f"{len(members):,}\nimages")
     lines = pictures_of(data, embeddings, lines, shown, cfg.image_size)
-    common.plot_grid(path, lines, titles, [""] * shown, f"{len(centroids)} clusters of the teacher's "
-                     f"{cfg.cluster_features} embeddings, from the largest to the smallest")
+    common.plot_grid(path, lines, titles, [""] * shown, f"{len(lines)} of {len(centroids)} clusters of "
+                     f"the teacher's {cfg.cluster_features} embeddings, from the largest to the smallest; the images "
+                     "nearest to the centroid first")
 
 
 def evaluate_run(cfg):
@@ -1492,6 +1494,8 @@ def main():
         ablate(cfg)
     elif cfg.stage in ("embed", "balance", "cluster"):
         run_stages(cfg, common.start_device(cfg.device, cfg.seed), cfg.stage)
+        if rank() == 0:
+            print(f"{cfg.stage} is done: {(cfg.cache if cfg.stage == 'embed' else None) or cfg.out}")
     elif cfg.stage == "evaluate":
         evaluate_run(cfg)
     else:

@@ -2244,7 +2244,7 @@ def check_product(path, found, wanted):
     for name, value in wanted.items():
         if found.get(name) != value:
             other = f"another {name}" if name == "teacher" else f"other {name}" if name in unnamed else \
-                f"{name} {found.get(name)}, not {value}"
+                f"{'' if name == 'setting' else name + ' '}{found.get(name)}, not {value}"
             raise UserError(f"{path} was made from {other}: delete it, or choose another folder")
 
 
@@ -2844,6 +2844,7 @@ def plot_kmeans(path, objective, sizes):
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
     left.plot(objective, marker=".")
     left.set(xlabel="iteration", ylabel="mean cosine with the nearest centroid")
+    left.xaxis.get_major_locator().set_params(integer=True)
     right.hist(sizes, bins=min(40, max(1, len(sizes) // 2)))
     right.set(xlabel="images in a cluster", ylabel="clusters")
     figure.savefig(path, dpi=120)
