@@ -388,7 +388,7 @@ def embedded(teacher, tmp_path_factory):
 @pytest.mark.parametrize("how", ["kill", pytest.param("ctrl_c", marks=posix)])
 def test_interrupted_while_embedding(embedded, tmp_path, how):
     flags, uninterrupted = embedded
-    stopped = Cid(*flags, "--out", tmp_path, pause=1).wait_until(lambda: rows_embedded(tmp_path) > 0)
+    stopped = Cid(*flags, "--out", tmp_path, pause=3).wait_until(lambda: rows_embedded(tmp_path) > 0)
     getattr(stopped, how)()
     written = rows_embedded(tmp_path)
     assert 0 < written < 600
