@@ -78,7 +78,7 @@ class Config:
     resume: bool = option(False, "go on from the last checkpoint in --out")
     evaluate: str | None = option(None, "evaluate this checkpoint (ours, OpenAI, OpenCLIP, Hugging Face) and stop")
     eval_data: tuple[str, ...] = option((), "evaluation sets (default: those that belong to --data)")
-    eval_root: str | None = option(None, "folder of the evaluation set when it is not data/NAME; if several, of all")
+    eval_root: str | None = option(None, "folder of the evaluation set (default data/NAME); of several: FOLDER/NAME")
     linear_probe: bool = option(False, "with --evaluate: also fit a linear classifier on the frozen image features")
     ablate: tuple[str, ...] = option((), "train these arms of the ablation (names in quotes, or all) and tabulate them")
     seeds: tuple[int, ...] = option((0, 1, 2), "seeds of the ablation")
