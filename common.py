@@ -573,7 +573,7 @@ def paired_differences(found, baseline):
     return table
 
 
-LOSSES = ("loss", "nce", "kd", "cluster", "instance", "mimicry")  # how the columns of log.csv that hold losses begin
+LOSSES = ("loss", "nce", "kd", "cluster", "instance", "mimicry", "itc", "itm", "lm", "hr", "at_")  # how the columns of log.csv that hold losses begin
 
 
 class Progress:
@@ -616,9 +616,10 @@ class Progress:
         return {"step": step, "images_per_second": self.speed, "data_share": self.data_share}
 
     def show(self, row, chance, line):
-        """Show a row of log.csv, with ln(batch), the NCE of a model that knows nothing; the clock starts anew."""
+        """Show a row of log.csv, with the NCE of a model that knows nothing, if given; the clock starts anew."""
         metrics = " ".join(f"{k} {v:.4g}" for k, v in row.items() if k.startswith((*LOSSES, "val_")))
-        text = (f"epoch {row['epoch']:.2f} {metrics} (chance nce {chance:.2f}) scale {row['logit_scale']:.1f} "
+        known = f"(chance nce {chance:.2f}) " if chance else ""
+        text = (f"epoch {row['epoch']:.2f} {metrics} {known}scale {row['logit_scale']:.1f} "
                 f"lr {row['lr']:.1e} | {self.speed:.0f} images/s, {self.data_share:.0%} waiting for data")
         if self.bar.disable and rank() == 0:
             print(f"step {row['step']} {text}", flush=True)
@@ -1808,10 +1809,10 @@ def _collate_train(batch: list[tuple]) -> tuple:
 def trim_padding(tokens: torch.Tensor, multiple: int = 16) -> torch.Tensor:
     """(B, context) -> (B, n): without the columns of padding that none of the texts needs.
 
-    A causal text tower read at the end token gives the same features and gradients without them. n is a multiple of
-    `multiple`, or the whole context: few shapes for torch.compile.
+    A text tower that is causal and read at the end token, or that masks padding, gives the same features and gradients
+    without them. n is a multiple of `multiple`, or the whole context: few shapes for torch.compile.
     """
-    longest = int(tokens.argmax(1).max()) + 1
+    longest = int(tokens.any(0).nonzero().max()) + 1  # an end token is never 0, padding is
     return tokens[:, :math.ceil(longest / multiple) * multiple]
 
 
@@ -2768,7 +2769,7 @@ def mean_std(runs):
 
 
 def plot_curves(path, rows, chance, title):
-    """Losses (with ln(batch), chance) and validation metrics of log.csv against the epoch."""
+    """Losses (with ln(batch), chance, if given) and validation metrics of log.csv against the epoch."""
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for axis, wanted in ((left, LOSSES), (right, ("val_",))):
@@ -2779,9 +2780,10 @@ def plot_curves(path, rows, chance, title):
         axis.set_xlabel("epoch")
         if axis.lines:
             axis.legend()
-    left.axhline(chance, color="grey", ls=":")
-    left.text(0.02, chance, "chance of one NCE, ln(batch)", color="grey", va="bottom", fontsize=8,
-              transform=left.get_yaxis_transform())
+    if chance:
+        left.axhline(chance, color="grey", ls=":")
+        left.text(0.02, chance, "chance of one NCE, ln(batch)", color="grey", va="bottom", fontsize=8,
+                  transform=left.get_yaxis_transform())
     left.set_ylabel("loss")
     right.set_ylabel("validation, %")
     figure.suptitle(title)

@@ -2,52 +2,241 @@
 Kuang, Wu, Zheng, Li, Xiao, Wang, Zheng, Ji, 2023, https://arxiv.org/abs/2308.12956. No official code was released.
 
 A BLIP (Li et al. 2022, https://arxiv.org/abs/2201.12086, whose code is public, [BLIP] below), the teacher, is distilled
-into a smaller one that still retrieves, captions and answers. Both are an image encoder (ViT) and ONE text network that
-runs in three modes: "text" (unimodal, for ITC), "multimodal" (cross-attends to the image, for ITM and for questions)
-and "decoder" (causal and cross-attending, for captions and answers). The modes share embeddings, cross-attention and
-feed-forward layers; only self-attention comes twice. Parameters are named as BLIP's, so that its checkpoints load with
-a change of prefix.
+in pre-training into one of 22 % of its parameters, which still retrieves, captions and answers questions. Both are an
+image encoder (ViT) and ONE text network that runs in three modes: "text" (unimodal, for ITC), "multimodal" (attends to
+the image, for ITM and for questions) and "decoder" (causal, attends to the image, for captions and answers). The modes
+share all but self-attention. To BLIP's three losses DLIP adds two, on the same pairs: the student's representations
+point where the teacher's do (L_HR), and its last layers attend where the teacher's attend (L_AT).
 
-    model, missing = dlip.load_blip(common.read_weights("model_base.pth")[0])      # BLIP's file, or Hugging Face's
-    model.eval().generate(model.encode_image(images), prompt=common.BertTokenizer().encode("a picture of "))
-    student = dlip.BLIP(dlip.VIT["small"], dlip.BERT["small"])                     # load_vision, load_bert start it
+    python dlip.py                                            # emoji scenes: distil, fine-tune for three tasks, evaluate
+    python dlip.py --stage distil --data coco+vg+cc3m+sbu --teacher model_base_14M.pth --vision-init deit_small.pth
+    python dlip.py --stage finetune --task vqa --data vqav2 --init runs/dlip-coco+vg+cc3m+sbu/student.pt
+    python dlip.py --stage evaluate --task retrieval --data coco --init model_base_retrieval_coco.pth
+    python dlip.py --profile                                  # parameters, MACs, latency beside the paper's Table 1
 
-Here are the models in the paper's four sizes, the reading of published weights (BLIP's, a BERT's, an ImageNet ViT's),
-generation and the ranking of answers. DLIP's losses, training and evaluation are not written yet.
+@MEASURED@
 
-Checked by the tests at small sizes with random weights: outputs, maps, losses and generated texts equal those of
-transformers' BLIP models, ranked answers a brute-force version, parameter counts those of BLIP's modules. No published
-BLIP checkpoint has been loaded yet, and nothing has run on a GPU.
-
-Where BLIP's code and Hugging Face's port of it differ, or leave no trace in the weights:
-  A1  A padded question is masked in the answer decoder, as BLIP does in training and ranking; transformers shows the
-      padding. In generating answers BLIP shows it too: source_mask=None.
-  A2  fuse, encode_text and decode put [ENC], [CLS] and [DEC] at position 0 themselves.
-  A3  The LM loss has label smoothing 0.1, in ranking answers too, as in BLIP's code.
-  A4  Beam search is that of transformers 5: mean log-probability of the new tokens. The version BLIP ran on divided by
-      the length with the prompt, so captions can differ in near ties.
-  A5  Position embeddings are resized without antialiasing. LayerNorm's eps is 1e-6 in the ViT, dropout 0.1 in the text.
-  A6  Encoder and decoder are tied in pre-training only; in VQA they are two networks (shared=False, untie_decoder).
-  A7  BLIP's VQA fine-tuning has drop path 0.1 in the ViT: left out.
+Assumptions, where the public text is silent. Each is ours, not the paper's:
+  A1  L_HR is the mean of 1 - cosine at the CLS of image and text, at [ENC] and at [DEC], each after the ITC projection
+      of its own model; the teacher's is frozen, since a learned one could collapse (--hr, --lambda-hr).
+  A2  L_AT compares the last layers: self-attention of fusion encoder and decoder, cross-attention of the fusion
+      encoder; padded queries are left out (--attn, --attn-form, --lambda-at). L_HR and L_AT see matching pairs only.
+  A3  Distillation of ITC and LM logits is not in the paper's equations: --kd-itc and --kd-lm, off.
+  A4  ITC's keys are the momentum features of all processes' batches and the queue; BLIP has its own process's and the
+      queue. The momentum encoders run without dropout. ITM's negatives come from the process's own batch, as in BLIP.
+  A5  Weight decay on matrices only. An epoch shows every image once, with one of its captions, or answers, drawn.
+  A6  In the answer decoder a padded question is masked, as BLIP does in training and ranking. LM loss and ranking of
+      answers have label smoothing 0.1, as in BLIP's code. Beam search is transformers 5's: mean log-probability of the
+      new tokens (BLIP's version divided by the length with the prompt).
+  A7  Encoder and decoder are tied in pre-training only; for VQA they are two networks, as in BLIP's code. Where image
+      and text widths differ, the keys and values of the answer decoder's cross-attention start afresh.
+  A8  Position embeddings are resized without antialiasing. LayerNorm's ε is 1e-6 in the ViT; text dropout is 0.1 for
+      large data. BLIP's VQA fine-tuning has drop path 0.1 in the ViT: left out.
+  A9  Sizes, schedules and fine-tuning of the emoji run are ours, and there the temperature, which starts at 0.07, has 0.07
+      of the learning rate (--temp-lr): Adam would move it by a seventh of itself per hundredth of a unit otherwise; its fine-tuning captions are never wrong, as COCO's
+      are cleaner than the web's.
 """
 
+import copy
 import math
 import re
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import common
-from common import UserError
+from common import (
+    BELOW_ONE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    POSITIVE_SHARE,
+    SHARE,
+    Run,
+    UserError,
+    average_gradients,
+    gather,
+    option,
+    rank,
+    world_size,
+)
 
-# Letters in shape comments: B images or texts, N tokens, M tokens attended to, D width, E width of the joint embedding,
-# H heads, V vocabulary, K beams or answers per image, R rows of the decoder (B, or B * K), P tokens of the prompt, L of
-# the longest text, A answers to choose from.
+# Letters in shape comments: B images or texts (b of this process against the B of all, in the losses), N tokens, M tokens
+# attended to, D width, E width of the joint embedding, Q length of a queue, H heads, V vocabulary, K beams or answers per
+# image, R rows of the decoder (B, or B * K), P tokens of the prompt, L of the longest text, A answers to choose from.
 
 # --------------------------------------------------------------------------------------------------------------- config
+
+TASKS = ("retrieval", "caption", "vqa")
+HR_PARTS = ("img", "text", "vl_e", "vl_d")
+
+
+@dataclass
+class Config:
+    stage: str = option("all", "all: distil, fine-tune, evaluate in turn; or one of them alone", section="run",
+                        allowed=["all", "teacher", "distil", "finetune", "evaluate"])
+    task: tuple[str, ...] = option(TASKS, "what to fine-tune for and to evaluate: retrieval caption vqa")
+    data: str = option("emoji", "emoji, coco, flickr30k, vg, sbu, cc3m, vqav2, nocaps, or any name with --root FOLDER "
+                       "of tar shards; several corpora as coco*2+vg+sbu; picks preset and recipe")
+    root: str | None = option(None, "folder of the data (default data/NAME)")
+    keep: str | None = option(None, "train on these samples only: a file of keys, one a line")
+    teacher: str | None = option(None, "teacher: a BLIP checkpoint, ours or a published one (default for emoji: "
+                                 "data/teacher_blip.pt)")
+    init: str | None = option(None, "--stage finetune and evaluate: start from this BLIP checkpoint")
+    out: str | None = option(None, "run folder (default runs/STAGE-DATA, numbered when taken)")
+    resume: bool = option(False, "go on from the last checkpoint in --out")
+    eval_data: tuple[str, ...] = option((), "evaluation sets (default: those that belong to --data)")
+    eval_root: str | None = option(None, "folder of the evaluation set (default data/NAME); of several: FOLDER/NAME")
+    ablate: tuple[str, ...] = option((), "train these arms of the ablation (names in quotes, or all) and tabulate them")
+    seeds: tuple[int, ...] = option((0, 1, 2), "seeds of the ablation")
+    profile: bool = option(False, "print parameters, MACs and latency of every size, and stop")
+    seed: int = option(0, "seed of weights, data order and augmentation", NOT_NEGATIVE)
+    device: str = option("auto", "auto, cuda, mps or cpu")
+    workers: int = option(-1, "loader processes (-1: none for emoji, else up to 8 per training process)")
+    log_every: int = option(20, "steps between rows of log.csv", POSITIVE)
+    save_every: int = option(500, "steps between checkpoints (one is also saved after every evaluation)", POSITIVE)
+
+    method: str = option("dlip", "blip: no teacher, no distillation", ["dlip", "blip"], section="method")
+    vlp: bool = option(True, "BLIP's own losses, ITC + ITM + LM, in pre-training")
+    hr: tuple[str, ...] = option(HR_PARTS, "representations to distil: img text vl_e vl_d, or none")
+    attn: tuple[str, ...] = option(("self", "cross"), "attention maps to distil: self cross, or none")
+    lambda_hr: float = option(1.0, "weight of L_HR", NOT_NEGATIVE)
+    lambda_at: float = option(1.0, "weight of L_AT", NOT_NEGATIVE)
+    attn_form: str = option("kl", "kl: KL(teacher map || student map); double-softmax: of softmax(map / 0.05)",
+                            ["kl", "double-softmax"])
+    kd_itc: float = option(0.0, "weight of the KL between the in-batch similarities of teacher and student",
+                           NOT_NEGATIVE)
+    kd_lm: float = option(0.0, "weight of the KL between the next-token distributions of teacher and student",
+                          NOT_NEGATIVE)
+    queue_size: int = option(512, "Q, momentum features kept as further keys of ITC", NOT_NEGATIVE)
+    momentum: float = option(0.99, "m of the momentum encoders, per step", SHARE)
+    alpha: float = option(0.4, "share of the momentum similarities in the targets of ITC", SHARE)
+    alpha_ramp: float = option(2.0, "epochs over which that share rises from 0", NOT_NEGATIVE)
+
+    preset: str = option("demo", "which table of sizes --vit and --bert choose from", ["demo", "paper"],
+                         section="model")
+    vit: str = option("small", "size of the image encoder", ["tiny", "small", "middle", "base"])
+    bert: str = option("small", "size of the text network", ["tiny", "small", "middle", "base"])
+    fusion_layers: int = option(0, "cross-attention in the top k layers of the text network only (0: in all)",
+                                NOT_NEGATIVE)
+    image_size: int = option(40, "image side in pixels", POSITIVE)
+    context_length: int = option(24, "tokens of a text, first and [SEP] included", POSITIVE)
+    embed_dim: int = option(64, "width E of the joint embedding (the teacher's, if there is one)", POSITIVE)
+    dropout: float = option(0.0, "dropout in the text network", BELOW_ONE)
+    vision_init: str | None = option(None, "start the image encoder from this ImageNet ViT (timm, DeiT, torchvision)")
+    text_init: str | None = option(None, "start the text network from this BERT")
+    pixel_stats: str = option("clip", "mean and std that normalise the pixels", ["imagenet", "clip"])
+
+    epochs: int = option(8, "passes over the training set", POSITIVE, section="optimisation")
+    batch_size: int = option(64, "pairs per step, over all processes", POSITIVE)
+    lr: float = option(1e-3, "peak learning rate", POSITIVE)
+    temp_lr: float = option(0.07, "learning rate of ITC's temperature, as a share of the others'", NOT_NEGATIVE)
+    lr_start: float = option(1e-6, "learning rate at the first step")
+    lr_end: float = option(1e-5, "learning rate that the schedule does not go below")
+    warmup: int = option(100, "steps of linear warm-up", NOT_NEGATIVE)
+    schedule: str = option("cosine", "step: multiplied by --lr-decay after every epoch", ["cosine", "step"])
+    lr_decay: float = option(0.85, "factor of --schedule step", POSITIVE_SHARE)
+    weight_decay: float = option(0.05, "AdamW weight decay, on matrices only", NOT_NEGATIVE)
+    beta2: float = option(0.999, "AdamW β₂ (β₁ is 0.9)", BELOW_ONE)
+    adam_eps: float = option(1e-8, "AdamW ε", POSITIVE)
+    crop_scale: float = option(0.8, "smallest area of the random crop, as a share of the image", POSITIVE_SHARE)
+    flip: bool = option(False, "mirror half of the training images")
+    randaugment: int = option(0, "magnitude of RandAugment's two operations, without those that change colours (0: "
+                              "none)", NOT_NEGATIVE)
+    precision: str = option("auto", "auto: bf16 autocast on CUDA, fp32 elsewhere; fp16 uses a GradScaler",
+                            ["auto", "fp32", "bf16", "fp16"])
+    compile: bool = option(False, "torch.compile the image encoders")
+    grad_checkpoint: bool = option(False, "recompute each image block in the backward pass to save memory")
+
+    rerank_k: int = option(16, "candidates that ITC hands to ITM", POSITIVE, section="evaluation")
+    num_beams: int = option(3, "beams of captioning (1: greedy)", POSITIVE)
+    min_length: int = option(5, "shortest caption in tokens, [DEC] and prompt included", NOT_NEGATIVE)
+    max_length: int = option(20, "longest caption in tokens, [DEC] and prompt included", POSITIVE)
+    repetition_penalty: float = option(1.0, "penalty of tokens used before in a caption", POSITIVE)
+    prompt: str = option("a picture of ", "what every caption begins with, in fine-tuning and generation")
+    vqa: str = option("rank", "rank: choose from the list of answers; generate: write the answer", ["rank", "generate"])
+
+    scenes: int = option(9000, "training scenes", POSITIVE, section="emoji scenes (--data emoji)")
+    concepts: int = option(50, "how many concepts are drawn", POSITIVE)
+    difficulty: str = option("easy", "objects, sizes and backgrounds", ["easy", "medium", "hard"])
+    noise: float = option(0.2, "share of training scenes with another scene's caption, in pre-training", SHARE)
+    long_tail: float = option(0.0, "exponent z of concept frequencies 1 / rank^z", NOT_NEGATIVE)
+    duplicates: float = option(0.0, "share of training scenes that nearly repeat another", SHARE)
+
+
+# By stage, or by task in fine-tuning. Large data: the paper's recipe, and BLIP's where the paper is silent.
+PAPER = dict(preset="paper", image_size=224, context_length=30, embed_dim=256, dropout=0.1, queue_size=57600,
+             momentum=0.995, crop_scale=0.2, flip=True, randaugment=5, log_every=50, rerank_k=256, temp_lr=1.0, lr_end=0.0)
+PRETRAIN = {**PAPER, "epochs": 20, "batch_size": 1152, "lr": 5e-4, "warmup": 3000, "schedule": "step",
+            "weight_decay": 0.02}
+FINETUNE = {**PAPER, "image_size": 384, "batch_size": 256, "lr": 1e-5, "warmup": 0, "crop_scale": 0.5}
+LARGE = {
+    "distil": PRETRAIN,
+    "teacher": {**PRETRAIN, "vit": "base", "bert": "base", "weight_decay": 0.05},
+    "retrieval": {**FINETUNE, "epochs": 30},  # 6 over images x 5 captions (A5); --lr 5e-5 for small and tiny
+    "caption": {**FINETUNE, "epochs": 25, "context_length": 40},  # 5 over images x 5 captions
+    "vqa": {**FINETUNE, "epochs": 10, "lr": 2e-5, "context_length": 35},
+}
+SHORT = dict(lr=3e-4, warmup=20, epochs=1.0, noise=0.0, alpha_ramp=0.0)
+EMOJI = {
+    "distil": {},
+    "teacher": dict(vit="base", bert="base", scenes=40000, epochs=5.0, warmup=300, seed=1000),
+    "retrieval": SHORT,
+    "caption": SHORT,
+    "vqa": {**SHORT, "epochs": 0.5, "lr": 1e-3},
+}
+
+
+def recipe(data, part):
+    return (EMOJI if data == "emoji" else LARGE)[part]
+
+
+def configure(argv=None):
+    """(Config, the flags given): defaults <- recipe of --data and --stage <- run in use <- flags given."""
+    given = common.parse_command_line(Config, __doc__, argv)
+    data, emoji = given.get("data", "emoji"), given.get("data", "emoji") == "emoji"
+    stage = given.setdefault("stage", "all" if emoji else "distil")
+    tasks = given.get("task", TASKS)
+    if set(tasks) - set(TASKS) or len(set(tasks)) < len(tasks):
+        raise UserError(f"--task {' '.join(tasks)}: choose from {', '.join(TASKS)}")
+    values = dict(recipe(data, "distil" if stage == "all" else stage if stage in LARGE else tasks[0]))
+    own = stage in ("finetune", "evaluate") and "init" not in given  # works on the products of an earlier stage
+    stem = "teacher" if stage == "teacher" else stage if "init" in given else given.get("method", "dlip")
+    values["out"] = given.get("out") or ("runs/ablation_dlip" if "ablate" in given else
+                                         common.run_folder(f"runs/{stem}-{data}", newest=own or "resume" in given))
+    if given.get("resume") or own:
+        values = common.saved_values(values, {k: v for k, v in given.items() if k not in ("stage", "task")})
+    cfg = Config(**{**values, **given})
+    check(cfg)
+    return cfg, given
+
+
+def check(cfg):
+    """UserError for values that argparse cannot judge."""
+    for name, allowed in (("hr", HR_PARTS), ("attn", ("self", "cross"))):
+        value = getattr(cfg, name)
+        if set(value) - {*allowed, "none"} or len(set(value)) < len(value) or ("none" in value and len(value) > 1):
+            raise UserError(f"{common.flag(name)} {' '.join(value)}: choose from {', '.join(allowed)}, or none")
+    modes = [name for name in ("ablate", "profile") if getattr(cfg, name)]
+    if len(modes) > 1:
+        raise UserError("--ablate and --profile: choose one")
+    if cfg.ablate and world_size() > 1:
+        raise UserError("--ablate runs in one process")
+    if (cfg.ablate or cfg.stage == "all") and cfg.data != "emoji" and not cfg.profile:
+        raise UserError(f"{'--ablate' if cfg.ablate else '--stage all'} is for the emoji scenes: with --data {cfg.data} "
+                        "the stages are run one by one, each with its data")
+    if cfg.init and cfg.stage not in ("finetune", "evaluate"):
+        raise UserError(f"--init goes with --stage finetune or evaluate, not {cfg.stage} (there are --vision-init and "
+                        "--text-init)")
+    if cfg.batch_size % world_size():
+        raise UserError(f"--batch-size {cfg.batch_size} is no multiple of {world_size()} processes")
+    if cfg.stage in ("teacher", "distil") and not (cfg.vlp or (cfg.method == "dlip" and cfg.stage == "distil")):
+        raise UserError("--no-vlp leaves no loss without a teacher")
 
 
 @dataclass(frozen=True)
@@ -82,6 +271,13 @@ class TextSize:
 VIT = {"tiny": VisionSize(192, 12, 3), "small": VisionSize(384, 12, 6), "middle": VisionSize(576, 12, 9),
        "base": VisionSize(768, 12, 12)}
 BERT = {"tiny": TextSize(192, 4), "small": TextSize(384, 6), "middle": TextSize(576, 8), "base": TextSize(768, 12)}
+
+
+# The same four for the emoji scenes: the student, small + small, has 22.5 % of the parameters of the teacher, base + base.
+DEMO_VIT = {"tiny": VisionSize(32, 4, 2, 8, 40), "small": VisionSize(64, 4, 2, 8, 40),
+            "middle": VisionSize(96, 4, 3, 8, 40), "base": VisionSize(128, 4, 4, 8, 40)}
+DEMO_BERT = {"tiny": TextSize(32, 2, 4, positions=32), "small": TextSize(64, 3, 4, positions=32),
+             "middle": TextSize(96, 3, 4, positions=32), "base": TextSize(128, 4, 4, positions=32)}
 
 
 # ---------------------------------------------------------------------------------------------------------------- model
@@ -174,6 +370,7 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + (size.image_size // size.patch) ** 2, width))
         self.blocks = nn.ModuleList(Block(width, size.heads) for _ in range(size.layers))
         self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.grad_checkpoint = False
         for weight in (self.cls_token, self.pos_embed, *(m.weight for m in self.modules() if isinstance(m, nn.Linear))):
             nn.init.trunc_normal_(weight, std=0.02)
         for linear in (m for m in self.modules() if isinstance(m, nn.Linear)):
@@ -185,7 +382,10 @@ class VisionTransformer(nn.Module):
         x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], 1) + self.pos_embed.to(x.dtype)
         for i, block in enumerate(self.blocks):
             keys = trace.keys(i, len(self.blocks)) if trace else ()
-            x, found = block(x, bool(keys) and trace.maps)
+            if self.grad_checkpoint and torch.is_grad_enabled():
+                x, found = checkpoint(block, x, bool(keys) and trace.maps, use_reentrant=False)
+            else:
+                x, found = block(x, bool(keys) and trace.maps)
             if keys:
                 trace.note(keys, x, found)
         return self.norm(x)
@@ -445,16 +645,19 @@ class BLIP(nn.Module):
         return top.gather(1, loss.argmin(1, keepdim=True))[:, 0]
 
     def untie_decoder(self):
-        """Give the decoder a copy of what it shares with the encoder: the start of BLIP's VQA fine-tuning."""
+        """Give the decoder a copy of what it shares with the encoder: the start of BLIP's VQA fine-tuning.
+
+        Its cross-attention reads text states instead of image states: where the widths differ, the keys and values
+        start afresh (A7).
+        """
         vision_width, text = self.text.source_width, self.text
-        if vision_width != text.size.width:
-            raise UserError(f"VQA attends to text states of width {text.size.width}, but this cross-attention was "
-                            f"trained on images of width {vision_width}: take a ViT and a BERT of one width")
         weights, place = text.state_dict(), text.embeddings.word_embeddings.weight
         self.text_decoder = TextModel(text.size, text.size.width, ("decoder",)).to(place.device, place.dtype)
         self.text = TextModel(text.size, vision_width, ("encoder",)).to(place.device, place.dtype)
         for module in (self.text, self.text_decoder):
-            module.load_state_dict({name: weights[name] for name in module.state_dict()})
+            own = module.state_dict()
+            module.load_state_dict({name: weights[name] if weights[name].shape == own[name].shape else own[name]
+                                    for name in own})
 
 
 def begin(ids, token):
@@ -471,22 +674,6 @@ def count_parameters(model):
             "text" if name.startswith("text.") else "heads"
         counts[part] += parameter.numel()
     return counts
-
-
-# --------------------------------------------------------------------------------------------------------------- losses
-
-
-def lm_loss(logits, ids, pad=0, label_smoothing=0.1, prompt=0, reduction="mean"):
-    """Cross-entropy of each token given those before it [BLIP], label smoothing 0.1, padding ignored.
-
-    logits (B, N, V) and the ids (B, N) they were computed from. The first `prompt` tokens of ids ([DEC] included) are
-    not predicted. reduction "mean": over tokens; "none": the sum over each text, (B,).
-    """
-    target = ids.masked_fill(ids == pad, -100)[:, 1:]  # (B, N-1)
-    target = target.masked_fill(torch.arange(1, ids.shape[1], device=ids.device) < prompt, -100)
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), target.flatten(), reduction=reduction,
-                           label_smoothing=label_smoothing)
-    return loss if reduction == "mean" else loss.view(target.shape).sum(1)
 
 
 # ----------------------------------------------------------------------------------------------------------- generation
@@ -722,8 +909,965 @@ def blip_sizes(weights, vision_heads, text):
     return vision, TextSize(text_width, layers, **{**sizes, **text})
 
 
+# --------------------------------------------------------------------------------------------------------------- losses
+
+
+def mean_where(x, where):
+    """The mean of x over the True places of `where`, of the same shape or (B, N) for x (B, N, ...), of all processes.
+
+    Each process divides its sum by the mean count, so that averaging their gradients gives that of one process.
+    """
+    where = where.to(x.dtype)
+    count = common.sum_over_processes(where.sum().detach().clone()) / world_size()
+    return (x * where).sum() / count.clamp_min(1)
+
+
+def itc_loss(u, v, image_keys, text_keys, same, teacher_u, teacher_v, temp, alpha):
+    """Image-text contrast with momentum targets [BLIP, after ALBEF], the mean of both directions.
+
+    u, v (b, E): unit features of this process's images and texts, with gradient; teacher_u, teacher_v (b, E) those of
+    the momentum encoders; keys (K, E): momentum features of all processes' batches, then of the queue. same (b, K):
+    which keys are of the same image, as 0 and 1. Target: alpha softmax(teacher_u . text_keys / temp) + (1 - alpha) same.
+    """
+    one_hot, loss = same / same.sum(1, keepdim=True), 0.0
+    for query, teacher, keys in ((u, teacher_u, text_keys), (v, teacher_v, image_keys)):
+        soft = (teacher @ keys.T / temp.detach()).softmax(1)
+        target = alpha * soft + (1 - alpha) * one_hot  # (b, K)
+        loss = loss - (target * (query @ keys.T / temp).log_softmax(1)).sum(1).mean() / 2
+    return loss
+
+
+def draw_negatives(similarity, same):
+    """For each row an index of another pair, with probability softmax(similarity) outside of `same`. (b, b) -> (b,)
+
+    The maximum of similarity + Gumbel noise has this distribution, and unlike torch.multinomial it makes nobody wait.
+    """
+    gumbel = -torch.empty_like(similarity).exponential_().log()
+    return (similarity + gumbel).masked_fill(same, -math.inf).argmax(1)
+
+
+def lm_loss(logits, ids, pad=0, label_smoothing=0.1, prompt=0, reduction="mean"):
+    """Cross-entropy of each token given those before it [BLIP], label smoothing 0.1, padding ignored.
+
+    logits (B, N, V) and the ids (B, N) they were computed from. The first `prompt` tokens of ids ([DEC] included) are
+    not predicted. reduction "mean": over the tokens of all processes; "none": the sum over each text, (B,).
+    """
+    target = ids.masked_fill(ids == pad, -100)[:, 1:]  # (B, N-1)
+    target = target.masked_fill(torch.arange(1, ids.shape[1], device=ids.device) < prompt, -100)
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), target.flatten(), reduction="none",
+                           label_smoothing=label_smoothing).view(target.shape)
+    return mean_where(loss, target != -100) if reduction == "mean" else loss.sum(1)
+
+
+def representation_loss(student, teacher):
+    """Mean of 1 - cosine of unit rows, (b, E) each [paper, L_HR; form: A1]. Trains the student alone."""
+    return (1 - (student * teacher.detach()).sum(-1)).mean()
+
+
+def attention_loss(student, teacher, queries, keys, form="kl"):
+    """KL(teacher map || student map), averaged over heads and queries [paper, L_AT].
+
+    Maps (B, H, N, M) of probabilities; queries (B, N) and keys (B, M) are True at tokens, False at padding. form
+    "double-softmax": KL between softmax(map / 0.05) over the keys, as in a public reimplementation.
+    """
+    student, teacher = student.float(), teacher.detach().float()
+    if form == "double-softmax":
+        hidden = ~keys[:, None, None]
+        student, teacher = ((x / 0.05).masked_fill(hidden, -math.inf).softmax(-1) for x in (student, teacher))
+    tiny = torch.finfo(torch.float32).tiny  # a masked key has probability 0 in both maps and adds 0
+    kl = teacher * (teacher.clamp_min(tiny).log() - student.clamp_min(tiny).log())
+    return mean_where(kl.sum(-1).mean(1), queries)  # (B, N) -> scalar
+
+
+def similarity_kd(student, teacher, temp):
+    """KL(teacher || student) between the softmaxes of in-batch similarities, both directions (A3).
+
+    student and teacher: (u, v), unit features (b, E) each.
+    """
+    logits = [(u @ v.T / temp.detach()) for u, v in (student, teacher)]
+    return sum(F.kl_div(s.log_softmax(1), t.detach().log_softmax(1), reduction="batchmean", log_target=True)
+               for s, t in (logits, [x.T for x in logits])) / 2
+
+
+def token_kd(student, teacher, where):
+    """KL(teacher || student) between next-token distributions (A3): logits (b, N, V), where (b, N)."""
+    kl = F.kl_div(student.float().log_softmax(-1), teacher.detach().float().log_softmax(-1), reduction="none",
+                  log_target=True).sum(-1)
+    return mean_where(kl, where)
+
+
+# --------------------------------------------------------------------------------------------------------------- method
+
+
+class DLIP(nn.Module):
+    """The student, a BLIP, with BLIP's momentum encoders and queues. The teacher is no part of it: it never changes.
+
+    A step of pre-training, in the terms that loss() returns (the weights are those of the paper, all 1):
+
+        momentum <- m momentum + (1 - m) student                                                   update_momentum
+        L_ITC    images against texts, in the batch and the queues; then enqueue                   contrast
+        L_ITM    the pair, and a hard negative for its image and for its text                      matching
+        L_LM     the caption, word by word
+        L_HR     1 - cosine to the teacher: Img, Text, VL_E (fusion encoder), VL_D (decoder)       distil
+        L_AT     KL to the teacher's maps: self- and cross-attention of the last layers            distil
+    """
+
+    def __init__(self, cfg, student):
+        super().__init__()
+        self.cfg, self.student = cfg, student
+        self.pad = student.text.size.pad
+        self.momentum = None
+        self.contrasts = cfg.task == ("retrieval",) if cfg.stage == "finetune" else cfg.vlp
+        if self.contrasts:
+            self.start_momentum()
+
+    def start_momentum(self):
+        """Copies of what ITC reads, equal to the student; queues of random unit features of no image."""
+        student, E = self.student, self.student.text_proj.out_features
+        text = TextModel(replace(student.text.size, fusion_layers=0), student.text.source_width, ("encoder",))
+        self.momentum = nn.ModuleDict(dict(visual_encoder=copy.deepcopy(student.visual_encoder), text=text,
+                                           vision_proj=copy.deepcopy(student.vision_proj),
+                                           text_proj=copy.deepcopy(student.text_proj)))
+        self.momentum.eval().requires_grad_(False)
+        self.update_momentum(0.0)
+        for name in ("image_queue", "text_queue"):
+            self.register_buffer(name, F.normalize(torch.randn(self.cfg.queue_size, E), dim=1))
+        self.register_buffer("index_queue", torch.full((self.cfg.queue_size,), -1))
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.momentum is not None:
+            self.momentum.eval()
+        return self
+
+    @torch.no_grad()
+    def update_momentum(self, m):
+        """Momentum encoders <- m themselves + (1 - m) student."""
+        source = dict(self.student.named_parameters())
+        names, averages = zip(*self.momentum.named_parameters())
+        torch._foreach_lerp_(list(averages), [source[name].detach() for name in names], 1 - m)
+
+    def forward(self, image, texts, index, alpha, teacher=None):
+        """(loss, terms) of a batch, after the paper's and BLIP's code.
+
+        image (b, 3, S, S); texts [ids (b, N)], for VQA [questions, answers]; index (b,) of the images in the data.
+        """
+        if self.cfg.stage != "finetune":
+            terms = self.pretrain(image, *texts, alpha, teacher)
+        elif self.cfg.task == ("retrieval",):
+            terms = self.retrieve(image, *texts, index, alpha)
+        else:
+            terms = {"lm": self.write(image, *texts) if self.cfg.task == ("caption",) else self.answer(image, *texts)}
+        weights = {"hr": self.cfg.lambda_hr, "at": self.cfg.lambda_at, "kd_itc": self.cfg.kd_itc,
+                   "kd_lm": self.cfg.kd_lm}
+        loss = sum(weights.get(name.split(":")[0], 1.0) * term for name, term in terms.items())
+        return loss, {name.replace(":", "_"): term.detach() for name, term in {"loss": loss, **terms}.items()}
+
+    def pretrain(self, image, ids, alpha, teacher):
+        """BLIP's losses on image-text pairs, and the teacher's."""
+        student, mask, terms = self.student, ids != self.pad, {}
+        states = student.encode_image(image)  # (b, M, D)
+        u, v = student.image_feature(states), student.text_feature(student.encode_text(ids, mask))  # (b, E)
+        enc_trace, dec_trace = (Trace(-1, maps="none" not in self.cfg.attn) for _ in range(2)) if teacher else (None,) * 2
+        if self.contrasts:
+            terms["itc"], similarity = self.contrast(image, ids, mask, u, v, None, alpha)
+        fused = student.fuse(ids, mask, states, enc_trace)
+        if self.contrasts:
+            terms["itm"] = self.matching(fused, ids, mask, states, similarity)
+        logits = student.decode(ids, mask, states, trace=dec_trace)
+        if self.cfg.vlp:
+            terms["lm"] = lm_loss(logits, ids, self.pad)
+        if teacher:
+            terms.update(self.distil(teacher, image, ids, mask, u, v, fused, logits, enc_trace, dec_trace))
+        return terms
+
+    def contrast(self, image, ids, mask, u, v, index, alpha):
+        """L_ITC, and the similarities of this process's images with its texts and the reverse, (b, b) each.
+
+        index None, in pre-training: only a pair's own image and text belong together. Else those with the same index.
+        """
+        b, temp = len(u), self.student.temp
+        self.update_momentum(self.cfg.momentum)
+        with torch.no_grad():
+            m = self.momentum
+            teacher_u = unit(m.vision_proj(m.visual_encoder(image)[:, 0]))
+            teacher_v = unit(m.text_proj(m.text(begin(ids, m.text.size.cls), mask)[:, 0]))
+            u_batch, v_batch = gather(teacher_u), gather(teacher_v)
+            own = slice(rank() * b, (rank() + 1) * b)
+            number = torch.arange(len(u_batch), device=u.device) if index is None else gather(index)  # (B,)
+            numbers = torch.cat([number, self.index_queue])
+            same = (number[own, None] == numbers) & (numbers >= 0)  # (b, B + Q)
+            image_keys, text_keys = torch.cat([u_batch, self.image_queue]), torch.cat([v_batch, self.text_queue])
+        with torch.autocast(u.device.type, enabled=False):
+            loss = itc_loss(u, v, image_keys, text_keys, same.float(), teacher_u, teacher_v, temp, alpha)
+            with torch.no_grad():
+                similarity = (u @ teacher_v.T / temp, v @ teacher_u.T / temp, same[:, own])
+        self.enqueue(u_batch, v_batch, torch.full_like(number, -1) if index is None else number)
+        return loss, similarity
+
+    @torch.no_grad()
+    def enqueue(self, image_keys, text_keys, index):
+        """The newest come first, the oldest leave."""
+        for queue, new in ((self.image_queue, image_keys), (self.text_queue, text_keys), (self.index_queue, index)):
+            queue.copy_(torch.cat([new, queue])[:len(queue)])
+
+    def matching(self, fused, ids, mask, states, similarity):
+        """L_ITM: cross-entropy on [ENC] over b pairs, b images with a wrong text, b texts with a wrong image."""
+        of_image, of_text, same = similarity
+        wrong_text, wrong_image = draw_negatives(of_image, same), draw_negatives(of_text, same)
+        negative = self.student.fuse(torch.cat([ids[wrong_text], ids]), torch.cat([mask[wrong_text], mask]),
+                                     torch.cat([states, states[wrong_image]]))
+        logits = torch.cat([self.student.match(fused), self.student.match(negative)])  # (3b, 2)
+        target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+        target[:len(fused)] = 1
+        return F.cross_entropy(logits, target)
+
+    def distil(self, teacher, image, ids, mask, u, v, fused, logits, enc_trace, dec_trace):
+        """The terms of L_HR and L_AT, and of the logits where flags ask for them. The teacher sees the same pairs."""
+        cfg, student, terms = self.cfg, self.student, {}
+        with torch.no_grad():
+            t_enc, t_dec = (Trace(-1, maps=enc_trace.maps) for _ in range(2))
+            t_states = teacher.encode_image(image)
+            t_fused = teacher.fuse(ids, mask, t_states, t_enc)
+            t_logits = teacher.decode(ids, mask, t_states, trace=t_dec)
+            t_u = teacher.image_feature(t_states)
+            t_v = teacher.text_feature(teacher.encode_text(ids, mask))
+        pairs = {"img": lambda: (u, t_u), "text": lambda: (v, t_v),
+                 "vl_e": lambda: (student.text_feature(fused), teacher.text_feature(t_fused)),
+                 "vl_d": lambda: (student.text_feature(dec_trace.states[-1]), teacher.text_feature(t_dec.states[-1]))}
+        for part in [part for part in pairs if part in cfg.hr]:
+            terms[f"hr:{part}"] = representation_loss(*pairs[part]())
+        every = torch.ones(t_states.shape[:2], dtype=torch.bool, device=image.device)  # image tokens
+        if "self" in cfg.attn:
+            terms["at:self"] = (attention_loss(enc_trace.self_maps[-1], t_enc.self_maps[-1], mask, mask, cfg.attn_form)
+                                + attention_loss(dec_trace.self_maps[-1], t_dec.self_maps[-1], mask, mask, cfg.attn_form))
+        if "cross" in cfg.attn:
+            terms["at:cross"] = attention_loss(enc_trace.cross_maps[-1], t_enc.cross_maps[-1], mask, every, cfg.attn_form)
+        if cfg.kd_itc:
+            with torch.autocast(u.device.type, enabled=False):
+                terms["kd_itc"] = similarity_kd((u, v), (t_u, t_v), student.temp)
+        if cfg.kd_lm:
+            terms["kd_lm"] = token_kd(logits[:, :-1], t_logits[:, :-1], mask[:, 1:])
+        return terms
+
+    def retrieve(self, image, ids, index, alpha):
+        """Fine-tuning for retrieval: L_ITC and L_ITM, where other captions of the same image are positives too."""
+        student, mask = self.student, ids != self.pad
+        states = student.encode_image(image)
+        u, v = student.image_feature(states), student.text_feature(student.encode_text(ids, mask))
+        itc, similarity = self.contrast(image, ids, mask, u, v, index, alpha)
+        return {"itc": itc, "itm": self.matching(student.fuse(ids, mask, states), ids, mask, states, similarity)}
+
+    def write(self, image, ids):
+        """Fine-tuning for captions: L_LM of what follows the prompt."""
+        logits = self.student.decode(ids, ids != self.pad, self.student.encode_image(image))
+        return lm_loss(logits, ids, self.pad, prompt=self.prompt_length)
+
+    def answer(self, image, question, answer):
+        """Fine-tuning for VQA: L_LM of the answer, summed over its tokens, given the states of the fused question."""
+        mask = question != self.pad
+        states = self.student.fuse(question, mask, self.student.encode_image(image))
+        logits = self.student.decode(answer, answer != self.pad, states, mask)
+        return lm_loss(logits, answer, self.pad, reduction="none").mean()
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def tokenizer_of(cfg):
+    """BERT's tokens; for the emoji scenes only those that occur there."""
+    words = common.emoji_words(cfg.concepts) if cfg.data == "emoji" else None
+    return common.BertTokenizer(cfg.context_length, words)
+
+
+def sizes_of(cfg, tokenizer):
+    """(VisionSize, TextSize) that --preset, --vit and --bert name."""
+    visions, texts = {"demo": (DEMO_VIT, DEMO_BERT), "paper": (VIT, BERT)}[cfg.preset]
+    text = texts[cfg.bert]
+    special = {name: getattr(tokenizer, name) for name in ("pad", "cls", "sep", "dec", "enc")}
+    return (replace(visions[cfg.vit], image_size=cfg.image_size),
+            replace(text, vocab=tokenizer.vocab_size, dropout=cfg.dropout, fusion_layers=cfg.fusion_layers or None,
+                    **special))
+
+
+def open_blip(path, cfg, tokenizer, need=()):
+    """A BLIP from a checkpoint of ours or a published one, at --image-size. UserError when it does not fit the data."""
+    weights, config = common.read_weights(path)
+    if any(name.startswith("student.") for name in weights):  # last.pt
+        weights = {name.removeprefix("student."): w for name, w in weights.items() if name.startswith("student.")}
+    config = config or {}
+    heads = {"heads": config["text"]["heads"]} if "text" in config else {}
+    special = {name: getattr(tokenizer, name) for name in ("pad", "cls", "sep", "dec", "enc")}
+    model, missing = load_blip(weights, cfg.image_size, config.get("vision", {}).get("heads"), need,
+                               dropout=cfg.dropout, **heads, **special)
+    if model.text.size.vocab != tokenizer.vocab_size:
+        raise UserError(f"{path} has a vocabulary of {model.text.size.vocab:,} tokens, the tokenizer of {cfg.data} "
+                        f"{tokenizer.vocab_size:,}: it was trained on other data")
+    return model
+
+
+def build(cfg, tokenizer, teacher=None):
+    """DLIP around a new student, or around the one of --init."""
+    if cfg.stage == "finetune":
+        student = open_blip(cfg.init, cfg, tokenizer, NEEDED[cfg.task[0]])
+        if cfg.task == ("vqa",) and student.text_decoder is None:
+            student.untie_decoder()
+    else:
+        embed_dim = teacher.text_proj.out_features if teacher else cfg.embed_dim
+        student = BLIP(*sizes_of(cfg, tokenizer), embed_dim)
+        if cfg.vision_init:
+            load_vision(student.visual_encoder, common.read_weights(cfg.vision_init)[0])
+        if cfg.text_init:
+            load_bert(student.text, common.read_weights(cfg.text_init)[0])
+    model = DLIP(cfg, student)
+    model.prompt_length = 1 + len(tokenizer.encode(cfg.prompt))
+    return model
+
+
+def load_teacher(cfg, tokenizer, device):
+    """The frozen teacher of --teacher in evaluation mode; None without distillation."""
+    if cfg.stage != "distil" or cfg.method == "blip":
+        return None
+    need = ("encoder", "decoder", "itc")
+    return open_blip(teacher_file(cfg), cfg, tokenizer, need).to(device).eval().requires_grad_(False)
+
+
+def teacher_file(cfg):
+    if cfg.teacher or cfg.data == "emoji":
+        return cfg.teacher or common.DATA / "teacher_blip.pt"
+    raise UserError("--teacher: name the checkpoint of a BLIP to distil (or --method blip for none)")
+
+
+def check_teacher(student, teacher, cfg):
+    """UserError when maps that are to be compared have different shapes."""
+    for what, ours, theirs in (
+            ("text heads", student.text.size.heads, teacher.text.size.heads),
+            ("image tokens", student.visual_encoder.pos_embed.shape[1], teacher.visual_encoder.pos_embed.shape[1])):
+        if ours != theirs and "none" not in cfg.attn:
+            raise UserError(f"the student has {ours} {what}, the teacher {theirs}: their attention maps cannot be "
+                            "compared (--attn none leaves them out)")
+
+
+def build_optimiser(model, cfg, device):
+    """AdamW, weight decay on matrices only; fused where the device has it."""
+    trained = [p for p in model.parameters() if p.requires_grad and p is not model.student.temp]
+    groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+              {"params": [model.student.temp], "weight_decay": 0.0, "lr_scale": cfg.temp_lr}]
+    fused = device.type in ("cuda", "cpu")
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), eps=cfg.adam_eps, fused=fused)
+
+
+def schedules(cfg, step, steps, steps_per_epoch):
+    """{"lr", "alpha"} at a step."""
+    if step < cfg.warmup:
+        lr = cfg.lr_start + (cfg.lr - cfg.lr_start) * step / cfg.warmup
+    elif cfg.schedule == "step":
+        lr = max(cfg.lr_end, cfg.lr * cfg.lr_decay ** (step // steps_per_epoch))
+    else:
+        done = (step - cfg.warmup) / max(1, steps - cfg.warmup)
+        lr = cfg.lr_end + (cfg.lr - cfg.lr_end) * (1 + math.cos(math.pi * done)) / 2
+    ramp = cfg.alpha_ramp * steps_per_epoch
+    return {"lr": lr, "alpha": cfg.alpha * min(1.0, step / ramp if ramp else 1.0)}
+
+
+def backward(model, image, texts, index, now, teacher, amp, scaler, seed):
+    """Backpropagate one batch; returns the loss and its terms, on the device."""
+    torch.manual_seed(seed)  # dropout and the negatives of ITM: the same after --resume
+    with amp:
+        loss, terms = model(image, texts, index, now["alpha"], teacher)
+    scaler.scale(loss).backward()
+    return terms
+
+
+def normalise(image, statistics):
+    """(B, 3, S, S) uint8 -> float on the device of the statistics: mean and std of the channels, (2, 3, 1, 1)."""
+    mean, std = statistics
+    return image.to(mean.device, non_blocking=True).float().sub_(mean).div_(std)
+
+
+def update(model, optimiser, scaler, lr):
+    """One optimiser step on the processes' mean gradient, then the clamp of the temperature."""
+    for group in optimiser.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+    average_gradients(model.parameters())
+    scaler.step(optimiser)
+    scaler.update()
+    optimiser.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        model.student.temp.clamp_(0.001, 0.5)
+
+
+class Samples(common.TrainSamples):
+    """samples[(epoch, index)] -> image, ids, bad as in common, and the image's index in the training set."""
+
+    def __getitem__(self, place):
+        image, ids, bad, index, _ = self.draw(place)
+        return image, ids, bad, torch.tensor(index)
+
+
+class AnsweredQuestions:
+    """A VQA set for training: each "caption" of an image is the question with one of its human answers (A5)."""
+
+    def __init__(self, data):
+        self.data, self.bad = data, data.bad
+
+    def __len__(self):
+        return len(self.data)
+
+    def key(self, i):
+        return self.data.key(i)
+
+    def read(self, i):
+        image, (question, answers) = self.data.read(i)
+        return image, [(question, answer) for answer in answers]
+
+
+def training_samples(cfg, tokenizer):
+    """What --stage and --task train on: captions; captions after the prompt; questions, each with an answer."""
+    task = cfg.task[0] if cfg.stage == "finetune" else "retrieval"
+    data = AnsweredQuestions(common.vqa_set(cfg, "train")) if task == "vqa" else common.training_set(cfg)
+
+    def encode(texts):
+        if task == "vqa":
+            questions, answers = zip(*texts)
+            return torch.cat([tokenizer([common.clean_blip_question(text) for text in questions]),
+                              tokenizer(list(answers))], 1)
+        prompt = cfg.prompt if task == "caption" else ""
+        return tokenizer([prompt + common.clean_blip_caption(text) for text in texts])
+
+    augment = common.BlipAugment(cfg.flip, cfg.randaugment) if cfg.flip or cfg.randaugment else None
+    return Samples(data, encode, cfg.image_size, (cfg.crop_scale, 1.0), cfg.seed, augment)
+
+
+def split_ids(ids, cfg):
+    """[ids], or [questions, answers] of a VQA batch, without the padding that none of their texts needs."""
+    vqa = cfg.stage == "finetune" and cfg.task == ("vqa",)
+    parts = (ids[:, :cfg.context_length], ids[:, cfg.context_length:]) if vqa else (ids,)
+    return [common.trim_padding(part, 4) for part in parts]
+
+
+def train(cfg):
+    """Train, validate after every epoch, save the student; one run folder for every stage and task."""
+    device, tokenizer = common.start_device(cfg.device, cfg.seed), tokenizer_of(cfg)
+    run = Run(cfg.out, {"log.csv": LOG_COLUMNS, "timing.csv": common.TIMING_COLUMNS})
+    samples, teacher = training_samples(cfg, tokenizer), load_teacher(cfg, tokenizer, device)
+    model = build(cfg, tokenizer, teacher).to(device).train()
+    if teacher:
+        check_teacher(model.student, teacher, cfg)
+    optimiser, (amp, scaler) = build_optimiser(model, cfg, device), common.mixed_precision(cfg, device)
+    parts = {"model": model, "optimiser": optimiser, "scaler": scaler}
+    state = run.load_state(**parts) if cfg.resume else {}
+    state = state or {"step": 0, "best": -1.0, "best_step": 0, "bad": 0}
+    prepare_encoders(model, teacher, cfg)
+    evaluator = Evaluator(model.student, cfg, device, amp, tokenizer)
+    evaluator.sets(cfg.task[0], "val")  # what is missing is said before training
+    total = max(1, round(cfg.epochs * (len(samples) // cfg.batch_size)))
+    sampler = common.StepSampler(len(samples), cfg.batch_size, total, state["step"], cfg.seed, rank(), world_size())
+    run.start(cfg, state["step"])
+    loader = common.train_loader(samples, sampler, common.loader_workers(cfg), device.type)
+    progress = common.Progress(sampler, state["step"], cfg.batch_size, device)
+    with common.StopRequest() as stop, progress:
+        for image, ids, bad, index in progress.watch(loader):
+            now = schedules(cfg, state["step"], sampler.steps, sampler.steps_per_epoch)
+            image, index = normalise(image, evaluator.statistics), index.to(device, non_blocking=True)
+            texts = [part.to(device, non_blocking=True) for part in split_ids(ids, cfg)]
+            seed = cfg.seed * 10 ** 9 + state["step"] * world_size() + rank()
+            terms = backward(model, image, texts, index, now, teacher, amp, scaler, seed)
+            update(model, optimiser, scaler, now["lr"])
+            state["step"] += 1
+            state["bad"] += bad
+            epoch_ends, logs = state["step"] % sampler.steps_per_epoch == 0, state["step"] % cfg.log_every == 0
+            epoch_ends |= state["step"] == sampler.steps
+            stopping = stop.agreed(synchronise=logs or epoch_ends)
+            if logs or epoch_ends:
+                row = log_row(model, state, sampler, now, terms)
+                run.log("timing.csv", progress.lap(state["step"]))
+                if epoch_ends:
+                    common.check_bad(common.total(state["bad"], device), len(samples), cfg.data)
+                    state["bad"] = 0
+                    row.update(validate(run, evaluator, state))
+                    model.train()
+                run.log("log.csv", row)
+                progress.show(row, chance=None, line=epoch_ends)
+            if epoch_ends or stopping or state["step"] % cfg.save_every == 0:
+                run.save_state(cfg, state, **parts)
+            if stopping:
+                raise KeyboardInterrupt(f"stopped at step {state['step']}; --resume --out {run.folder} goes on")
+    def conclude():
+        run.save("blip.pt", exported(model.student, cfg))
+        run.write_json("results.json", {"seed": cfg.seed, "steps": state["step"], "best_step": state["best_step"],
+                                        "best_validation": state["best"]})
+        common.plot_curves(run.path("curves.png"), common.read_csv(run.path("log.csv")), None, f"{cfg.stage} on {cfg.data}")
+
+    common.on_first(conclude)
+
+
+LOG_COLUMNS = ["step", "epoch", "lr", "alpha", "loss", "itc", "itm", "lm", *(f"hr_{part}" for part in HR_PARTS),
+               "at_self", "at_cross", "kd_itc", "kd_lm", "logit_scale", "val_retrieval", "val_caption", "val_vqa"]
+
+
+def log_row(model, state, sampler, now, terms):
+    """The row of log.csv: the one place where the host waits for the device. FloatingPointError when diverged."""
+    values = common.mean_over_processes(terms)
+    if not math.isfinite(values["loss"]):
+        raise FloatingPointError(f"the loss is {values['loss']} at step {state['step']}: lower --lr, lengthen --warmup "
+                                 "or use --precision fp32 (a checkpoint saved before it diverged is kept)")
+    return {"step": state["step"], "epoch": state["step"] / sampler.steps_per_epoch, **now, **values,
+            "logit_scale": 1 / model.student.temp.item()}
+
+
+def prepare_encoders(model, teacher, cfg):
+    """--grad-checkpoint and --compile, after the weights are loaded."""
+    model.student.visual_encoder.grad_checkpoint = cfg.grad_checkpoint
+    if cfg.compile:
+        for blip in filter(None, (model.student, teacher)):
+            blip.visual_encoder.compile()  # in place: the parameter names stay as they are
+        if model.momentum is not None:
+            model.momentum["visual_encoder"].compile()
+
+
+def exported(blip, cfg):
+    """The BLIP alone, under BLIP's parameter names, with its sizes: what --init and --teacher take."""
+    sizes = {"vision": asdict(blip.visual_encoder.size), "text": asdict(blip.text.size)}
+    half = cfg.stage == "teacher"  # for data/, where half the size matters more than the fourth digit
+    weights = {name: w.half() if half else w for name, w in blip.state_dict().items()}
+    return {"model": weights, "config": {**asdict(cfg), **sizes}}
+
+
+# ------------------------------------------------------------------------------------------------- evaluation, pictures
+
+
+EVALUATION_SCENES = 300
+
+
+class Evaluator:
+    """A BLIP on the three tasks: images are (B, 3, S, S) uint8, texts strings."""
+
+    def __init__(self, blip, cfg, device, amp, tokenizer):
+        self.blip, self.cfg, self.device, self.amp, self.tokenizer = blip, cfg, device, amp, tokenizer
+        self.sets = cache(partial(task_sets, cfg))  # (task, "val" or "test") -> {name: set}
+        self.statistics = 255 * torch.tensor(common.PIXELS[cfg.pixel_stats], device=device).view(2, 3, 1, 1)
+
+    def encode_image(self, image):
+        """States (B, M, D) and ITC features (B, E)."""
+        with self.amp:
+            states = self.blip.encode_image(normalise(image, self.statistics))
+            return states, self.blip.image_feature(states)
+
+    def ids(self, texts, clean):
+        """Token ids of strings, (T, L) on the device, and where they are tokens."""
+        ids = common.trim_padding(self.tokenizer([clean(text) for text in texts]), 4).to(self.device)
+        return ids, ids != self.tokenizer.pad
+
+    def encode_text(self, texts):
+        """Token ids (T, L) and ITC features (T, E)."""
+        ids, mask = self.ids(texts, common.clean_blip_caption)
+        with self.amp:
+            return ids, self.blip.text_feature(self.blip.encode_text(ids, mask))
+
+    def match(self, states, ids):
+        """ITM logits (n,) of texts (n, L) with the states (1, M, D) of one image."""
+        with self.amp:
+            return self.blip.match(self.blip.fuse(ids, ids != self.tokenizer.pad, states))[:, 1].float()
+
+    def caption(self, image):
+        """Captions by beam search, without the prompt."""
+        cfg, prompt = self.cfg, self.tokenizer.encode(self.cfg.prompt)
+        with self.amp:
+            states = self.blip.encode_image(normalise(image, self.statistics))
+            ids = self.blip.generate(states, prompt, cfg.num_beams, cfg.min_length, cfg.max_length,
+                                     cfg.repetition_penalty)
+        return [self.tokenizer.decode(row[1 + len(prompt):]) for row in ids.tolist()]
+
+    def answer(self, answers, image, questions):
+        """Answers: the likeliest of a list, or with --vqa generate any."""
+        ids, mask = self.ids(questions, common.clean_blip_question)
+        with self.amp:
+            states = self.blip.fuse(ids, mask, self.blip.encode_image(normalise(image, self.statistics)))
+            if self.cfg.vqa == "generate":
+                found = self.blip.generate(states, (), self.cfg.num_beams, 0, 10, source_mask=mask)
+                return [self.tokenizer.decode(row[1:]) for row in found.tolist()]
+            candidates = common.trim_padding(self.tokenizer(answers), 4).to(self.device)
+            return [answers[i] for i in self.blip.rank_answers(states, mask, candidates).tolist()]
+
+    def itc_scores(self, split):
+        """{metric: percent} of retrieval by the ITC features alone, on the first set."""
+        def encode_ids(ids):
+            with self.amp:
+                ids = ids.to(self.device)
+                return self.blip.text_feature(self.blip.encode_text(ids, ids != self.tokenizer.pad))
+
+        def tokenize(texts):
+            return self.tokenizer([common.clean_blip_caption(text) for text in texts])
+
+        data = next(iter(self.sets("retrieval", split).values()))
+        encoders = {"student": (lambda image: self.encode_image(image)[1], encode_ids)}
+        return common.evaluate(encoders, tokenize, data, self.cfg)["student"]
+
+    @torch.inference_mode()
+    def scores(self, task, split):
+        """{metric: percent} of a task; of several sets, prefixed by their names."""
+        self.blip.eval()
+        cfg, found = self.cfg, {}
+        for name, data in self.sets(task, split).items():
+            if task == "retrieval":
+                k = cfg.rerank_k
+                scores = common.rerank_retrieval(data, cfg.image_size, self.encode_image, self.encode_text, self.match, k,
+                                                 common.loader_workers(cfg))
+            elif task == "caption":
+                captions, references, _ = common.caption_images(data, cfg.image_size, self.caption,
+                                                                common.loader_workers(cfg))
+                scores = common.caption_scores(references, captions)
+            else:
+                answer = partial(self.answer, data.answers)
+                _, scores = common.answer_questions(data, cfg.image_size, answer, common.loader_workers(cfg))
+            prefix = f"{name}_" if len(self.sets(task, split)) > 1 else ""
+            found.update({prefix + metric: value for metric, value in scores.items()})
+        return found
+
+
+def task_sets(cfg, task, split):
+    """{name: set} that a task is evaluated on, in a split, "val" or "test"; empty where there is none."""
+    if cfg.data == "emoji":
+        if task == "vqa":
+            return {"emoji": common.vqa_set(cfg, split)}
+        scenes = common.EmojiScenes(split, EVALUATION_SCENES, cfg.image_size, concepts=cfg.concepts,
+                                    difficulty=cfg.difficulty)
+        return {"emoji": scenes}
+    if task == "vqa":
+        data = common.vqa_set(cfg, split)
+        return {cfg.data: data} if data is not None else {}
+    return {name: data for name, data in common.evaluation_sets(cfg, split).items() if not hasattr(data, "classes")}
+
+
+MAIN_METRIC = {"retrieval": ("i2t_r1", "t2i_r1"), "caption": ("cider",), "vqa": ("accuracy",)}
+
+
+def main_score(task, scores):
+    """The number a task is judged by: the mean of both R@1, CIDEr, or accuracy; of several sets, of the first."""
+    found = [next(value for name, value in scores.items() if name.endswith(metric)) for metric in MAIN_METRIC[task]]
+    return sum(found) / len(found)
+
+
+def validate(run, evaluator, state):
+    """{"val_TASK"}: the main score on the validation set, retrieval by ITC alone; keeps the best student as best.pt."""
+    cfg, task = evaluator.cfg, evaluator.cfg.task[0]
+    if rank() > 0 or not evaluator.sets(task, "val"):
+        return {}
+    evaluator.blip.eval()
+    value = main_score(task, evaluator.itc_scores("val") if task == "retrieval" else evaluator.scores(task, "val"))
+    if value > state["best"]:
+        state["best"], state["best_step"] = value, state["step"]
+        run.save("best.pt", exported(evaluator.blip, cfg))
+    return {f"val_{task}": value}
+
+
+# --------------------------------------------------------------------------------------------------------------- stages
+
+
+def open_folder(cfg):
+    """Make the run folder and note the flags. UserError when it holds another run, which --resume would go on with."""
+    folder = Path(cfg.out)
+    going_on = cfg.resume or (cfg.stage in ("finetune", "evaluate") and not cfg.init)
+    if (folder / "config.json").exists() and not going_on:
+        raise UserError(f"{folder} holds a run: go on with --resume, or choose another --out")
+    if not (folder / "config.json").exists():
+        if going_on and not cfg.resume:
+            raise UserError(f"no run in {folder}: --stage {cfg.stage} needs what --stage distil made there, or --init FILE")
+        common.make_folder(folder)
+        common.write_json(folder / "config.json", {"config": asdict(cfg), "environment": common.environment()})
+
+
+def train_once(cfg):
+    """train(cfg), unless its folder holds the result already; goes on where it stopped."""
+    if not common.is_done(cfg):
+        if rank() == 0:
+            print(f"\n{cfg.out}", flush=True)
+        train(cfg)
+
+
+def starts(cfg, with_teacher=True):
+    """{who: checkpoint} of the models that are fine-tuned and evaluated."""
+    if cfg.init:
+        return {"model": cfg.init}
+    models = {"student": f"{cfg.out}/distil/blip.pt"}
+    return {**models, "teacher": str(teacher_file(cfg))} if with_teacher and cfg.method == "dlip" else models
+
+
+def finetune_config(cfg, who, task, checkpoint, given):
+    """The config of one fine-tuning. Its recipe is the task's: flags change it where --stage finetune is given."""
+    chosen = {name: value for name, value in given.items() if name not in ("stage", "task", "out", "resume", "init")}
+    values = {**recipe(cfg.data, task), **(chosen if cfg.stage == "finetune" else {})}
+    name = task if who != "teacher" else f"teacher-{task}"
+    return replace(cfg, **values, stage="finetune", task=(task,), init=checkpoint, out=f"{cfg.out}/{name}",
+                   resume=True)
+
+
+def run_stages(cfg, given=(), with_teacher=True):
+    """The stages that --stage names, in their run folder; what is done is not done again. Returns results.json's."""
+    common.on_first(partial(open_folder, cfg))
+    try:
+        if cfg.stage in ("teacher", "distil") or (cfg.stage == "all" and not cfg.init):
+            stage = "teacher" if cfg.stage == "teacher" else "distil"
+            train_once(replace(cfg, stage=stage, task=("retrieval",), out=f"{cfg.out}/{stage}", resume=True))
+        if cfg.stage in ("all", "finetune"):
+            for task in cfg.task:
+                for who, checkpoint in starts(cfg, with_teacher).items():
+                    train_once(finetune_config(cfg, who, task, checkpoint, dict(given)))
+        if cfg.stage in ("all", "evaluate"):
+            return common.on_first(partial(evaluate, cfg, with_teacher))
+    except KeyboardInterrupt as stopped:
+        if not str(stopped):
+            raise
+        raise KeyboardInterrupt(f"stopped in --stage {cfg.stage}; the same command with --resume --out {cfg.out} goes "
+                                "on") from None
+
+
+def evaluate(cfg, with_teacher=True):
+    """The test scores of the models on the tasks, their costs, the table and the pictures; returns results.json's."""
+    device, tokenizer = common.start_device(cfg.device, cfg.seed), tokenizer_of(cfg)
+    amp = common.mixed_precision(cfg, device)[0]
+    models = {who: open_blip(checkpoint, cfg, tokenizer).to(device).eval()
+              for who, checkpoint in starts(cfg, with_teacher).items()}
+    evaluators, cells = {}, {who: {} for who in models}
+    for task in cfg.task:
+        for who, checkpoint in starts(cfg, with_teacher).items():
+            tuned = Path(finetune_config(cfg, who, task, checkpoint, {}).out) / "blip.pt"
+            if tuned.exists() or not cfg.init:
+                if not tuned.exists():
+                    raise UserError(f"no {tuned}: --stage finetune --task {task} --out {cfg.out} makes it")
+                checkpoint = tuned
+            blip = open_blip(checkpoint, cfg, tokenizer, NEEDED[task]).to(device).eval()
+            evaluators[who, task] = Evaluator(blip, cfg, device, amp, tokenizer)
+            scores = evaluators[who, task].scores(task, "test")
+            cells[who].update(scores if task != "vqa" else {f"vqa_{name}": value for name, value in scores.items()})
+    found = costs(models, device, cfg.context_length)
+    if "teacher" in cells:
+        cells["kept, %"] = {metric: 100 * value / cells["teacher"][metric]
+                            for metric, value in cells["student"].items() if cells["teacher"].get(metric)}
+        cells["kept, %"].update({name: 100 * value / found["teacher"][name] for name, value in found["student"].items()})
+    for who in models:
+        cells[who] = {**found[who], **cells[who]}
+    results = {"cells": cells, "seed": cfg.seed}
+    common.write_json(Path(cfg.out) / "results.json", results)
+    columns = [*found[next(iter(models))], *(m for m in SHOWN if any(m in cell for cell in cells.values()))]
+    common.print_table({who: {column: cell.get(column) for column in columns} for who, cell in cells.items()},
+                       Path(cfg.out) / "table.md")
+    draw(cfg, models, evaluators, cells)
+    print(f"pictures, tables and checkpoints: {cfg.out}")
+    return results
+
+
+NEEDED = {"retrieval": ("encoder", "itc", "itm"), "caption": ("decoder",), "vqa": ("encoder", "decoder")}
+SHOWN = ("i2t_r1", "t2i_r1", "itc_i2t_r1", "itc_t2i_r1", "bleu4", "cider", "vqa_accuracy")
+
+
+def draw(cfg, models, evaluators, cells):
+    """captions.png, attention.png, answers.png and efficiency.png of the first test set of each task."""
+    folder, tasks = Path(cfg.out), [task for task in cfg.task if next(iter(evaluators.values())).sets(task, "test")]
+    evaluator = {task: {who: evaluators[who, task] for who in models} for task in tasks}
+    first = {task: next(iter(next(iter(found.values())).sets(task, "test").values())) for task, found in evaluator.items()}
+    with torch.inference_mode():
+        if "caption" in tasks:
+            images, captions = common.example_images({"caption": first["caption"]}, cfg.image_size, 12)
+            common.plot_captions(folder / "captions.png", images, {
+                "reference": captions, **{who: found.caption(images) for who, found in evaluator["caption"].items()}},
+                f"captions of test images of {cfg.data}")
+        if "retrieval" in tasks:
+            draw_attention(folder / "attention.png", cfg, models, next(iter(evaluator["retrieval"].values())),
+                           first["retrieval"])
+        if "vqa" in tasks:
+            draw_answers(folder / "answers.png", cfg, evaluator["vqa"], first["vqa"])
+    if "teacher" in cells:
+        common.plot_efficiency(folder / "efficiency.png", {who: efficiency_point([cells[who]]) for who in models},
+                               f"accuracy against size on {cfg.data}")
+
+
+def efficiency_point(cells):
+    """What plot_efficiency takes, from the cells of one model over seeds."""
+    scores = {metric: [cell[metric] for cell in cells] for metric in SHOWN if metric in cells[0]}
+    return {"parameters": cells[0]["parameters_M"], "latency": cells[0]["latency_ms"],
+            "scores": {metric: (float(np.mean(found)), float(np.std(found, ddof=1)) if len(found) > 1 else 0.0)
+                       for metric, found in scores.items()}}
+
+
+def draw_attention(path, cfg, models, evaluator, data, count=6):
+    """Where the fusion encoders look when they read the longest word of a caption: last layer, mean over heads."""
+    images, captions = common.example_images({"retrieval": data}, cfg.image_size, count)
+    captions = [common.clean_blip_caption(text) for text in captions]
+    words = [max(text.split(), key=lambda word: (word not in ("picture", "drawing", "background", "corner"), len(word)))
+             for text in captions]
+    ids, mask = evaluator.ids(captions, str)
+    of_word = torch.zeros(ids.shape)  # 1 / tokens at the tokens of the word
+    for row, (text, word) in enumerate(zip(captions, words)):
+        start = 1 + len(evaluator.tokenizer.encode(text.split(word)[0]))
+        pieces = len(evaluator.tokenizer.encode(word))
+        of_word[row, start:start + pieces] = 1 / pieces
+    maps = {}
+    for who, blip in models.items():
+        trace = Trace(-1)
+        blip.fuse(ids, mask, blip.encode_image(normalise(images, evaluator.statistics)), trace)
+        found = trace.cross_maps[-1].float().mean(1).cpu()[:, :, 1:]  # (B, N, M-1), without CLS
+        side = math.isqrt(found.shape[-1])
+        maps[who] = torch.einsum("bn,bnm->bm", of_word, found).unflatten(1, (side, side))
+    common.plot_attention(path, images, words, maps, "cross-attention of a word to the image, last layer")
+
+
+def draw_answers(path, cfg, evaluators, data, count=6, each=4):
+    """The first images of a VQA set, some of their questions, and everyone's answers."""
+    images, asked, truth, answers = [], [], [], {who: [] for who in evaluators}
+    index = 0
+    while index < len(data) and len(images) < count:
+        image, group = data.read(index)[0], []
+        while index < len(data) and data.read(index)[0] is image:
+            group.append(data.read(index)[1])
+            index += 1
+        images.append(torch.from_numpy(common.resize_center_crop(image, cfg.image_size)))
+        asked.append([question for question, _ in group[:each]])
+        truth.append([max(set(found), key=found.count) if found else "" for _, found in group[:each]])
+        for who, evaluator in evaluators.items():
+            batch = images[-1].expand(len(asked[-1]), -1, -1, -1)
+            answers[who].append(evaluator.answer(data.answers, batch, asked[-1]))
+    common.plot_answers(path, torch.stack(images), asked, {"truth": truth, **answers}, f"answers on {cfg.data}")
+
+
+# ------------------------------------------------------------------------------------------------- profile and ablation
+
+
+def forward_macs(function, *inputs):
+    """Multiply-adds of a forward pass."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.nn.attention.sdpa_kernel(
+            torch.nn.attention.SDPBackend.MATH):  # the plain kernel: its two products are counted on every device
+        function(*inputs)
+    return counter.get_total_flops() / 2
+
+
+def costs(models, device, tokens, batch=32):
+    """{name: {"parameters_M", "GMACs", "latency_ms", "batch_ms"}}: image and text encoder, a text of `tokens` tokens.
+
+    Parameters as the paper counts them: cross-attention included, no decoder, no heads. MACs and latency are those of
+    the image and of the unimodal text, one pair; batch_ms is that of `batch` pairs.
+    """
+    found, calls = {}, {}
+    for name, blip in models.items():
+        size, parameters = blip.visual_encoder.size, count_parameters(blip)
+        for n in (1, batch):
+            image = torch.randn(n, 3, size.image_size, size.image_size, device=device)
+            ids = torch.full((n, tokens), blip.text.size.sep, device=device)
+            calls[name, n] = lambda blip=blip, image=image, ids=ids: (blip.encode_image(image), blip.encode_text(ids))
+        macs = forward_macs(calls[name, batch]) / batch
+        found[name] = {"parameters_M": (parameters["vision"] + parameters["text"]) / 1e6, "GMACs": macs / 1e9}
+    for n, column in ((1, "latency_ms"), (batch, "batch_ms")):
+        times = common.compare_latency({name: calls[name, n] for name in models}, device)
+        for name in models:
+            found[name][column] = times[name]
+    return found
+
+
+# the paper's Table 1: millions of parameters, GFLOPs (one multiply-add is one), ms on a V100; at 224 px, 30 tokens
+TABLE_1 = {"vit": {"base": (85.6, 16.9, 34.9), "middle": (48.3, 9.51, 22.1), "small": (21.6, 4.25, 11.4),
+                   "tiny": (5.48, 1.08, 4.70)},
+           "bert": {"base": (137.3, 2.25, 6.39), "middle": (59.6, 0.88, 4.03), "small": (26.1, 0.32, 3.49),
+                    "tiny": (9.61, 0.10, 2.21)}}
+PAPER_WHOLE = {"base": (213.6, 17.8, 41.3), "middle": (107.9, 10.4, 26.2), "small": (47.7, 4.4, 14.9)}
+
+
+def profile(cfg):
+    """--profile: parameters, MACs and latency of every size at 224 px and 30 tokens, beside the paper's Table 1."""
+    device, cells, calls, counts = common.start_device(cfg.device, cfg.seed), {}, {}, {}
+    for name in ("base", "middle", "small", "tiny"):
+        blip = BLIP(VIT[name], BERT[name]).to(device).eval()
+        image, ids = torch.randn(1, 3, 224, 224, device=device), torch.full((1, 30), 102, device=device)
+        states, counted = blip.encode_image(image), count_parameters(blip)
+        for kind, call in (("vit", partial(blip.encode_image, image)), ("bert", partial(blip.encode_text, ids)),
+                           ("fusion", partial(blip.fuse, ids, None, states)),
+                           ("whole", lambda blip=blip, image=image, ids=ids: (blip.encode_image(image),
+                                                                              blip.encode_text(ids)))):
+            calls[kind, name] = call
+        counts.update({("vit", name): counted["vision"], ("bert", name): counted["text"],
+                       ("whole", name): counted["vision"] + counted["text"]})
+    with torch.inference_mode():
+        times = common.compare_latency(calls, device)
+    for kind, label in (("vit", "ViT"), ("bert", "BERT"), ("fusion", "BERT with cross-attention"), ("whole", "both")):
+        for name in ("base", "middle", "small", "tiny"):
+            paper = {**TABLE_1, "whole": PAPER_WHOLE}.get(kind, {}).get(name, (None,) * 3)
+            count = counts.get((kind, name))
+            cells[f"{label} {name}"] = {
+                "M parameters": count and count / 1e6, "paper": paper[0], "GMACs": forward_macs(calls[kind, name]) / 1e9,
+                "paper ": paper[1], "ms": times[kind, name], "paper  ": paper[2]}
+    common.print_table(cells)
+    whole = {name: cells[f"both {name}"] for name in ("base", "small")}
+    print(f"\nsmall + small against base + base: {whole['small']['M parameters'] / whole['base']['M parameters']:.1%} of the "
+          f"parameters, {whole['small']['GMACs'] / whole['base']['GMACs']:.1%} of the MACs, "
+          f"{whole['base']['ms'] / whole['small']['ms']:.2f} times as fast (paper: 22.4%, 24.8%, 2.7 times).\nLatency: one "
+          f"image and one text on {torch.cuda.get_device_name() if device.type == 'cuda' else 'this CPU'}; the paper's on a "
+          "V100. The paper's totals for base, 213.6 M and 17.8 G, are not the sums of its Table 1 (222.9 M, 19.15 G).\n"
+          "Our MACs include the two products inside attention; parameters have the cross-attention.")
+
+
+# the paper's ablations: TR@1, IR@1, CIDEr, VQA of DLIP_Small
+PAPER_ABLATION = {
+    "vlp": (85.5, 72.1, 119.6, 71.24), "vlp + at": (88.2, 73.6, 120.8, 72.31), "vlp + hr": (88.8, 75.4, 121.6, 72.62),
+    "at + hr": (87.4, 74.8, 120.9, 72.26), "all": (89.1, 76.0, 121.9, 72.70),
+    "hr img": (86.9, 73.1, 120.2, 72.37), "hr text": (87.3, 72.9, 119.7, 72.22), "hr img text": (88.2, 74.6, 120.4, 72.39),
+    "hr vl_e": (88.6, 75.2, 120.6, 72.48), "hr vl_d": (87.9, 74.5, 121.3, 72.61),
+    "attn self": (87.2, 72.9, 120.4, None), "attn cross": (87.7, 73.2, 120.6, None),
+    "teacher": (92.0, 78.5, 121.8, 75.3)}
+
+
+def ablation_arms(cfg):
+    """{name: the fields in which the arm differs from the flags given}"""
+    no_at, no_hr, alone = dict(attn=("none",)), dict(hr=("none",)), dict(method="blip")
+    layers = DEMO_BERT[cfg.bert].layers
+    sizes = {f"vit {vit}, bert {bert}": dict(vit=vit, bert=bert) for vit, bert in (
+        ("tiny", "tiny"), ("middle", "middle"), ("small", "base"), ("base", "small"), ("tiny", "base"), ("base", "tiny"))}
+    return {
+        "teacher": dict(init=str(teacher_file(cfg))),
+        "vlp": alone,
+        "vlp + at": no_hr,
+        "vlp + hr": no_at,
+        "at + hr": dict(vlp=False),
+        "all": {},
+        **{f"hr {' '.join(parts)}": dict(hr=parts, **no_at)
+           for parts in (("img",), ("text",), ("img", "text"), ("vl_e",), ("vl_d",))},
+        **{f"attn {part}": dict(attn=(part,), **no_hr) for part in ("self", "cross")},
+        "attn double-softmax": dict(attn_form="double-softmax"),
+        "kd itc and lm": dict(kd_itc=1.0, kd_lm=1.0),
+        **{f"fusion layers {k}": dict(fusion_layers=k) for k in range(1, layers)},
+        **sizes, **{f"{name}, vlp": dict(**fields, **alone) for name, fields in sizes.items()},
+    }
+
+
+def ablate(cfg):
+    """--ablate: train the arms that are not done yet; then the tables, with the paper's numbers, and the plot."""
+    found = common.run_arms(cfg, ablation_arms(cfg), partial(run_stages, with_teacher=False), baselines=("vlp", "all"))
+    metrics = {"i2t_r1": "TR@1", "t2i_r1": "IR@1", "cider": "CIDEr", "vqa_accuracy": "VQA"}
+    table = {}
+    for name, runs in found.items():
+        ours = common.mean_std([{m: run["cells"][next(iter(run["cells"]))][m] for m in metrics} for run in runs])
+        paper = dict(zip(metrics, PAPER_ABLATION.get(name, ())))
+        table[name] = {key: value for m, title in metrics.items()
+                       for key, value in ((title, ours[m]), (f"paper {title}", paper.get(m)))}
+    print("\nemoji scenes beside the paper's, which are Flickr30K, COCO captions and VQAv2: compare differences, not values")
+    common.print_table(table, Path(cfg.out) / "beside_paper.md")
+    points = {name: {**efficiency_point([run["cells"][next(iter(run["cells"]))] for run in runs]), "family": (
+        "teacher" if name == "teacher" else "not distilled" if "vlp" in name and "+" not in name else "distilled")}
+        for name, runs in found.items() if name in ("teacher", "vlp", "all") or name.startswith("vit ")}
+    if points:
+        common.plot_efficiency(Path(cfg.out) / "efficiency.png", points, "accuracy against size, emoji scenes")
+
+
 def main():
-    raise UserError("DLIP's losses, training and evaluation are not written yet: import the models from this file")
+    cfg, given = configure()
+    if cfg.profile:
+        profile(cfg)
+    elif cfg.ablate:
+        ablate(cfg)
+    else:
+        run_stages(cfg, given)
 
 
 if __name__ == "__main__":
