@@ -32,6 +32,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import tempfile
 import textwrap
 import time
 import unicodedata
@@ -2460,6 +2461,124 @@ def retrieval(image_features, text_features, image_of_text, block=1024):
             for way, ranks in (("i2t", to_text), ("t2i", to_image)) for k in (1, 5, 10)}
 
 
+def batches(data, image_size, workers, doing):
+    """eval_loader's batches of 64, with a progress bar above 2,000 samples. UserError when no image can be read."""
+    read = 0
+    with tqdm(total=len(data), desc=doing, disable=None if len(data) > 2000 and rank() == 0 else True) as bar:
+        for images, places, targets in eval_loader(data, image_size, 64, workers):
+            yield images, places, targets
+            read += len(images)
+            bar.update(len(images))
+    if not read:
+        raise UserError("the evaluation set holds no readable image")
+
+
+@torch.no_grad()
+def rerank(image_features, text_features, image_of_text, match, k, block=1024):
+    """Retrieval as BLIP scores it, with the recalls of retrieval(): match logit + cosine among the k best by cosine.
+
+    Image to text, the k best texts of each image get this score, text to image the k best images of each text; every
+    other pair gets -100. Ties count against the model, except that topk chooses among equal cosines who is scored.
+
+    image_features (N, E), text_features (T, E), of unit length; image_of_text (T,). match(i, texts): logits of image i
+    with the texts of these places, both (n,). It is called once an image, in ascending order, with all texts that one
+    or the other direction needs: no pair is scored twice. Memory is block x T and (N + T) x k, never N x T.
+    """
+    N, T = len(image_features), len(text_features)
+    image, text = (torch.arange(n, device=image_features.device)[:, None] for n in (N, T))
+    image_of_text = image_of_text.to(image.device)
+    text_cosines, texts = nearest(image_features, text_features, k, block)  # (N, k)
+    image_cosines, images = nearest(text_features, image_features, k, block)  # (T, k)
+    pairs = torch.cat([(image * T + texts).flatten(), (images * T + text).flatten()])
+    pairs, places = pairs.unique(return_inverse=True)  # by image, then by text
+    bounds = [*torch.searchsorted(pairs, image[:, 0] * T).tolist(), len(pairs)]
+    logits = torch.cat([match(i, pairs[start:end] - i * T).float()
+                        for i, (start, end) in enumerate(itertools.pairwise(bounds))])
+    to_text, to_image = (logits[place] for place in places.split([texts.numel(), images.numel()]))
+    captions = image_of_text.bincount(minlength=N)
+    ranks = {"i2t": ranks_among(to_text.view_as(texts) + text_cosines, image_of_text[texts] == image, captions, T),
+             "t2i": ranks_among(to_image.view_as(images) + image_cosines, images == image_of_text[:, None],
+                                torch.ones_like(image_of_text), N)}
+    return {f"{way}_r{r}": 100 * (found < r).float().mean().item() for way, found in ranks.items() for r in (1, 5, 10)}
+
+
+def nearest(queries, keys, k, block):
+    """Cosines and places, both (Q, k), of the k best keys for each query; all keys where there are fewer than k."""
+    found = [(q @ keys.T).topk(min(k, len(keys))) for q in queries.split(block)]
+    return torch.cat([values for values, _ in found]), torch.cat([places for _, places in found])
+
+
+def ranks_among(scores, own, owned, keys, outside=-100.0):
+    """(Q,): how many foreign keys score no lower than the best own one, when those not among the k score `outside`.
+
+    scores (Q, k); own (Q, k), which of them are the query's own; owned (Q,), how many it has among all `keys`.
+    """
+    found = own.sum(1)
+    best = scores.masked_fill(~own, -math.inf).amax(1)
+    best = torch.where(found < owned, best.clamp(min=outside), best)
+    foreign_outside = keys - scores.shape[1] - (owned - found)
+    # not "less than", so that NaN counts against the model too
+    return (~(scores < best[:, None]) & ~own).sum(1) + foreign_outside * ~(outside < best)
+
+
+class StateFile:
+    """Image states too large to keep in memory, in an open file: appended in batches, read back image by image."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def append(self, states):
+        """states (B, M, D) of any dtype. UserError when the disk is full."""
+        self.kind, self.shape = {"dtype": states.dtype, "device": states.device}, states.shape[1:]
+        try:
+            self.file.write(states.contiguous().cpu().view(torch.uint8).numpy())
+            self.file.flush()
+        except OSError as error:
+            raise UserError(f"the image states do not fit into {tempfile.gettempdir()} ({error.strerror}): name a "
+                            "folder with more room in the variable TMPDIR") from None
+
+    def __getitem__(self, i):
+        """(1, M, D), bit for bit as appended, on the same device."""
+        size = self.shape.numel() * self.kind["dtype"].itemsize
+        self.file.seek(i * size)
+        states = torch.frombuffer(bytearray(self.file.read(size)), dtype=self.kind["dtype"])
+        return states.view(1, *self.shape).to(self.kind["device"])
+
+
+@torch.no_grad()
+def rerank_retrieval(data, image_size, encode_image, encode_text, match, k, workers=0, block=256):
+    """A captioned set by cosine alone, {"itc_i2t_r1", ...}, and re-ranked, {"i2t_r1", ...}, in percent; see rerank().
+
+    encode_image: (B, 3, S, S) uint8 -> states (B, M, D), features (B, E). encode_text: list of n strings -> ids (n, L),
+    features (n, E), L always the same. match: states (1, M, D), ids (n, L) -> match logits (n,), n at most `block`.
+    Each image is encoded once; its states wait in a temporary file (COCO's 5,000 at 384 px: 8.9 GB in fp32, half of it
+    in bf16). Images that cannot be read are left out and counted as "unreadable".
+    """
+    with tempfile.TemporaryFile() as file:
+        states, image_features, captions = StateFile(file), [], []
+        for images, _, targets in batches(data, image_size, workers, "encoding images"):
+            found, features = encode_image(images)
+            states.append(found)
+            image_features.append(features.float())
+            captions += targets
+        texts = [text for group in captions for text in group]
+        encoded = [encode_text(texts[start:start + block]) for start in range(0, len(texts), block)]
+        ids, text_features = torch.cat([ids for ids, _ in encoded]), torch.cat([x.float() for _, x in encoded])
+        both = torch.cat(image_features), text_features
+        image_of_text = torch.tensor([i for i, group in enumerate(captions) for _ in group])
+        shown = None if len(captions) > 2000 and rank() == 0 else True
+        with tqdm(total=len(captions), desc="re-ranking", disable=shown) as bar:
+            def match_image(i, places):
+                bar.update()
+                source = states[i]
+                return torch.cat([match(source, part) for part in ids[places.to(ids.device)].split(block)])
+
+            scores = rerank(*both, image_of_text, match_image, k)
+    by_cosine = {f"itc_{name}": value for name, value in retrieval(*both, image_of_text).items()}
+    unreadable = {"unreadable": len(data) - len(captions)} if len(captions) < len(data) else {}
+    return {**by_cosine, **scores, **unreadable}
+
+
 def linear_probe(train, val, test, classes, strengths=tuple(10.0 ** e for e in range(-2, 7))):
     """Top-1 in percent of L-BFGS logistic regression on frozen features; a split is (features (N, D), labels (N,)).
 
@@ -2537,25 +2656,32 @@ def speed_probe(cfg, device):
 
 
 def compare_speeds(encoders, images, rounds=5):
-    """{name: images/s} of functions of one batch: median over rounds in turn, so that a slow moment meets all of them.
+    """{name: images/s} of functions of one batch, timed as in compare_latency."""
+    calls = {name: functools.partial(encode, images) for name, encode in encoders.items()}
+    latency = compare_latency(calls, images.device, rounds)
+    return {name: 1000 * len(images) / found for name, found in latency.items()}
+
+
+def compare_latency(functions, device, rounds=15):
+    """{name: milliseconds} of functions without arguments: median over rounds in turn, so that a slow moment meets all.
 
     Each is warmed up first; the device is synchronised before every reading of the clock.
     """
-    def seconds(encode):
+    def milliseconds(function):
         start = time.perf_counter()
-        encode(images)
-        if images.device.type != "cpu":
-            getattr(torch, images.device.type).synchronize()
-        return time.perf_counter() - start
+        function()
+        if torch.device(device).type != "cpu":
+            getattr(torch, torch.device(device).type).synchronize()
+        return 1000 * (time.perf_counter() - start)
 
     with torch.inference_mode():
-        for encode in encoders.values():
-            seconds(encode), seconds(encode)
-        times = {name: [] for name in encoders}
+        for function in functions.values():
+            milliseconds(function), milliseconds(function)
+        times = {name: [] for name in functions}
         for _ in range(rounds):
-            for name, encode in encoders.items():
-                times[name].append(seconds(encode))
-    return {name: len(images) / float(np.median(found)) for name, found in times.items()}
+            for name, function in functions.items():
+                times[name].append(milliseconds(function))
+    return {name: float(np.median(found)) for name, found in times.items()}
 
 
 def probe(encoders, cfg):
@@ -2726,6 +2852,60 @@ def vqa_accuracy(answer: str, human_answers: Iterable[str]) -> float:
         answer, *humans = map(normalize_answer, (answer, *humans))
     same = humans.count(answer)
     return sum(min((same - (human == answer)) / 3, 1) for human in humans) / len(humans)
+
+
+@torch.no_grad()
+def caption_images(data, image_size, generate, workers=0):
+    """(captions, references, indices): what generate says of each image, its own captions, and its place in data.
+
+    generate: (B, 3, S, S) uint8 -> list of B strings. Images that cannot be read are left out.
+    """
+    captions, references, indices = [], [], []
+    for images, places, targets in batches(data, image_size, workers, "captioning"):
+        captions += generate(images)
+        references += targets
+        indices += places
+    return captions, references, indices
+
+
+def caption_scores(references, captions, domains=None):
+    """{"bleu1", ..., "bleu4" in percent, "cider": 100 x CIDEr-D} of N captions, tokenised here, by COCO's formulas.
+
+    references: N lists of R strings; without any (a test split) there is nothing to score: {}. domains (NoCaps): N of
+    "in-domain", "near-domain" and "out-domain", which adds "cider_in", "cider_near" and "cider_out": each domain is
+    scored as a set of its own, with its own document frequencies, as is usual for NoCaps. So "cider" is not their mean.
+    """
+    if not any(references):
+        return {}
+    references = [[ptb_tokenize(text) for text in texts] for texts in references]
+    captions = [ptb_tokenize(text) for text in captions]
+    scores = {f"bleu{n}": 100 * value for n, value in enumerate(bleu(references, captions), 1)}
+    scores["cider"] = 100 * cider_d(references, captions)[0]
+    for domain in sorted(set(domains or ())):
+        part = [i for i, found in enumerate(domains) if found == domain]
+        score, _ = cider_d([references[i] for i in part], [captions[i] for i in part])
+        scores[f"cider_{domain.removesuffix('-domain')}"] = 100 * score
+    return scores
+
+
+@torch.no_grad()
+def answer_questions(data, image_size, answer, workers=0):
+    """([{"question_id", "answer"}] in order, as VQA's server takes them, and {"accuracy": percent}).
+
+    data: key(i) identifies question i and read(i) gives (image, (question, human answers)). With data.kinds, the kind
+    of each question, also {"accuracy_<kind>"}. Questions without human answers (a test split) are not scored.
+    answer: (B, 3, S, S) uint8, list of B questions -> list of B strings. Questions whose image cannot be read are left
+    out and counted as "unreadable".
+    """
+    results, kinds, found = [], getattr(data, "kinds", None), collections.defaultdict(list)
+    for images, places, targets in batches(data, image_size, workers, "answering"):
+        given = answer(images, [question for question, _ in targets])
+        for i, text, (_, humans) in zip(places, given, targets, strict=True):
+            results.append({"question_id": data.key(i), "answer": text})
+            for name in ["accuracy"] + ([f"accuracy_{kinds[i]}"] if kinds else []) if humans else []:
+                found[name].append(vqa_accuracy(text, humans))
+    scores = {name: 100 * sum(found[name]) / len(found[name]) for name in sorted(found)}
+    return results, {**scores, **({"unreadable": len(data) - len(results)} if len(results) < len(data) else {})}
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
