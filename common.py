@@ -45,7 +45,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
@@ -1148,6 +1148,52 @@ def _channels_first(image: Image.Image) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
+class BlipAugment:
+    """BLIP's augmentation after the crop: a mirror image half of the time, then RandAugment (Cubuk et al. 2020).
+
+    augment(uint8 (3, S, S), rng) -> uint8 (3, S, S), a function of the two alone. `operations` of OPERATIONS are drawn,
+    and as in BLIP's code each is left out half of the time. randaugment: their strength, 0 to 10. None of them changes
+    a hue, so that a red bus stays red. flip=False for captions that tell left from right.
+    At BLIP's strength of 5 the factor of Brightness and Sharpness is 1, which changes nothing.
+    Raises UserError for a strength out of range.
+    """
+
+    OPERATIONS = ("Identity", "AutoContrast", "Brightness", "Sharpness", "Equalize", "ShearX", "ShearY", "TranslateX",
+                  "TranslateY", "Rotate")
+    GREY = (128, 128, 128)  # what moves in from outside
+
+    def __init__(self, flip: bool = True, randaugment: float = 5, operations: int = 2):
+        if not 0 <= randaugment <= 10:
+            raise UserError(f"RandAugment's strength is from 0 to 10, not {randaugment}")
+        self.flip, self.strength, self.operations = flip, randaugment / 10, operations
+
+    def __call__(self, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        if self.flip and rng.random() < 0.5:
+            image = image.flip(-1)
+        drawn = [self.OPERATIONS[i] for i in rng.integers(len(self.OPERATIONS), size=self.operations)]
+        applied, mirrored = rng.random((2, self.operations)) < 0.5
+        if not applied.any():
+            return image
+        picture = Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
+        for name, sign in zip(itertools.compress(drawn, applied), np.where(mirrored, -1, 1)[applied]):
+            picture = self.apply(picture, name, sign * self.strength)
+        return torch.from_numpy(_channels_first(picture))
+
+    def apply(self, picture: Image.Image, name: str, level: float) -> Image.Image:
+        """One operation on an RGB image. level: -1 to 1; its sign is the direction of a shear, shift or turn."""
+        if name in ("AutoContrast", "Equalize"):
+            return getattr(ImageOps, name.lower())(picture)
+        if name in ("Brightness", "Sharpness"):
+            return getattr(ImageEnhance, name)(picture).enhance(0.1 + 1.8 * abs(level))
+        if name == "Rotate":
+            return picture.rotate(30 * level, Image.Resampling.BILINEAR, fillcolor=self.GREY)
+        shear, shift = 0.3 * level, 10 * level * min(1, picture.width / 224)  # BLIP: 10 px, from 224 px on
+        across = {"ShearX": (1, shear, 0), "TranslateX": (1, 0, shift)}.get(name, (1, 0, 0))
+        down = {"ShearY": (shear, 1, 0), "TranslateY": (0, 1, shift)}.get(name, (0, 1, 0))
+        return picture.transform(picture.size, Image.Transform.AFFINE, (*across, *down), Image.Resampling.BILINEAR,
+                                 fillcolor=self.GREY)
+
+
 # ------------------------------------------------------------------------------------------------------- captioned sets
 
 # len(d); d.key(i); d.read(i) -> (encoded image, captions); d.bad: unusable samples, counted by reason
@@ -1325,10 +1371,7 @@ class CaptionTSV:
     def _compare_captions(self) -> None:
         """img2dataset may write key.txt beside key.jpg: with other settings its keys are not the rows of the TSV."""
         for i in np.linspace(0, len(self) - 1, 20).astype(int):
-            beside = self._path(i).with_suffix(".txt")
-            if beside.is_file() and clean_caption(beside.read_text("utf-8")) != self._caption(i):
-                raise UserError(f"{beside} is not the caption of row {self.rows[i]} of {self.tsv}: download with "
-                                "10,000 images a shard, or as tar shards (see data/README.md)")
+            _compare_beside(self._path(i), self._caption(i), self.rows[i], self.tsv)
 
     def _path(self, i: int) -> Path:
         return self.images / os.fsdecode(self.paths[i])
@@ -1351,23 +1394,56 @@ class CaptionTSV:
         return _read_bytes(self._path(i)), [caption]
 
 
-class CaptionedFiles:
-    """Captioned images listed in a file; the base of COCO and Flickr30k.
+def _compare_beside(image: Path, caption: str, row: int, listing: Path) -> None:
+    """UserError when key.txt beside an image key.jpg is not the caption of its row."""
+    beside = image.with_suffix(".txt")
+    if beside.is_file() and clean_caption(beside.read_text("utf-8")) != caption:
+        raise UserError(f"{beside} is not the caption of row {row} of {listing}: download with "
+                        "10,000 images a shard, or as tar shards (see data/README.md)")
 
-    listed: (key, path or None when there is no such file, captions) of each image; listing: the file they come from.
-    Raises UserError when most of the images are missing.
+
+class Packed:
+    """A list of json values, kept as one block of bytes that forked workers share.
+
+    A list of Python objects they would copy page by page: reading an object changes its reference count.
     """
-    def __init__(self, listed: Iterable[tuple[str, Path | None, list[str]]], listing: Path, images: Path):
-        self.samples, self.bad = [], collections.Counter()
+    def __init__(self, values: Iterable):
+        self.block, ends = bytearray(), [0]
+        for value in values:
+            self.block += json.dumps(value).encode()
+            ends.append(len(self.block))
+        self.ends = np.array(ends)
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, i: int):
+        return json.loads(self.block[self.ends[i]:self.ends[i + 1]])
+
+
+class CaptionedFiles:
+    """Captioned images listed in a file; the base of COCO, Flickr30k, Visual Genome, SBU and nocaps.
+
+    listed: (key, path or None when there is no such file, captions) of each image; listing: the file they come from;
+    missing: what an absent image is counted as. Raises UserError when most images are missing, or none has a caption.
+    """
+    def __init__(self, listed: Iterable[tuple[str, Path | None, list[str]]], listing: Path, images: Path,
+                 missing: str = "missing image file"):
+        self.bad = collections.Counter()
+        self.samples = Packed(self._usable(listed, missing))
+        if self.bad["missing image file"] > len(self.samples) or (self.bad[missing] and not len(self.samples)):
+            raise UserError(f"{self.bad[missing]:,} of the images listed in {listing} not found in {images} "
+                            "(see data/README.md)")
+        if not len(self.samples):
+            raise UserError(f"{listing} lists no image with a caption for this split (see data/README.md)")
+
+    def _usable(self, listed, missing: str) -> Iterator[tuple[str, str, list[str]]]:
         for key, path, captions in listed:
             captions = [text for text in map(clean_caption, captions) if text]
             if path and captions:
-                self.samples.append((key, path, captions))
+                yield key, str(path), captions
             else:
-                self.bad["without caption" if path else "missing image file"] += 1
-        if not self.samples or self.bad["missing image file"] > len(self.samples):
-            raise UserError(f"{self.bad['missing image file']:,} of the images listed in {listing} not found in "
-                            f"{images} (see data/README.md)")
+                self.bad["without caption" if path else missing] += 1
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -1378,6 +1454,9 @@ class CaptionedFiles:
     def read(self, i: int) -> tuple[bytes, list[str]]:
         _, path, captions = self.samples[i]
         return _read_bytes(path), captions
+
+
+COCO_FOLDERS = ("val2014", "train2014", "val2017", "train2017")
 
 
 class CocoCaptions(CaptionedFiles):
@@ -1397,15 +1476,8 @@ class CocoCaptions(CaptionedFiles):
                             "(see data/README.md)")
         else:
             listing = root / "annotations" / f"captions_{'train2017' if split == 'train' else 'val2017'}.json"
-            content = _read_json(listing)
-            captions = {image["id"]: [] for image in content["images"]}
-            for annotation in content["annotations"]:
-                captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
-        files = {}
-        for folder in ("val2014", "train2014", "val2017", "train2017"):
-            if (root / folder).is_dir():  # 000000000139.jpg (2017) or COCO_val2014_000000000139.jpg
-                files.update((int(name[:-4].split("_")[-1]), root / folder / name)
-                             for name in os.listdir(root / folder) if name.endswith(".jpg"))
+            captions = _captions_by_image(_read_json(listing))
+        files = _numbered_images(root, COCO_FOLDERS)
         super().__init__(((f"{i:012d}", files.get(i), texts) for i, texts in captions.items()), listing, root)
 
 
@@ -1427,13 +1499,208 @@ def _karpathy_split(path: Path, split: str) -> Iterator[tuple[dict, list[str]]]:
             yield image, [sentence["raw"] for sentence in image["sentences"]]
 
 
-def _read_json(path: Path) -> dict:
+class VisualGenome(CaptionedFiles):
+    """Visual Genome: the phrases of its regions as captions, about 50 an image; no splits.
+
+    Either the official region_descriptions.json with VG_100K/<id>.jpg and VG_100K_2/<id>.jpg, in root or root/images,
+    or a list as BLIP's vg_caption.json (_caption_list). Half of the images are COCO's too: with the official
+    image_data.json, and Karpathy's dataset_coco.json in ../coco, those that he keeps for val and test are left out.
+    """
+    def __init__(self, root: str | Path):
+        root = Path(root)
+        listing = _find_listing(root, "region_descriptions.json", "vg_caption.json")
+        # 5.4 million regions: only the phrase of each is kept, from the moment it is parsed.
+        content = _read_json(listing, lambda entry: entry["phrase"] if "phrase" in entry else entry)
+        if listing.name == "region_descriptions.json":
+            held_out = self._held_out_by_coco(root)
+            files = {number: path for folder in (root / "images", root)
+                     for number, path in _numbered_images(folder, ("VG_100K", "VG_100K_2")).items()}
+            listed = ((str(image["id"]), files.get(image["id"]), image["regions"]) for image in content
+                      if image["id"] not in held_out)
+        else:
+            held_out, listed = (), _caption_list(content, listing, root)
+        super().__init__(listed, listing, root)
+        self.bad["in COCO's val or test"] = len(held_out)
+
+    def _held_out_by_coco(self, root: Path) -> set[int]:
+        listing = next((path for path in (root.parent / "coco" / "dataset_coco.json",
+                                          root.parent / "coco" / "annotations" / "dataset_coco.json")
+                        if path.is_file()), None)
+        if listing is None or not (root / "image_data.json").is_file():
+            return set()
+        coco = {image["cocoid"] for split in ("val", "test") for image, _ in _karpathy_split(listing, split)}
+        return {image["image_id"] for image in _read_json(root / "image_data.json") if image["coco_id"] in coco}
+
+
+class SBU(CaptionedFiles):
+    """SBU Captions: a caption an image, no splits.
+
+    Either the official sbu-captions-all.json with images named by row (000000123.jpg is row 123, the first is 0)
+    anywhere below root, as img2dataset writes them, or a list as BLIP's (_caption_list).
+    Raises UserError when captions beside the images contradict the official file.
+    """
+    def __init__(self, root: str | Path):
+        root = Path(root)
+        listing = _find_listing(root, "sbu-captions-all.json", "sbu.json")
+        content = _read_json(listing)
+        if not isinstance(content, dict):
+            super().__init__(_caption_list(content, listing, root), listing, root)
+            return
+        rows = {int(Path(name).stem): root / name for name in _image_files(root) if Path(name).stem.isdecimal()}
+        listed = ((f"{row:09d}", rows.get(row), [text]) for row, text in enumerate(content.get("captions", ())))
+        super().__init__(listed, listing, root, missing=NOT_DOWNLOADED)
+        for i in np.linspace(0, len(self) - 1, 20).astype(int):
+            key, path, captions = self.samples[i]
+            _compare_beside(Path(path), captions[0], int(key), listing)
+
+
+class NoCaps(CaptionedFiles):
+    """nocaps (Agrawal et al. 2019), ten captions an image: its validation part, on which results are reported.
+
+    nocaps_val_4500_captions.json in COCO's form with the images in root/val, root/images or root, or a list as BLIP's
+    nocaps_val.json (_caption_list). domains: "in-domain", "near-domain" or "out-domain" of each sample, None where the
+    file does not tell.
+    """
+    def __init__(self, root: str | Path):
+        root = Path(root)
+        listing = _find_listing(root, "nocaps_val_4500_captions.json", "nocaps_val.json")
+        content, domains = _read_json(listing), {}
+        if isinstance(content, dict):
+            captions, files = _captions_by_image(content), set(_image_files(root))
+            domains = {str(image["id"]): image.get("domain") for image in content["images"]}
+            listed = ((str(image["id"]), _listed_file(image["file_name"], files, root), captions[image["id"]])
+                      for image in content["images"])
+        else:
+            listed = _caption_list(content, listing, root)
+        super().__init__(listed, listing, root)
+        self.domains = [domains.get(self.key(i)) for i in range(len(self))]
+
+
+def _caption_list(content: list, listing: Path, root: Path) -> Iterator[tuple[str, Path | None, list[str]]]:
+    """What CaptionedFiles wants, from a list [{"image": path, "caption": text or texts}], as BLIP's.
+
+    The captions of all entries with the same image are its captions; the key is the path as it is listed.
+    """
+    captions = {}
     try:
-        return json.loads(path.read_text("utf-8"))
+        for entry in content:
+            texts = entry["caption"] or []
+            captions.setdefault(entry["image"], []).extend([texts] if isinstance(texts, str) else texts)
+    except (TypeError, KeyError):
+        raise UserError(f'{listing} is not a list of {{"image": path, "caption": text}} (see data/README.md)') from None
+    files = set(_image_files(root))
+    for image, texts in captions.items():
+        yield image, _listed_file(image, files, root), texts
+
+
+def _listed_file(image: str, files: set[str], root: Path) -> Path | None:
+    """Where a listed image is: below root, root/images or root/val, or at an absolute path.
+
+    A path from another machine, "/there/vg/VG_100K/1.jpg", means the file below root with the longest such ending.
+    """
+    names = [name for name in image.split("/") if name not in ("", ".")]
+    for first in range(len(names) if image.startswith("/") else 1):
+        for folder in ((), ("images",), ("val",)):
+            name = "/".join((*folder, *names[first:]))
+            if name in files:
+                return root / name
+    return Path(image) if image.startswith("/") and os.path.isfile(image) else None
+
+
+def _image_files(root: Path) -> Iterator[str]:
+    """The images below a folder, linked folders too, as paths relative to it."""
+    for folder, _, names in os.walk(root, followlinks=True):
+        inside = Path(folder).relative_to(root)
+        yield from ((inside / name).as_posix() for name in names if name.lower().endswith(IMAGE_TYPES))
+
+
+def _numbered_images(root: Path, folders: Iterable[str]) -> dict[int, Path]:
+    """{number: path} of 000000000139.jpg, 139.jpg or COCO_val2014_000000000139.jpg in these folders of root."""
+    files = {}
+    for folder in folders:
+        if (root / folder).is_dir():
+            numbers = ((name[:-4].split("_")[-1], name) for name in os.listdir(root / folder) if name.endswith(".jpg"))
+            files.update((int(number), root / folder / name) for number, name in numbers if number.isdecimal())
+    return files
+
+
+def _captions_by_image(content: dict) -> dict[int, list[str]]:
+    """{image id: captions} of a json in COCO's form, all its images."""
+    captions = {image["id"]: [] for image in content["images"]}
+    for annotation in content.get("annotations", ()):
+        captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
+    return captions
+
+
+def _find_listing(root: Path, *names: str) -> Path:
+    """The first of these files in root, else its only json file (reports of img2dataset aside). UserError if none."""
+    found = [root / name for name in names if (root / name).is_file()]
+    others = [path for path in sorted(root.glob("*.json")) if not path.name.endswith("_stats.json")]
+    if not found and len(others) != 1:
+        raise UserError(f"no {' or '.join(names)} in {root} (see data/README.md for how to get it)")
+    return (found or others)[0]
+
+
+def _read_json(path: Path, object_hook=None):
+    try:
+        return json.loads(path.read_text("utf-8"), object_hook=object_hook)
     except FileNotFoundError:
         raise UserError(f"no file {path} (see data/README.md for how to get it)") from None
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+class Mixture:
+    """Several captioned sets as one, each seen weight times an epoch.
+
+    parts: {name: set}; weights: {name: weight above 0}. len is the slots of an epoch, the sum of round(weight * size).
+    Which sample stands in a slot depends on the epoch: at_epoch(slot, epoch) is its index for key() and read(). A part
+    goes through all its samples, in a fixed random order, before it begins anew, so that after any number of epochs
+    each was seen equally often, or once more. Indices below len are the samples of epoch 0 in their slots, a repeated
+    one with a key of its own; the samples that epoch 0 leaves out have the indices from len on.
+    Raises UserError when a weight leaves no sample of its part.
+    """
+    def __init__(self, parts: dict, weights: dict[str, float]):
+        self.names, self.parts = list(parts), list(parts.values())
+        self.weights = weights
+        self.sizes = [len(part) for part in self.parts]
+        self.shares = [round(weights[name] * size) for name, size in zip(self.names, self.sizes)]
+        for name, size, share in zip(self.names, self.sizes, self.shares):
+            if not share:
+                raise UserError(f"{name}*{weights[name]:g} leaves none of the {size:,} samples of {name} in an epoch")
+        # Where the slots of each part begin, then the samples of each part that epoch 0 leaves out.
+        left_out = [max(0, size - share) for size, share in zip(self.sizes, self.shares)]
+        self.starts = np.cumsum([0, *self.shares, *left_out])
+        self.orders = [range(size) if share % size == 0 else np.random.default_rng(size).permutation(size)
+                       for size, share in zip(self.sizes, self.shares)]
+        self.bad = sum((part.bad for part in self.parts), collections.Counter())
+
+    def __len__(self) -> int:
+        return sum(self.shares)
+
+    def _place(self, i: int) -> tuple[int, int]:
+        """(number of the part, place in its order), the place beyond its size for a repeated sample."""
+        block = int(np.searchsorted(self.starts, i, "right")) - 1
+        part = block % len(self.parts)
+        return part, int(i - self.starts[block]) + (self.shares[part] if block >= len(self.parts) else 0)
+
+    def at_epoch(self, slot: int, epoch: int) -> int:
+        part, place = self._place(slot)
+        share = self.shares[part]
+        place = (place + epoch * share) % self.sizes[part]
+        return int(self.starts[part] + place if place < share
+                   else self.starts[len(self.parts) + part] + place - share)
+
+    def key(self, i: int) -> str:
+        """`<name>/<key>`, with #2 after it for the second time in epoch 0."""
+        part, place = self._place(i)
+        again, place = divmod(place, self.sizes[part])
+        key = f"{self.names[part]}/{self.parts[part].key(self.orders[part][place])}"
+        return f"{key}#{again + 1}" if again else key
+
+    def read(self, i: int) -> tuple[bytes, list[str]]:
+        part, place = self._place(i)
+        return self.parts[part].read(self.orders[part][place % self.sizes[part]])
 
 
 class Subset:
@@ -1449,6 +1716,76 @@ class Subset:
 
     def read(self, i: int) -> tuple[bytes, list[str]]:
         return self.data.read(self.indices[i])
+
+
+# ----------------------------------------------------------------------------------------------- questions about images
+
+# len(d); d.key(i); d.read(i) -> (encoded image or PIL image, (question, human answers)); d.bad; d.answers: what may be
+# answered; d.kinds[i]: what kind of question it is, or None
+
+
+class VQAv2:
+    """VQA v2 (Goyal et al. 2017): ten human answers a question. split: "train", "val", "trainval", "test", "test-dev".
+
+    The official questions and annotations in root, with the images of COCO in root or ../coco: train2014 and val2014,
+    or the 2017 folders, which hold the same images, and test2015. The test splits have no answers: read gives [].
+    answer_list.json: the answers to choose from (BLIP's: 3,128), a json list of texts.
+    Raises UserError when a file or most images are missing, or a question of train or val has no annotation.
+    """
+    PARTS = {"train": ("train2014",), "val": ("val2014",), "trainval": ("train2014", "val2014"),
+             "test": ("test2015",), "test-dev": ("test-dev2015",)}
+
+    def __init__(self, root: str | Path, split: str):
+        if split not in self.PARTS:
+            raise UserError(f"VQA v2 has the splits {', '.join(self.PARTS)}, not {split}")
+        root = Path(root)
+        self.answers = self._read_answers(root / "answer_list.json")
+        folders = ("test2015",) if split.startswith("test") else COCO_FOLDERS
+        files = _numbered_images(root.parent / "coco", folders) | _numbered_images(root, folders)
+        self.bad, self.kinds = collections.Counter(), []
+        self.samples = Packed(sample for part in self.PARTS[split] for sample in self._questions(root, part, files))
+        if not len(self.samples) or self.bad["missing image file"] > len(self.samples):
+            raise UserError(f"{self.bad['missing image file']:,} questions of VQA v2's {split} split are about images "
+                            f"that are not in {', '.join(folders)} of {root} or {root.parent / 'coco'} "
+                            "(see data/README.md)")
+
+    def _read_answers(self, path: Path) -> list[str]:
+        if not path.is_file():
+            raise UserError(f"a question without an answer list: no file {path} (see data/README.md for how to get it)")
+        answers = _read_json(path)
+        if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+            raise UserError(f"{path} is not a list of answers, [\"yes\", \"no\", ...] (see data/README.md)")
+        return answers
+
+    def _questions(self, root: Path, part: str, files: dict[int, Path]) -> Iterator[tuple[str, str, str, list[str]]]:
+        """(key, path, question, answers) of each question whose image is there."""
+        listing = root / f"v2_OpenEnded_mscoco_{part}_questions.json"
+        questions, given = _read_json(listing)["questions"], {}
+        if not part.startswith("test"):
+            annotations = root / f"v2_mscoco_{part}_annotations.json"
+            given = {entry["question_id"]: (entry.get("answer_type"), [answer["answer"] for answer in entry["answers"]])
+                     for entry in _read_json(annotations)["annotations"]}
+            without = sum(question["question_id"] not in given for question in questions)
+            if without:
+                raise UserError(f"{without:,} of the {len(questions):,} questions of {listing} have no annotation in "
+                                f"{annotations}")
+        for question in questions:
+            if question["image_id"] in files:
+                kind, answers = given.get(question["question_id"], (None, []))
+                self.kinds.append(kind)
+                yield str(question["question_id"]), str(files[question["image_id"]]), question["question"], answers
+            else:
+                self.bad["missing image file"] += 1
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def key(self, i: int) -> str:
+        return self.samples[i][0]
+
+    def read(self, i: int) -> tuple[bytes, tuple[str, list[str]]]:
+        _, path, question, answers = self.samples[i]
+        return _read_bytes(path), (question, answers)
 
 
 # -------------------------------------------------------------------------------------------------------- labelled sets
@@ -1608,7 +1945,8 @@ class TorchvisionSet:
 
 # ---------------------------------------------------------------------------------------------------- data sets by name
 
-CAPTIONED = ("cc3m", "coco", "flickr30k")
+CAPTIONED = ("cc3m", "coco", "flickr30k", "vg", "sbu", "nocaps")
+QUESTIONS = ("vqav2",)
 LABELLED = ("imagenet", "folder", *TORCHVISION)
 HELD_OUT = 5000  # at most; the last 1 % of a set without validation split
 
@@ -1616,14 +1954,21 @@ HELD_OUT = 5000  # at most; the last 1 % of a set without validation split
 def open_train(name: str, root: str | Path | None = None):
     """Captioned set to train on. root: its folder, default data/<name>.
 
-    Names: "coco", "flickr30k", "cc3m"; any other name with a root: a folder of tar shards, or TSV and images.
-    Raises UserError (unknown name, no folder, wrong layout, more than 10 % unusable samples) in one line.
+    Names: "coco", "flickr30k", "cc3m", "vg", "sbu"; any other name with a root: a folder of tar shards, or TSV and
+    images. Several names joined by +, each perhaps with how often it is seen an epoch ("coco*2+cc3m*0.5"): a Mixture,
+    of the folders root/<name>. Raises UserError (unknown name, no folder, wrong layout, weights that are not positive
+    numbers, more than 10 % unusable samples) in one line.
     """
+    weights = mixture_weights(name)
+    if list(weights) != [name]:
+        return Mixture({part: open_train(part, part_folder(root, part, weights)) for part in weights}, weights)
+    if name == "nocaps":
+        raise UserError("nocaps is for evaluation only: there are no captions to train on")
     root = _find_root(name, root, CAPTIONED)
     if name in ("coco", "flickr30k"):
         data = CocoCaptions(root, "train") if name == "coco" else Flickr30k(root, "train")
     else:
-        data = _shards_or_tsv(root / "train" if (root / "train").is_dir() else root)
+        data = _without_splits(name, root)
         if not (root / "val").is_dir():
             data = Subset(data, range(len(data) - _held_out(data)))
     return _checked(data, root)
@@ -1637,9 +1982,11 @@ def open_retrieval(name: str, root: str | Path | None, split: str):
         return _checked(CocoCaptions(root, split), root) if split == "test" or has_val else None
     if name == "flickr30k":
         return _checked(Flickr30k(root, split), root)
+    if name == "nocaps":
+        return _checked(NoCaps(root), root) if split == "test" else None
     if (root / split).is_dir():
         return _checked(_shards_or_tsv(root / split), root / split)
-    data = _shards_or_tsv(root / "train" if (root / "train").is_dir() else root) if split == "val" else ()
+    data = _without_splits(name, root) if split == "val" else ()
     return Subset(data, range(len(data) - _held_out(data), len(data))) if _held_out(data) else None
 
 
@@ -1656,6 +2003,36 @@ def open_labelled(name: str, root: str | Path | None, split: str):
     return (ImageNet if name == "imagenet" else ImageFolderSet)(root, split)
 
 
+def open_vqa(name: str, root: str | Path | None, split: str):
+    """Set of questions about images, "vqav2". root: its folder, default data/<name>; split: see VQAv2."""
+    if name not in QUESTIONS:
+        raise UserError(f"unknown set of questions {name!r}: known are emoji, {', '.join(QUESTIONS)}")
+    root = _find_root(name, root, QUESTIONS)
+    return _checked(VQAv2(root, split), root)
+
+
+def mixture_weights(name: str) -> dict[str, float]:
+    """{"coco": 2.0, "cc3m": 0.5} of "coco*2+cc3m*0.5", {"coco": 1.0} of "coco". UserError for what is none of these."""
+    weights = {}
+    for part in name.split("+"):
+        part, star, weight = part.strip().partition("*")
+        with contextlib.suppress(ValueError):
+            weight = float(weight) if star else 1.0
+        if isinstance(weight, str) or not 0 < weight < math.inf:
+            raise UserError(f"{name}: how often {part!r} is seen an epoch is a number above 0, not {weight!r}")
+        if not part or part == "emoji" != name:
+            raise UserError(f"{name}: {part!r} is no set that can be mixed with others")
+        if part in weights:
+            raise UserError(f"{name}: {part!r} is named twice; to see it twice an epoch, write {part}*2")
+        weights[part] = weight
+    return weights
+
+
+def part_folder(root: str | Path | None, part: str, weights: dict[str, float]) -> str | Path | None:
+    """The folder of a part of a mixture: --root itself for a single one, else its folder in there."""
+    return Path(root) / part if root and len(weights) > 1 else root
+
+
 def _find_root(name: str, root: str | Path | None, known: tuple[str, ...]) -> Path:
     folder = Path(root).expanduser() if root else DATA / name
     if not root and name not in known and not folder.is_dir():
@@ -1663,6 +2040,14 @@ def _find_root(name: str, root: str | Path | None, known: tuple[str, ...]) -> Pa
     if not folder.is_dir():
         raise UserError(f"{name}: no folder {folder} (see data/README.md for how to get the data)")
     return folder
+
+
+def _without_splits(name: str, root: Path) -> TarShards | CaptionTSV | CaptionedFiles:
+    """A set that is for training as a whole, in root/train where that is a folder."""
+    root = root / "train" if (root / "train").is_dir() else root
+    reader = {"vg": VisualGenome, "sbu": SBU}.get(name)
+    listed = reader and not any(root.glob("*.tar")) and not any(root.glob("*.tsv"))
+    return reader(root) if listed else _shards_or_tsv(root)
 
 
 def _shards_or_tsv(root: Path) -> TarShards | CaptionTSV:
@@ -1686,12 +2071,13 @@ class TrainSamples(Dataset):
     """samples[(epoch, index)] -> image uint8 (3, S, S), tokens int64 (context,), 1 if unusable and replaced, else 0.
 
     The crop and the choice among several captions depend on (seed, epoch, index) alone, not on workers or resuming.
-    An unusable sample is replaced by the next one; UserError after 100 in a row.
+    An unusable sample is replaced by the next one; UserError after 100 in a row. Of a Mixture, index is a slot.
     tokenizer: list of n strings -> int64 (n, context). crop_scale: least and largest share of the image area.
+    augment: what happens to the crop, (uint8 (3, S, S), rng) -> uint8 (3, S, S), such as BlipAugment().
     """
-    def __init__(self, data, tokenizer, image_size: int, crop_scale: tuple[float, float], seed: int):
+    def __init__(self, data, tokenizer, image_size: int, crop_scale: tuple[float, float], seed: int, augment=None):
         self.data, self.tokenizer, self.seed = data, tokenizer, seed
-        self.image_size, self.crop_scale = image_size, crop_scale
+        self.image_size, self.crop_scale, self.augment = image_size, crop_scale, augment
 
     def __len__(self) -> int:
         return len(self.data)
@@ -1708,6 +2094,8 @@ class TrainSamples(Dataset):
         for bad in range(100):
             index = (first + bad) % len(self.data)
             rng = np.random.default_rng((self.seed, epoch, index))
+            if isinstance(self.data, Mixture):
+                index = self.data.at_epoch(index, epoch)
             try:
                 source, texts = self.data.read(index)
                 image = random_resized_crop(source, self.image_size, rng, self.crop_scale)
@@ -1715,7 +2103,10 @@ class TrainSamples(Dataset):
                 reason = error
                 continue
             caption = int(rng.integers(len(texts[:captions])))
-            return torch.from_numpy(image), self.tokenizer([texts[caption]])[0], int(bad > 0), index, caption
+            image = torch.from_numpy(image)
+            if self.augment is not None:
+                image = self.augment(image, rng)
+            return image, self.tokenizer([texts[caption]])[0], int(bad > 0), index, caption
         raise UserError(f"100 samples in a row cannot be used, from {self.data.key(first)!r} on (last: {reason})")
 
 
@@ -2010,6 +2401,65 @@ class EmojiClasses:
         return render_scene(rng, scene, self.difficulty, self.drawings, self.canvas), label
 
 
+class EmojiQuestions:
+    """Every question about every one of `scenes` EmojiScenes, with its answer as that of ten people.
+
+    The images are those of EmojiScenes with the same arguments. answers: all that can be right, for any scene.
+    """
+
+    EACH = 6  # questions a scene, see ask_scene
+    KINDS = ("number", "background", "presence", "presence")
+
+    def __init__(self, split, scenes, image_size, seed=0, concepts=150, difficulty="easy", long_tail=0.0,
+                 duplicates=0.0):
+        self.scenes = EmojiScenes(split, scenes, image_size, seed, concepts, difficulty, 0.0, long_tail, duplicates)
+        self.answers, self.bad = emoji_answers(concepts, difficulty), collections.Counter()
+        self.latest = None, None  # a scene and its image: the questions about it often follow each other
+
+    def __len__(self):
+        return self.EACH * len(self.scenes)
+
+    def key(self, i):
+        return f"{self.scenes.key(i // self.EACH)}-{i % self.EACH}"
+
+    @functools.cached_property
+    def kinds(self):
+        """What each question asks for: number, background, presence; what, where (one object), relation (several)."""
+        single = [len(self.scenes.scene(scene)["objects"]) == 1 for scene in range(len(self.scenes))]
+        return [kind for one in single for kind in (*self.KINDS, *(("what", "where") if one else ("relation",) * 2))]
+
+    def read(self, i):
+        scene, number = divmod(i, self.EACH)
+        if self.latest[0] != scene:
+            self.latest = scene, self.scenes.read(scene)[0]
+        question, answer = self.scenes.questions(scene)[number]
+        return self.latest[1], (question, [answer] * 10)
+
+
+def emoji_answers(concepts, difficulty):
+    """All answers that ask_scene can give: concepts, backgrounds, yes and no, numbers, places."""
+    setting, thirds = DIFFICULTIES[difficulty], (1 / 6, 1 / 2, 5 / 6)
+    places = [place_in_words({"objects": [{"x": x, "y": y}]}) for y in thirds for x in thirds]
+    numbers = [str(1 + i) for i, share in enumerate(setting.objects) if share]
+    names = [row["concept"] for row in emoji_drawings(concepts).concepts]
+    return list(dict.fromkeys([*names, *list(COLOURS)[:setting.colours], "yes", "no", *numbers, *places]))
+
+
+def emoji_words(concepts, difficulty):
+    """Texts with every word of the captions, questions and answers about these scenes, as BLIP reads them.
+
+    For BertTokenizer(words=...): its small vocabulary then has every word of them, in the full vocabulary's pieces.
+    """
+    rows, rng = emoji_drawings(concepts).concepts, np.random.default_rng(0)
+    texts = [*emoji_answers(concepts, difficulty), *(text for row in rows for text in (*row["names"], row["kind"]))]
+    for count, vertical in itertools.product((1, 2, 3), (False, True)):  # every form of caption and question once
+        thing = {"concept": 0, "x": 0.5, "y": 0.5}
+        scene = {"background": "white", "vertical": vertical, "objects": [thing] * count}
+        texts += caption_scene(rng, scene, rows, None)
+        texts += [question for question, _ in ask_scene(rng, scene, rows)]
+    return [clean(text) for text in texts for clean in (clean_blip_caption, clean_blip_question)]
+
+
 def compose_scene(rng, difficulty, concepts, artists):
     """Draw the background and, for each concept, place and size; objects stand in equal strips, in a row or stacked."""
     count, vertical, objects = len(concepts), bool(rng.random() < 0.5), []
@@ -2122,6 +2572,16 @@ def training_set(cfg):
     return keep_only(data, cfg.keep) if cfg.keep else data
 
 
+def vqa_set(cfg, split):
+    """The questions a Config names, about emoji scenes or a set on disk; 500 scenes for "val" and "test"."""
+    if cfg.data != "emoji":
+        return open_vqa(cfg.data, cfg.root, split)
+    if split == "train":
+        return EmojiQuestions(split, cfg.scenes, cfg.image_size, cfg.seed, cfg.concepts, cfg.difficulty, cfg.long_tail,
+                              cfg.duplicates)
+    return EmojiQuestions(split, 500, cfg.image_size, concepts=cfg.concepts, difficulty=cfg.difficulty)
+
+
 def read_keys(path):
     """Sample keys, one a line."""
     try:
@@ -2131,8 +2591,17 @@ def read_keys(path):
 
 
 def keep_only(data, path):
-    """The samples of a captioned set whose keys are listed in a file, in the set's order."""
-    return Subset(data, listed([data.key(i) for i in range(len(data))], path))
+    """The samples of a captioned set whose keys are listed in a file, in the set's order.
+
+    Of a mixture: those of each part, with the same weights; the keys are its own, "coco/000000000139".
+    """
+    if not isinstance(data, Mixture):
+        return Subset(data, listed([data.key(i) for i in range(len(data))], path))
+    keys = [f"{name}/{part.key(i)}" for name, part in zip(data.names, data.parts) for i in range(len(part))]
+    places, ends = listed(keys, path), np.cumsum([0, *data.sizes])
+    kept = [places[(places >= first) & (places < end)] - first for first, end in itertools.pairwise(ends)]
+    return Mixture({name: Subset(part, rows) for name, part, rows in zip(data.names, data.parts, kept) if len(rows)},
+                   data.weights)
 
 
 def listed(keys, path):
@@ -2147,14 +2616,21 @@ def listed(keys, path):
 
 def is_captioned(cfg, name):
     """Whether a set of --eval-data is for retrieval."""
-    return name in CAPTIONED or (name == cfg.data and name not in (*LABELLED, "emoji"))
+    return name in CAPTIONED or (name in mixture_weights(cfg.data) and name not in (*LABELLED, "emoji"))
 
 
 def eval_folder(cfg, name):
     """The folder of a set of --eval-data: --eval-root, or NAME in it where there are several; --root for --data's."""
+    weights = mixture_weights(cfg.data)
     if cfg.eval_root:
-        return Path(cfg.eval_root) / name if len(cfg.eval_data) > 1 else cfg.eval_root
-    return cfg.root if name == cfg.data else None
+        return Path(cfg.eval_root) / name if len(evaluation_names(cfg)) > 1 else cfg.eval_root
+    return part_folder(cfg.root, name, weights) if name in weights else None
+
+
+def evaluation_names(cfg):
+    """--eval-data, else the sets of --data: of a mixture those with splits of their own, if there are any."""
+    parts = tuple(mixture_weights(cfg.data))
+    return cfg.eval_data or tuple(name for name in parts if name in ("coco", "flickr30k")) or parts
 
 
 def evaluation_sets(cfg, split):
@@ -2164,7 +2640,7 @@ def evaluation_sets(cfg, split):
     not there.
     """
     found = {}
-    for name in cfg.eval_data or (cfg.data,):
+    for name in evaluation_names(cfg):
         if name == "emoji":
             scenes = dict(concepts=cfg.concepts, difficulty=cfg.difficulty)
             found["concept"] = EmojiClasses(split, cfg.image_size, "concept", **scenes)
@@ -2176,8 +2652,11 @@ def evaluation_sets(cfg, split):
             found[name] = open_set(name, eval_folder(cfg, name), split)
     found = {name: data for name, data in found.items() if data is not None}
     if split == "val" and not found and cfg.data not in ("emoji", *LABELLED):
-        data = open_retrieval(cfg.data, cfg.root, split)
-        found = {cfg.data: data} if data is not None else {}
+        weights = mixture_weights(cfg.data)
+        for name in weights:
+            data = open_retrieval(name, part_folder(cfg.root, name, weights), split)
+            if data is not None:
+                return {name: data}
     return found
 
 
