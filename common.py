@@ -574,7 +574,8 @@ def paired_differences(found, baseline):
     return table
 
 
-LOSSES = ("loss", "nce", "kd", "cluster", "instance", "mimicry", "itc", "itm", "lm", "hr", "at_")  # how the columns of log.csv that hold losses begin
+# how the columns of log.csv that hold losses begin
+LOSSES = ("loss", "nce", "kd", "cluster", "instance", "mimicry", "itc", "itm", "lm", "hr", "at_")
 
 
 class Progress:
@@ -2445,19 +2446,19 @@ def emoji_answers(concepts, difficulty):
     return list(dict.fromkeys([*names, *list(COLOURS)[:setting.colours], "yes", "no", *numbers, *places]))
 
 
-def emoji_words(concepts, difficulty):
-    """Texts with every word of the captions, questions and answers about these scenes, as BLIP reads them.
+def emoji_words(concepts):
+    """Texts with every word of the captions, questions and answers about these scenes, whatever their difficulty.
 
     For BertTokenizer(words=...): its small vocabulary then has every word of them, in the full vocabulary's pieces.
     """
     rows, rng = emoji_drawings(concepts).concepts, np.random.default_rng(0)
-    texts = [*emoji_answers(concepts, difficulty), *(text for row in rows for text in (*row["names"], row["kind"]))]
+    texts = [*emoji_answers(concepts, "hard"), *(text for row in rows for text in (*row["names"], row["kind"]))]
     for count, vertical in itertools.product((1, 2, 3), (False, True)):  # every form of caption and question once
         thing = {"concept": 0, "x": 0.5, "y": 0.5}
         scene = {"background": "white", "vertical": vertical, "objects": [thing] * count}
         texts += caption_scene(rng, scene, rows, None)
         texts += [question for question, _ in ask_scene(rng, scene, rows)]
-    return [clean(text) for text in texts for clean in (clean_blip_caption, clean_blip_question)]
+    return texts
 
 
 def compose_scene(rng, difficulty, concepts, artists):

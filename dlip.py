@@ -8,13 +8,11 @@ the image, for ITM and for questions) and "decoder" (causal, attends to the imag
 share all but self-attention. To BLIP's three losses DLIP adds two, on the same pairs: the student's representations
 point where the teacher's do (L_HR), and its last layers attend where the teacher's attend (L_AT).
 
-    python dlip.py                                            # emoji scenes: distil, fine-tune for three tasks, evaluate
+    python dlip.py                                           # emoji scenes: distil, fine-tune for three tasks, evaluate
     python dlip.py --stage distil --data coco+vg+cc3m+sbu --teacher model_base_14M.pth --vision-init deit_small.pth
     python dlip.py --stage finetune --task vqa --data vqav2 --init runs/dlip-coco+vg+cc3m+sbu/student.pt
     python dlip.py --stage evaluate --task retrieval --data coco --init model_base_retrieval_coco.pth
     python dlip.py --profile                                  # parameters, MACs, latency beside the paper's Table 1
-
-@MEASURED@
 
 Assumptions, where the public text is silent. Each is ours, not the paper's:
   A1  L_HR is the mean of 1 - cosine at the CLS of image and text, at [ENC] and at [DEC], each after the ITC projection
@@ -32,9 +30,9 @@ Assumptions, where the public text is silent. Each is ours, not the paper's:
       and text widths differ, the keys and values of the answer decoder's cross-attention start afresh.
   A8  Position embeddings are resized without antialiasing. LayerNorm's ε is 1e-6 in the ViT; text dropout is 0.1 for
       large data. BLIP's VQA fine-tuning has drop path 0.1 in the ViT: left out.
-  A9  Sizes, schedules and fine-tuning of the emoji run are ours, and there the temperature, which starts at 0.07, has 0.07
-      of the learning rate (--temp-lr): Adam would move it by a seventh of itself per hundredth of a unit otherwise; its fine-tuning captions are never wrong, as COCO's
-      are cleaner than the web's.
+  A9  Sizes, schedules and fine-tuning of the emoji run are ours. Its fine-tuning captions are never wrong, as COCO's
+      are cleaner than the web's. The temperature starts at 0.07, and Adam's steps do not shrink with it: at the emoji
+      run's learning rate it collapses within a hundred steps, so there it has 0.07 of that rate (--temp-lr).
 """
 
 import copy
@@ -45,6 +43,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -66,9 +65,10 @@ from common import (
     world_size,
 )
 
-# Letters in shape comments: B images or texts (b of this process against the B of all, in the losses), N tokens, M tokens
-# attended to, D width, E width of the joint embedding, Q length of a queue, H heads, V vocabulary, K beams or answers per
-# image, R rows of the decoder (B, or B * K), P tokens of the prompt, L of the longest text, A answers to choose from.
+# Letters in shape comments: B images or texts (in the losses: b of this process against the B of all), N tokens, M
+# tokens attended to, D width, E width of the joint embedding, Q length of a queue, H heads, V vocabulary, K beams or
+# answers per image, R rows of the decoder (B, or B * K), P tokens of the prompt, L of the longest text, A answers to
+# choose from.
 
 # --------------------------------------------------------------------------------------------------------------- config
 
@@ -159,6 +159,7 @@ class Config:
     max_length: int = option(20, "longest caption in tokens, [DEC] and prompt included", POSITIVE)
     repetition_penalty: float = option(1.0, "penalty of tokens used before in a caption", POSITIVE)
     prompt: str = option("a picture of ", "what every caption begins with, in fine-tuning and generation")
+    answer_k: int = option(16, "answers of the list that are scored in full, chosen by their first token", POSITIVE)
     vqa: str = option("rank", "rank: choose from the list of answers; generate: write the answer", ["rank", "generate"])
 
     scenes: int = option(9000, "training scenes", POSITIVE, section="emoji scenes (--data emoji)")
@@ -171,7 +172,8 @@ class Config:
 
 # By stage, or by task in fine-tuning. Large data: the paper's recipe, and BLIP's where the paper is silent.
 PAPER = dict(preset="paper", image_size=224, context_length=30, embed_dim=256, dropout=0.1, queue_size=57600,
-             momentum=0.995, crop_scale=0.2, flip=True, randaugment=5, log_every=50, rerank_k=256, temp_lr=1.0, lr_end=0.0)
+             momentum=0.995, crop_scale=0.2, flip=True, randaugment=5, log_every=50, temp_lr=1.0, lr_end=0.0,
+             rerank_k=256, answer_k=128)
 PRETRAIN = {**PAPER, "epochs": 20, "batch_size": 1152, "lr": 5e-4, "warmup": 3000, "schedule": "step",
             "weight_decay": 0.02}
 FINETUNE = {**PAPER, "image_size": 384, "batch_size": 256, "lr": 1e-5, "warmup": 0, "crop_scale": 0.5}
@@ -228,7 +230,7 @@ def check(cfg):
     if cfg.ablate and world_size() > 1:
         raise UserError("--ablate runs in one process")
     if (cfg.ablate or cfg.stage == "all") and cfg.data != "emoji" and not cfg.profile:
-        raise UserError(f"{'--ablate' if cfg.ablate else '--stage all'} is for the emoji scenes: with --data {cfg.data} "
+        raise UserError(f"--{'ablate' if cfg.ablate else 'stage all'} is for the emoji scenes: with --data {cfg.data} "
                         "the stages are run one by one, each with its data")
     if cfg.init and cfg.stage not in ("finetune", "evaluate"):
         raise UserError(f"--init goes with --stage finetune or evaluate, not {cfg.stage} (there are --vision-init and "
@@ -273,7 +275,7 @@ VIT = {"tiny": VisionSize(192, 12, 3), "small": VisionSize(384, 12, 6), "middle"
 BERT = {"tiny": TextSize(192, 4), "small": TextSize(384, 6), "middle": TextSize(576, 8), "base": TextSize(768, 12)}
 
 
-# The same four for the emoji scenes: the student, small + small, has 22.5 % of the parameters of the teacher, base + base.
+# The same four for the emoji scenes: small + small, the student, has 22.6 % of the parameters of base + base.
 DEMO_VIT = {"tiny": VisionSize(32, 4, 2, 8, 40), "small": VisionSize(64, 4, 2, 8, 40),
             "middle": VisionSize(96, 4, 3, 8, 40), "base": VisionSize(128, 4, 4, 8, 40)}
 DEMO_BERT = {"tiny": TextSize(32, 2, 4, positions=32), "small": TextSize(64, 3, 4, positions=32),
@@ -738,6 +740,271 @@ def beam_search(step, ids, sep, pad, num_beams, min_length, max_length, penalty)
         logits = step(running[:, :, -1].reshape(-1, 1), rows)
 
 
+# --------------------------------------------------------------------------------------------------------------- losses
+
+
+def mean_where(x, where):
+    """The mean of x over the True places of `where`, of the same shape or (B, N) for x (B, N, ...), of all processes.
+
+    Each process divides its sum by the mean count, so that averaging their gradients gives that of one process.
+    """
+    where = where.to(x.dtype)
+    count = common.sum_over_processes(where.sum().detach().clone()) / world_size()
+    return (x * where).sum() / count.clamp_min(1)
+
+
+def itc_loss(u, v, image_keys, text_keys, same, teacher_u, teacher_v, temp, alpha):
+    """Image-text contrast with momentum targets [BLIP, after ALBEF], the mean of both directions.
+
+    u, v (b, E): unit features of this process's images and texts, with gradient; teacher_u, teacher_v (b, E) those of
+    the momentum encoders; keys (K, E): momentum features of all processes' batches, then of the queue. same (b, K):
+    which keys are of the same image, as 0 and 1. Target: alpha softmax(teacher_u text_keys^T / temp) + (1 - alpha) same.
+    """
+    one_hot, loss = same / same.sum(1, keepdim=True), 0.0
+    for query, teacher, keys in ((u, teacher_u, text_keys), (v, teacher_v, image_keys)):
+        soft = (teacher @ keys.T / temp.detach()).softmax(1)
+        target = alpha * soft + (1 - alpha) * one_hot  # (b, K)
+        loss = loss - (target * (query @ keys.T / temp).log_softmax(1)).sum(1).mean() / 2
+    return loss
+
+
+def draw_negatives(similarity, same):
+    """For each row an index of another pair, with probability softmax(similarity) outside of `same`. (b, b) -> (b,)
+
+    The maximum of similarity + Gumbel noise has this distribution, and unlike torch.multinomial it makes nobody wait.
+    """
+    gumbel = -torch.empty_like(similarity).exponential_().log()
+    return (similarity + gumbel).masked_fill(same, -math.inf).argmax(1)
+
+
+def lm_loss(logits, ids, pad=0, label_smoothing=0.1, prompt=0, reduction="mean"):
+    """Cross-entropy of each token given those before it [BLIP], label smoothing 0.1, padding ignored.
+
+    logits (B, N, V) and the ids (B, N) they were computed from. The first `prompt` tokens of ids ([DEC] included) are
+    not predicted. reduction "mean": over the tokens of all processes; "none": the sum over each text, (B,).
+    """
+    target = ids.masked_fill(ids == pad, -100)[:, 1:]  # (B, N-1)
+    target = target.masked_fill(torch.arange(1, ids.shape[1], device=ids.device) < prompt, -100)
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), target.flatten(), reduction="none",
+                           label_smoothing=label_smoothing).view(target.shape)
+    return mean_where(loss, target != -100) if reduction == "mean" else loss.sum(1)
+
+
+def representation_loss(student, teacher):
+    """Mean of 1 - cosine of unit rows, (b, E) each [paper, L_HR; form: A1]. Trains the student alone."""
+    return (1 - (student * teacher.detach()).sum(-1)).mean()
+
+
+def attention_loss(student, teacher, queries, keys, form="kl"):
+    """KL(teacher map || student map), averaged over heads and queries [paper, L_AT].
+
+    Maps (B, H, N, M) of probabilities; queries (B, N) and keys (B, M) are True at tokens, False at padding. form
+    "double-softmax": KL between softmax(map / 0.05) over the keys, as in a public reimplementation.
+    """
+    student, teacher = student.float(), teacher.detach().float()
+    if form == "double-softmax":
+        hidden = ~keys[:, None, None]
+        student, teacher = ((x / 0.05).masked_fill(hidden, -math.inf).softmax(-1) for x in (student, teacher))
+    tiny = torch.finfo(torch.float32).tiny  # a masked key has probability 0 in both maps and adds 0
+    kl = teacher * (teacher.clamp_min(tiny).log() - student.clamp_min(tiny).log())
+    return mean_where(kl.sum(-1).mean(1), queries)  # (B, N) -> scalar
+
+
+def similarity_kd(student, teacher, temp):
+    """KL(teacher || student) between the softmaxes of in-batch similarities, both directions (A3).
+
+    student and teacher: (u, v), unit features (b, E) each.
+    """
+    logits = [(u @ v.T / temp.detach()) for u, v in (student, teacher)]
+    return sum(F.kl_div(s.log_softmax(1), t.detach().log_softmax(1), reduction="batchmean", log_target=True)
+               for s, t in (logits, [x.T for x in logits])) / 2
+
+
+def token_kd(student, teacher, where):
+    """KL(teacher || student) between next-token distributions (A3): logits (b, N, V), where (b, N)."""
+    kl = F.kl_div(student.float().log_softmax(-1), teacher.detach().float().log_softmax(-1), reduction="none",
+                  log_target=True).sum(-1)
+    return mean_where(kl, where)
+
+
+# --------------------------------------------------------------------------------------------------------------- method
+
+
+class DLIP(nn.Module):
+    """The student, a BLIP, with BLIP's momentum encoders and queues. The teacher is no part of it: it never changes.
+
+    A step of pre-training, in the terms that loss() returns (the weights are those of the paper, all 1):
+
+        momentum <- m momentum + (1 - m) student                                                   update_momentum
+        L_ITC    images against texts, in the batch and the queues; then enqueue                   contrast
+        L_ITM    the pair, and a hard negative for its image and for its text                      matching
+        L_LM     the caption, word by word
+        L_HR     1 - cosine to the teacher: Img, Text, VL_E (fusion encoder), VL_D (decoder)       distil
+        L_AT     KL to the teacher's maps: self- and cross-attention of the last layers            distil
+    """
+
+    def __init__(self, cfg, student):
+        super().__init__()
+        self.cfg, self.student = cfg, student
+        self.pad = student.text.size.pad
+        self.momentum = None
+        self.contrasts = cfg.task == ("retrieval",) if cfg.stage == "finetune" else cfg.vlp
+        if self.contrasts:
+            self.start_momentum()
+
+    def start_momentum(self):
+        """Copies of what ITC reads, equal to the student; queues of random unit features of no image."""
+        student, E = self.student, self.student.text_proj.out_features
+        text = TextModel(replace(student.text.size, fusion_layers=0), student.text.source_width, ("encoder",))
+        self.momentum = nn.ModuleDict(dict(visual_encoder=copy.deepcopy(student.visual_encoder), text=text,
+                                           vision_proj=copy.deepcopy(student.vision_proj),
+                                           text_proj=copy.deepcopy(student.text_proj)))
+        self.momentum.eval().requires_grad_(False)
+        self.update_momentum(0.0)
+        for name in ("image_queue", "text_queue"):
+            self.register_buffer(name, F.normalize(torch.randn(self.cfg.queue_size, E), dim=1))
+        self.register_buffer("index_queue", torch.full((self.cfg.queue_size,), -1))
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.momentum is not None:
+            self.momentum.eval()
+        return self
+
+    @torch.no_grad()
+    def update_momentum(self, m):
+        """Momentum encoders <- m themselves + (1 - m) student."""
+        source = dict(self.student.named_parameters())
+        names, averages = zip(*self.momentum.named_parameters())
+        torch._foreach_lerp_(list(averages), [source[name].detach() for name in names], 1 - m)
+
+    def forward(self, image, texts, index, alpha, teacher=None):
+        """(loss, terms) of a batch, after the paper's and BLIP's code.
+
+        image (b, 3, S, S); texts [ids (b, N)], for VQA [questions, answers]; index (b,) of the images in the data.
+        """
+        if self.cfg.stage != "finetune":
+            terms = self.pretrain(image, *texts, alpha, teacher)
+        elif self.cfg.task == ("retrieval",):
+            terms = self.retrieve(image, *texts, index, alpha)
+        else:
+            terms = {"lm": self.write(image, *texts) if self.cfg.task == ("caption",) else self.answer(image, *texts)}
+        weights = {"hr": self.cfg.lambda_hr, "at": self.cfg.lambda_at, "kd_itc": self.cfg.kd_itc,
+                   "kd_lm": self.cfg.kd_lm}
+        loss = sum(weights.get(name.split(":")[0], 1.0) * term for name, term in terms.items())
+        return loss, {name.replace(":", "_"): term.detach() for name, term in {"loss": loss, **terms}.items()}
+
+    def pretrain(self, image, ids, alpha, teacher):
+        """BLIP's losses on image-text pairs, and the teacher's."""
+        student, mask, terms = self.student, ids != self.pad, {}
+        states = student.encode_image(image)  # (b, M, D)
+        u, v = student.image_feature(states), student.text_feature(student.encode_text(ids, mask))  # (b, E)
+        enc_trace = dec_trace = None
+        if teacher:
+            enc_trace, dec_trace = (Trace(-1, maps="none" not in self.cfg.attn) for _ in range(2))
+        if self.contrasts:
+            terms["itc"], similarity = self.contrast(image, ids, mask, u, v, None, alpha)
+        fused = student.fuse(ids, mask, states, enc_trace)
+        if self.contrasts:
+            terms["itm"] = self.matching(fused, ids, mask, states, similarity)
+        logits = student.decode(ids, mask, states, trace=dec_trace)
+        if self.cfg.vlp:
+            terms["lm"] = lm_loss(logits, ids, self.pad)
+        if teacher:
+            terms.update(self.distil(teacher, image, ids, mask, u, v, fused, logits, enc_trace, dec_trace))
+        return terms
+
+    def contrast(self, image, ids, mask, u, v, index, alpha):
+        """L_ITC, and the similarities of this process's images with its texts and the reverse, (b, b) each.
+
+        index None, in pre-training: only a pair's own image and text belong together. Else those with the same index.
+        """
+        b, temp = len(u), self.student.temp
+        self.update_momentum(self.cfg.momentum)
+        with torch.no_grad():
+            m = self.momentum
+            teacher_u = unit(m.vision_proj(m.visual_encoder(image)[:, 0]))
+            teacher_v = unit(m.text_proj(m.text(begin(ids, m.text.size.cls), mask)[:, 0]))
+            u_batch, v_batch = gather(teacher_u), gather(teacher_v)
+            own = slice(rank() * b, (rank() + 1) * b)
+            number = torch.arange(len(u_batch), device=u.device) if index is None else gather(index)  # (B,)
+            numbers = torch.cat([number, self.index_queue])
+            same = (number[own, None] == numbers) & (numbers >= 0)  # (b, B + Q)
+            image_keys, text_keys = torch.cat([u_batch, self.image_queue]), torch.cat([v_batch, self.text_queue])
+        with torch.autocast(u.device.type, enabled=False):
+            loss = itc_loss(u, v, image_keys, text_keys, same.float(), teacher_u, teacher_v, temp, alpha)
+            with torch.no_grad():
+                similarity = (u @ teacher_v.T / temp, v @ teacher_u.T / temp, same[:, own])
+        self.enqueue(u_batch, v_batch, torch.full_like(number, -1) if index is None else number)
+        return loss, similarity
+
+    @torch.no_grad()
+    def enqueue(self, image_keys, text_keys, index):
+        """The newest come first, the oldest leave."""
+        for queue, new in ((self.image_queue, image_keys), (self.text_queue, text_keys), (self.index_queue, index)):
+            queue.copy_(torch.cat([new, queue])[:len(queue)])
+
+    def matching(self, fused, ids, mask, states, similarity):
+        """L_ITM: cross-entropy on [ENC] over b pairs, b images with a wrong text, b texts with a wrong image."""
+        of_image, of_text, same = similarity
+        wrong_text, wrong_image = draw_negatives(of_image, same), draw_negatives(of_text, same)
+        negative = self.student.fuse(torch.cat([ids[wrong_text], ids]), torch.cat([mask[wrong_text], mask]),
+                                     torch.cat([states, states[wrong_image]]))
+        logits = torch.cat([self.student.match(fused), self.student.match(negative)])  # (3b, 2)
+        target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+        target[:len(fused)] = 1
+        return F.cross_entropy(logits, target)
+
+    def distil(self, teacher, image, ids, mask, u, v, fused, logits, enc_trace, dec_trace):
+        """The terms of L_HR and L_AT, and of the logits where flags ask for them. The teacher sees the same pairs."""
+        cfg, student, terms = self.cfg, self.student, {}
+        with torch.no_grad():
+            t_enc, t_dec = (Trace(-1, maps=enc_trace.maps) for _ in range(2))
+            t_states = teacher.encode_image(image)
+            t_fused = teacher.fuse(ids, mask, t_states, t_enc)
+            t_logits = teacher.decode(ids, mask, t_states, trace=t_dec)
+            t_u = teacher.image_feature(t_states)
+            t_v = teacher.text_feature(teacher.encode_text(ids, mask))
+        pairs = {"img": lambda: (u, t_u), "text": lambda: (v, t_v),
+                 "vl_e": lambda: (student.text_feature(fused), teacher.text_feature(t_fused)),
+                 "vl_d": lambda: (student.text_feature(dec_trace.states[-1]), teacher.text_feature(t_dec.states[-1]))}
+        for part in [part for part in pairs if part in cfg.hr]:
+            terms[f"hr:{part}"] = representation_loss(*pairs[part]())
+        every = torch.ones(t_states.shape[:2], dtype=torch.bool, device=image.device)  # image tokens
+        if "self" in cfg.attn:
+            terms["at:self"] = sum(attention_loss(ours.self_maps[-1], theirs.self_maps[-1], mask, mask, cfg.attn_form)
+                                   for ours, theirs in ((enc_trace, t_enc), (dec_trace, t_dec)))
+        if "cross" in cfg.attn:
+            terms["at:cross"] = attention_loss(enc_trace.cross_maps[-1], t_enc.cross_maps[-1], mask, every,
+                                               cfg.attn_form)
+        if cfg.kd_itc:
+            with torch.autocast(u.device.type, enabled=False):
+                terms["kd_itc"] = similarity_kd((u, v), (t_u, t_v), student.temp)
+        if cfg.kd_lm:
+            terms["kd_lm"] = token_kd(logits[:, :-1], t_logits[:, :-1], mask[:, 1:])
+        return terms
+
+    def retrieve(self, image, ids, index, alpha):
+        """Fine-tuning for retrieval: L_ITC and L_ITM, where other captions of the same image are positives too."""
+        student, mask = self.student, ids != self.pad
+        states = student.encode_image(image)
+        u, v = student.image_feature(states), student.text_feature(student.encode_text(ids, mask))
+        itc, similarity = self.contrast(image, ids, mask, u, v, index, alpha)
+        return {"itc": itc, "itm": self.matching(student.fuse(ids, mask, states), ids, mask, states, similarity)}
+
+    def write(self, image, ids):
+        """Fine-tuning for captions: L_LM of what follows the prompt."""
+        logits = self.student.decode(ids, ids != self.pad, self.student.encode_image(image))
+        return lm_loss(logits, ids, self.pad, prompt=self.prompt_length)
+
+    def answer(self, image, question, answer):
+        """Fine-tuning for VQA: L_LM of the answer, summed over its tokens, given the states of the fused question."""
+        mask = question != self.pad
+        states = self.student.fuse(question, mask, self.student.encode_image(image))
+        logits = self.student.decode(answer, answer != self.pad, states, mask)
+        return lm_loss(logits, answer, self.pad, reduction="none").mean()
+
+
 # ------------------------------------------------------------------------------------------------------------- weights
 
 
@@ -907,268 +1174,6 @@ def blip_sizes(weights, vision_heads, text):
                  tied_head=count(r"(.*)\.cls\.predictions\.decoder\.weight") == 0)
     vision = VisionSize(width, blocks, vision_heads or max(1, width // 64), patch, grid * patch)
     return vision, TextSize(text_width, layers, **{**sizes, **text})
-
-
-# --------------------------------------------------------------------------------------------------------------- losses
-
-
-def mean_where(x, where):
-    """The mean of x over the True places of `where`, of the same shape or (B, N) for x (B, N, ...), of all processes.
-
-    Each process divides its sum by the mean count, so that averaging their gradients gives that of one process.
-    """
-    where = where.to(x.dtype)
-    count = common.sum_over_processes(where.sum().detach().clone()) / world_size()
-    return (x * where).sum() / count.clamp_min(1)
-
-
-def itc_loss(u, v, image_keys, text_keys, same, teacher_u, teacher_v, temp, alpha):
-    """Image-text contrast with momentum targets [BLIP, after ALBEF], the mean of both directions.
-
-    u, v (b, E): unit features of this process's images and texts, with gradient; teacher_u, teacher_v (b, E) those of
-    the momentum encoders; keys (K, E): momentum features of all processes' batches, then of the queue. same (b, K):
-    which keys are of the same image, as 0 and 1. Target: alpha softmax(teacher_u . text_keys / temp) + (1 - alpha) same.
-    """
-    one_hot, loss = same / same.sum(1, keepdim=True), 0.0
-    for query, teacher, keys in ((u, teacher_u, text_keys), (v, teacher_v, image_keys)):
-        soft = (teacher @ keys.T / temp.detach()).softmax(1)
-        target = alpha * soft + (1 - alpha) * one_hot  # (b, K)
-        loss = loss - (target * (query @ keys.T / temp).log_softmax(1)).sum(1).mean() / 2
-    return loss
-
-
-def draw_negatives(similarity, same):
-    """For each row an index of another pair, with probability softmax(similarity) outside of `same`. (b, b) -> (b,)
-
-    The maximum of similarity + Gumbel noise has this distribution, and unlike torch.multinomial it makes nobody wait.
-    """
-    gumbel = -torch.empty_like(similarity).exponential_().log()
-    return (similarity + gumbel).masked_fill(same, -math.inf).argmax(1)
-
-
-def lm_loss(logits, ids, pad=0, label_smoothing=0.1, prompt=0, reduction="mean"):
-    """Cross-entropy of each token given those before it [BLIP], label smoothing 0.1, padding ignored.
-
-    logits (B, N, V) and the ids (B, N) they were computed from. The first `prompt` tokens of ids ([DEC] included) are
-    not predicted. reduction "mean": over the tokens of all processes; "none": the sum over each text, (B,).
-    """
-    target = ids.masked_fill(ids == pad, -100)[:, 1:]  # (B, N-1)
-    target = target.masked_fill(torch.arange(1, ids.shape[1], device=ids.device) < prompt, -100)
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), target.flatten(), reduction="none",
-                           label_smoothing=label_smoothing).view(target.shape)
-    return mean_where(loss, target != -100) if reduction == "mean" else loss.sum(1)
-
-
-def representation_loss(student, teacher):
-    """Mean of 1 - cosine of unit rows, (b, E) each [paper, L_HR; form: A1]. Trains the student alone."""
-    return (1 - (student * teacher.detach()).sum(-1)).mean()
-
-
-def attention_loss(student, teacher, queries, keys, form="kl"):
-    """KL(teacher map || student map), averaged over heads and queries [paper, L_AT].
-
-    Maps (B, H, N, M) of probabilities; queries (B, N) and keys (B, M) are True at tokens, False at padding. form
-    "double-softmax": KL between softmax(map / 0.05) over the keys, as in a public reimplementation.
-    """
-    student, teacher = student.float(), teacher.detach().float()
-    if form == "double-softmax":
-        hidden = ~keys[:, None, None]
-        student, teacher = ((x / 0.05).masked_fill(hidden, -math.inf).softmax(-1) for x in (student, teacher))
-    tiny = torch.finfo(torch.float32).tiny  # a masked key has probability 0 in both maps and adds 0
-    kl = teacher * (teacher.clamp_min(tiny).log() - student.clamp_min(tiny).log())
-    return mean_where(kl.sum(-1).mean(1), queries)  # (B, N) -> scalar
-
-
-def similarity_kd(student, teacher, temp):
-    """KL(teacher || student) between the softmaxes of in-batch similarities, both directions (A3).
-
-    student and teacher: (u, v), unit features (b, E) each.
-    """
-    logits = [(u @ v.T / temp.detach()) for u, v in (student, teacher)]
-    return sum(F.kl_div(s.log_softmax(1), t.detach().log_softmax(1), reduction="batchmean", log_target=True)
-               for s, t in (logits, [x.T for x in logits])) / 2
-
-
-def token_kd(student, teacher, where):
-    """KL(teacher || student) between next-token distributions (A3): logits (b, N, V), where (b, N)."""
-    kl = F.kl_div(student.float().log_softmax(-1), teacher.detach().float().log_softmax(-1), reduction="none",
-                  log_target=True).sum(-1)
-    return mean_where(kl, where)
-
-
-# --------------------------------------------------------------------------------------------------------------- method
-
-
-class DLIP(nn.Module):
-    """The student, a BLIP, with BLIP's momentum encoders and queues. The teacher is no part of it: it never changes.
-
-    A step of pre-training, in the terms that loss() returns (the weights are those of the paper, all 1):
-
-        momentum <- m momentum + (1 - m) student                                                   update_momentum
-        L_ITC    images against texts, in the batch and the queues; then enqueue                   contrast
-        L_ITM    the pair, and a hard negative for its image and for its text                      matching
-        L_LM     the caption, word by word
-        L_HR     1 - cosine to the teacher: Img, Text, VL_E (fusion encoder), VL_D (decoder)       distil
-        L_AT     KL to the teacher's maps: self- and cross-attention of the last layers            distil
-    """
-
-    def __init__(self, cfg, student):
-        super().__init__()
-        self.cfg, self.student = cfg, student
-        self.pad = student.text.size.pad
-        self.momentum = None
-        self.contrasts = cfg.task == ("retrieval",) if cfg.stage == "finetune" else cfg.vlp
-        if self.contrasts:
-            self.start_momentum()
-
-    def start_momentum(self):
-        """Copies of what ITC reads, equal to the student; queues of random unit features of no image."""
-        student, E = self.student, self.student.text_proj.out_features
-        text = TextModel(replace(student.text.size, fusion_layers=0), student.text.source_width, ("encoder",))
-        self.momentum = nn.ModuleDict(dict(visual_encoder=copy.deepcopy(student.visual_encoder), text=text,
-                                           vision_proj=copy.deepcopy(student.vision_proj),
-                                           text_proj=copy.deepcopy(student.text_proj)))
-        self.momentum.eval().requires_grad_(False)
-        self.update_momentum(0.0)
-        for name in ("image_queue", "text_queue"):
-            self.register_buffer(name, F.normalize(torch.randn(self.cfg.queue_size, E), dim=1))
-        self.register_buffer("index_queue", torch.full((self.cfg.queue_size,), -1))
-
-    def train(self, mode=True):
-        super().train(mode)
-        if self.momentum is not None:
-            self.momentum.eval()
-        return self
-
-    @torch.no_grad()
-    def update_momentum(self, m):
-        """Momentum encoders <- m themselves + (1 - m) student."""
-        source = dict(self.student.named_parameters())
-        names, averages = zip(*self.momentum.named_parameters())
-        torch._foreach_lerp_(list(averages), [source[name].detach() for name in names], 1 - m)
-
-    def forward(self, image, texts, index, alpha, teacher=None):
-        """(loss, terms) of a batch, after the paper's and BLIP's code.
-
-        image (b, 3, S, S); texts [ids (b, N)], for VQA [questions, answers]; index (b,) of the images in the data.
-        """
-        if self.cfg.stage != "finetune":
-            terms = self.pretrain(image, *texts, alpha, teacher)
-        elif self.cfg.task == ("retrieval",):
-            terms = self.retrieve(image, *texts, index, alpha)
-        else:
-            terms = {"lm": self.write(image, *texts) if self.cfg.task == ("caption",) else self.answer(image, *texts)}
-        weights = {"hr": self.cfg.lambda_hr, "at": self.cfg.lambda_at, "kd_itc": self.cfg.kd_itc,
-                   "kd_lm": self.cfg.kd_lm}
-        loss = sum(weights.get(name.split(":")[0], 1.0) * term for name, term in terms.items())
-        return loss, {name.replace(":", "_"): term.detach() for name, term in {"loss": loss, **terms}.items()}
-
-    def pretrain(self, image, ids, alpha, teacher):
-        """BLIP's losses on image-text pairs, and the teacher's."""
-        student, mask, terms = self.student, ids != self.pad, {}
-        states = student.encode_image(image)  # (b, M, D)
-        u, v = student.image_feature(states), student.text_feature(student.encode_text(ids, mask))  # (b, E)
-        enc_trace, dec_trace = (Trace(-1, maps="none" not in self.cfg.attn) for _ in range(2)) if teacher else (None,) * 2
-        if self.contrasts:
-            terms["itc"], similarity = self.contrast(image, ids, mask, u, v, None, alpha)
-        fused = student.fuse(ids, mask, states, enc_trace)
-        if self.contrasts:
-            terms["itm"] = self.matching(fused, ids, mask, states, similarity)
-        logits = student.decode(ids, mask, states, trace=dec_trace)
-        if self.cfg.vlp:
-            terms["lm"] = lm_loss(logits, ids, self.pad)
-        if teacher:
-            terms.update(self.distil(teacher, image, ids, mask, u, v, fused, logits, enc_trace, dec_trace))
-        return terms
-
-    def contrast(self, image, ids, mask, u, v, index, alpha):
-        """L_ITC, and the similarities of this process's images with its texts and the reverse, (b, b) each.
-
-        index None, in pre-training: only a pair's own image and text belong together. Else those with the same index.
-        """
-        b, temp = len(u), self.student.temp
-        self.update_momentum(self.cfg.momentum)
-        with torch.no_grad():
-            m = self.momentum
-            teacher_u = unit(m.vision_proj(m.visual_encoder(image)[:, 0]))
-            teacher_v = unit(m.text_proj(m.text(begin(ids, m.text.size.cls), mask)[:, 0]))
-            u_batch, v_batch = gather(teacher_u), gather(teacher_v)
-            own = slice(rank() * b, (rank() + 1) * b)
-            number = torch.arange(len(u_batch), device=u.device) if index is None else gather(index)  # (B,)
-            numbers = torch.cat([number, self.index_queue])
-            same = (number[own, None] == numbers) & (numbers >= 0)  # (b, B + Q)
-            image_keys, text_keys = torch.cat([u_batch, self.image_queue]), torch.cat([v_batch, self.text_queue])
-        with torch.autocast(u.device.type, enabled=False):
-            loss = itc_loss(u, v, image_keys, text_keys, same.float(), teacher_u, teacher_v, temp, alpha)
-            with torch.no_grad():
-                similarity = (u @ teacher_v.T / temp, v @ teacher_u.T / temp, same[:, own])
-        self.enqueue(u_batch, v_batch, torch.full_like(number, -1) if index is None else number)
-        return loss, similarity
-
-    @torch.no_grad()
-    def enqueue(self, image_keys, text_keys, index):
-        """The newest come first, the oldest leave."""
-        for queue, new in ((self.image_queue, image_keys), (self.text_queue, text_keys), (self.index_queue, index)):
-            queue.copy_(torch.cat([new, queue])[:len(queue)])
-
-    def matching(self, fused, ids, mask, states, similarity):
-        """L_ITM: cross-entropy on [ENC] over b pairs, b images with a wrong text, b texts with a wrong image."""
-        of_image, of_text, same = similarity
-        wrong_text, wrong_image = draw_negatives(of_image, same), draw_negatives(of_text, same)
-        negative = self.student.fuse(torch.cat([ids[wrong_text], ids]), torch.cat([mask[wrong_text], mask]),
-                                     torch.cat([states, states[wrong_image]]))
-        logits = torch.cat([self.student.match(fused), self.student.match(negative)])  # (3b, 2)
-        target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-        target[:len(fused)] = 1
-        return F.cross_entropy(logits, target)
-
-    def distil(self, teacher, image, ids, mask, u, v, fused, logits, enc_trace, dec_trace):
-        """The terms of L_HR and L_AT, and of the logits where flags ask for them. The teacher sees the same pairs."""
-        cfg, student, terms = self.cfg, self.student, {}
-        with torch.no_grad():
-            t_enc, t_dec = (Trace(-1, maps=enc_trace.maps) for _ in range(2))
-            t_states = teacher.encode_image(image)
-            t_fused = teacher.fuse(ids, mask, t_states, t_enc)
-            t_logits = teacher.decode(ids, mask, t_states, trace=t_dec)
-            t_u = teacher.image_feature(t_states)
-            t_v = teacher.text_feature(teacher.encode_text(ids, mask))
-        pairs = {"img": lambda: (u, t_u), "text": lambda: (v, t_v),
-                 "vl_e": lambda: (student.text_feature(fused), teacher.text_feature(t_fused)),
-                 "vl_d": lambda: (student.text_feature(dec_trace.states[-1]), teacher.text_feature(t_dec.states[-1]))}
-        for part in [part for part in pairs if part in cfg.hr]:
-            terms[f"hr:{part}"] = representation_loss(*pairs[part]())
-        every = torch.ones(t_states.shape[:2], dtype=torch.bool, device=image.device)  # image tokens
-        if "self" in cfg.attn:
-            terms["at:self"] = (attention_loss(enc_trace.self_maps[-1], t_enc.self_maps[-1], mask, mask, cfg.attn_form)
-                                + attention_loss(dec_trace.self_maps[-1], t_dec.self_maps[-1], mask, mask, cfg.attn_form))
-        if "cross" in cfg.attn:
-            terms["at:cross"] = attention_loss(enc_trace.cross_maps[-1], t_enc.cross_maps[-1], mask, every, cfg.attn_form)
-        if cfg.kd_itc:
-            with torch.autocast(u.device.type, enabled=False):
-                terms["kd_itc"] = similarity_kd((u, v), (t_u, t_v), student.temp)
-        if cfg.kd_lm:
-            terms["kd_lm"] = token_kd(logits[:, :-1], t_logits[:, :-1], mask[:, 1:])
-        return terms
-
-    def retrieve(self, image, ids, index, alpha):
-        """Fine-tuning for retrieval: L_ITC and L_ITM, where other captions of the same image are positives too."""
-        student, mask = self.student, ids != self.pad
-        states = student.encode_image(image)
-        u, v = student.image_feature(states), student.text_feature(student.encode_text(ids, mask))
-        itc, similarity = self.contrast(image, ids, mask, u, v, index, alpha)
-        return {"itc": itc, "itm": self.matching(student.fuse(ids, mask, states), ids, mask, states, similarity)}
-
-    def write(self, image, ids):
-        """Fine-tuning for captions: L_LM of what follows the prompt."""
-        logits = self.student.decode(ids, ids != self.pad, self.student.encode_image(image))
-        return lm_loss(logits, ids, self.pad, prompt=self.prompt_length)
-
-    def answer(self, image, question, answer):
-        """Fine-tuning for VQA: L_LM of the answer, summed over its tokens, given the states of the fused question."""
-        mask = question != self.pad
-        states = self.student.fuse(question, mask, self.student.encode_image(image))
-        logits = self.student.decode(answer, answer != self.pad, states, mask)
-        return lm_loss(logits, answer, self.pad, reduction="none").mean()
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -1398,7 +1403,8 @@ def train(cfg):
         run.save("blip.pt", exported(model.student, cfg))
         run.write_json("results.json", {"seed": cfg.seed, "steps": state["step"], "best_step": state["best_step"],
                                         "best_validation": state["best"]})
-        common.plot_curves(run.path("curves.png"), common.read_csv(run.path("log.csv")), None, f"{cfg.stage} on {cfg.data}")
+        rows = common.read_csv(run.path("log.csv"))
+        common.plot_curves(run.path("curves.png"), rows, None, f"{cfg.stage} on {cfg.data}")
 
     common.on_first(conclude)
 
@@ -1456,8 +1462,8 @@ class Evaluator:
             return states, self.blip.image_feature(states)
 
     def ids(self, texts, clean):
-        """Token ids of strings, (T, L) on the device, and where they are tokens."""
-        ids = common.trim_padding(self.tokenizer([clean(text) for text in texts]), 4).to(self.device)
+        """Token ids of strings, (T, context) on the device, and where they are tokens."""
+        ids = self.tokenizer([clean(text) for text in texts]).to(self.device)
         return ids, ids != self.tokenizer.pad
 
     def encode_text(self, texts):
@@ -1468,6 +1474,7 @@ class Evaluator:
 
     def match(self, states, ids):
         """ITM logits (n,) of texts (n, L) with the states (1, M, D) of one image."""
+        ids = common.trim_padding(ids, 4)
         with self.amp:
             return self.blip.match(self.blip.fuse(ids, ids != self.tokenizer.pad, states))[:, 1].float()
 
@@ -1489,7 +1496,7 @@ class Evaluator:
                 found = self.blip.generate(states, (), self.cfg.num_beams, 0, 10, source_mask=mask)
                 return [self.tokenizer.decode(row[1:]) for row in found.tolist()]
             candidates = common.trim_padding(self.tokenizer(answers), 4).to(self.device)
-            return [answers[i] for i in self.blip.rank_answers(states, mask, candidates).tolist()]
+            return [answers[i] for i in self.blip.rank_answers(states, mask, candidates, self.cfg.answer_k).tolist()]
 
     def itc_scores(self, split):
         """{metric: percent} of retrieval by the ITC features alone, on the first set."""
@@ -1512,13 +1519,13 @@ class Evaluator:
         cfg, found = self.cfg, {}
         for name, data in self.sets(task, split).items():
             if task == "retrieval":
-                k = cfg.rerank_k
-                scores = common.rerank_retrieval(data, cfg.image_size, self.encode_image, self.encode_text, self.match, k,
-                                                 common.loader_workers(cfg))
+                scores = common.rerank_retrieval(data, cfg.image_size, self.encode_image, self.encode_text, self.match,
+                                                 cfg.rerank_k, common.loader_workers(cfg))
             elif task == "caption":
-                captions, references, _ = common.caption_images(data, cfg.image_size, self.caption,
-                                                                common.loader_workers(cfg))
-                scores = common.caption_scores(references, captions)
+                captions, references, places = common.caption_images(data, cfg.image_size, self.caption,
+                                                                     common.loader_workers(cfg))
+                domains = [data.domains[i] for i in places] if getattr(data, "domains", None) else None
+                scores = common.caption_scores(references, captions, domains)
             else:
                 answer = partial(self.answer, data.answers)
                 _, scores = common.answer_questions(data, cfg.image_size, answer, common.loader_workers(cfg))
@@ -1574,7 +1581,8 @@ def open_folder(cfg):
         raise UserError(f"{folder} holds a run: go on with --resume, or choose another --out")
     if not (folder / "config.json").exists():
         if going_on and not cfg.resume:
-            raise UserError(f"no run in {folder}: --stage {cfg.stage} needs what --stage distil made there, or --init FILE")
+            raise UserError(f"no run in {folder}: --stage {cfg.stage} needs what --stage distil made there, or --init "
+                            "FILE")
         common.make_folder(folder)
         common.write_json(folder / "config.json", {"config": asdict(cfg), "environment": common.environment()})
 
@@ -1628,27 +1636,22 @@ def evaluate(cfg, with_teacher=True):
     """The test scores of the models on the tasks, their costs, the table and the pictures; returns results.json's."""
     device, tokenizer = common.start_device(cfg.device, cfg.seed), tokenizer_of(cfg)
     amp = common.mixed_precision(cfg, device)[0]
-    models = {who: open_blip(checkpoint, cfg, tokenizer).to(device).eval()
-              for who, checkpoint in starts(cfg, with_teacher).items()}
+    models = {who: open_blip(path, cfg, tokenizer).to(device).eval() for who, path in starts(cfg, with_teacher).items()}
     evaluators, cells = {}, {who: {} for who in models}
     for task in cfg.task:
-        for who, checkpoint in starts(cfg, with_teacher).items():
-            tuned = Path(finetune_config(cfg, who, task, checkpoint, {}).out) / "blip.pt"
-            if tuned.exists() or not cfg.init:
-                if not tuned.exists():
-                    raise UserError(f"no {tuned}: --stage finetune --task {task} --out {cfg.out} makes it")
-                checkpoint = tuned
-            blip = open_blip(checkpoint, cfg, tokenizer, NEEDED[task]).to(device).eval()
+        for who, path in starts(cfg, with_teacher).items():
+            tuned = Path(finetune_config(cfg, who, task, path, {}).out) / "blip.pt"
+            if not (tuned.exists() or cfg.init):
+                raise UserError(f"no {tuned}: --stage finetune --task {task} --out {cfg.out} makes it")
+            blip = open_blip(tuned if tuned.exists() else path, cfg, tokenizer, NEEDED[task]).to(device).eval()
             evaluators[who, task] = Evaluator(blip, cfg, device, amp, tokenizer)
             scores = evaluators[who, task].scores(task, "test")
             cells[who].update(scores if task != "vqa" else {f"vqa_{name}": value for name, value in scores.items()})
     found = costs(models, device, cfg.context_length)
+    cells = {who: {**found[who], **cell} for who, cell in cells.items()}
     if "teacher" in cells:
-        cells["kept, %"] = {metric: 100 * value / cells["teacher"][metric]
-                            for metric, value in cells["student"].items() if cells["teacher"].get(metric)}
-        cells["kept, %"].update({name: 100 * value / found["teacher"][name] for name, value in found["student"].items()})
-    for who in models:
-        cells[who] = {**found[who], **cells[who]}
+        cells["kept, %"] = {name: 100 * value / cells["teacher"][name]
+                            for name, value in cells["student"].items() if cells["teacher"].get(name)}
     results = {"cells": cells, "seed": cfg.seed}
     common.write_json(Path(cfg.out) / "results.json", results)
     columns = [*found[next(iter(models))], *(m for m in SHOWN if any(m in cell for cell in cells.values()))]
@@ -1667,7 +1670,8 @@ def draw(cfg, models, evaluators, cells):
     """captions.png, attention.png, answers.png and efficiency.png of the first test set of each task."""
     folder, tasks = Path(cfg.out), [task for task in cfg.task if next(iter(evaluators.values())).sets(task, "test")]
     evaluator = {task: {who: evaluators[who, task] for who in models} for task in tasks}
-    first = {task: next(iter(next(iter(found.values())).sets(task, "test").values())) for task, found in evaluator.items()}
+    first = {task: next(iter(found[next(iter(found))].sets(task, "test").values()))
+             for task, found in evaluator.items()}
     with torch.inference_mode():
         if "caption" in tasks:
             images, captions = common.example_images({"caption": first["caption"]}, cfg.image_size, 12)
@@ -1796,24 +1800,26 @@ def profile(cfg):
             paper = {**TABLE_1, "whole": PAPER_WHOLE}.get(kind, {}).get(name, (None,) * 3)
             count = counts.get((kind, name))
             cells[f"{label} {name}"] = {
-                "M parameters": count and count / 1e6, "paper": paper[0], "GMACs": forward_macs(calls[kind, name]) / 1e9,
-                "paper ": paper[1], "ms": times[kind, name], "paper  ": paper[2]}
+                "M parameters": count and count / 1e6, "paper": paper[0],
+                "GMACs": forward_macs(calls[kind, name]) / 1e9, "paper ": paper[1],
+                "ms": times[kind, name], "paper  ": paper[2]}
     common.print_table(cells)
-    whole = {name: cells[f"both {name}"] for name in ("base", "small")}
-    print(f"\nsmall + small against base + base: {whole['small']['M parameters'] / whole['base']['M parameters']:.1%} of the "
-          f"parameters, {whole['small']['GMACs'] / whole['base']['GMACs']:.1%} of the MACs, "
-          f"{whole['base']['ms'] / whole['small']['ms']:.2f} times as fast (paper: 22.4%, 24.8%, 2.7 times).\nLatency: one "
-          f"image and one text on {torch.cuda.get_device_name() if device.type == 'cuda' else 'this CPU'}; the paper's on a "
-          "V100. The paper's totals for base, 213.6 M and 17.8 G, are not the sums of its Table 1 (222.9 M, 19.15 G).\n"
-          "Our MACs include the two products inside attention; parameters have the cross-attention.")
+    base, small = (cells[f"both {name}"] for name in ("base", "small"))
+    where = torch.cuda.get_device_name() if device.type == "cuda" else "this CPU"
+    print(f"\nsmall + small against base + base: {small['M parameters'] / base['M parameters']:.1%} of the parameters, "
+          f"{small['GMACs'] / base['GMACs']:.1%} of the MACs, {base['ms'] / small['ms']:.2f} times as fast\n"
+          "(paper: 22.4%, 24.8%, 2.7 times; its totals for base, 213.6 M and 17.8 G, are not the sums of its Table 1, "
+          f"222.9 M and 19.15 G).\nLatency: one image and one text on {where}; the paper's on a V100. Our MACs have the "
+          "two products inside attention.")
 
 
 # the paper's ablations: TR@1, IR@1, CIDEr, VQA of DLIP_Small
 PAPER_ABLATION = {
     "vlp": (85.5, 72.1, 119.6, 71.24), "vlp + at": (88.2, 73.6, 120.8, 72.31), "vlp + hr": (88.8, 75.4, 121.6, 72.62),
     "at + hr": (87.4, 74.8, 120.9, 72.26), "all": (89.1, 76.0, 121.9, 72.70),
-    "hr img": (86.9, 73.1, 120.2, 72.37), "hr text": (87.3, 72.9, 119.7, 72.22), "hr img text": (88.2, 74.6, 120.4, 72.39),
-    "hr vl_e": (88.6, 75.2, 120.6, 72.48), "hr vl_d": (87.9, 74.5, 121.3, 72.61),
+    "hr img": (86.9, 73.1, 120.2, 72.37), "hr text": (87.3, 72.9, 119.7, 72.22),
+    "hr img text": (88.2, 74.6, 120.4, 72.39), "hr vl_e": (88.6, 75.2, 120.6, 72.48),
+    "hr vl_d": (87.9, 74.5, 121.3, 72.61),
     "attn self": (87.2, 72.9, 120.4, None), "attn cross": (87.7, 73.2, 120.6, None),
     "teacher": (92.0, 78.5, 121.8, 75.3)}
 
@@ -1822,8 +1828,8 @@ def ablation_arms(cfg):
     """{name: the fields in which the arm differs from the flags given}"""
     no_at, no_hr, alone = dict(attn=("none",)), dict(hr=("none",)), dict(method="blip")
     layers = DEMO_BERT[cfg.bert].layers
-    sizes = {f"vit {vit}, bert {bert}": dict(vit=vit, bert=bert) for vit, bert in (
-        ("tiny", "tiny"), ("middle", "middle"), ("small", "base"), ("base", "small"), ("tiny", "base"), ("base", "tiny"))}
+    mixes = ("tiny tiny", "middle middle", "small base", "base small", "tiny base", "base tiny")
+    sizes = {f"vit {vit}, bert {bert}": dict(vit=vit, bert=bert) for vit, bert in map(str.split, mixes)}
     return {
         "teacher": dict(init=str(teacher_file(cfg))),
         "vlp": alone,
@@ -1851,7 +1857,7 @@ def ablate(cfg):
         paper = dict(zip(metrics, PAPER_ABLATION.get(name, ())))
         table[name] = {key: value for m, title in metrics.items()
                        for key, value in ((title, ours[m]), (f"paper {title}", paper.get(m)))}
-    print("\nemoji scenes beside the paper's, which are Flickr30K, COCO captions and VQAv2: compare differences, not values")
+    print("\nemoji scenes beside the paper's Flickr30K, COCO captions and VQAv2: compare differences, not values")
     common.print_table(table, Path(cfg.out) / "beside_paper.md")
     points = {name: {**efficiency_point([run["cells"][next(iter(run["cells"]))] for run in runs]), "family": (
         "teacher" if name == "teacher" else "not distilled" if "vlp" in name and "+" not in name else "distilled")}
