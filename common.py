@@ -3070,7 +3070,7 @@ ROW_COLOURS = ("0.3", "#1f5fa8", "#b8460b", "#2e7d32", "#6a3d9a")  # dark enough
 class Sheet:
     """A figure laid out in inches from the top left corner: images with lines of text beside or below them."""
 
-    line = 0.165  # from one line of text to the next
+    pitch = 0.165  # from one line of text to the next
 
     def __init__(self, width, height, title, names=()):
         """width and height of what stands below the title and below a legend of the names, in ROW_COLOURS."""
@@ -3096,7 +3096,7 @@ class Sheet:
         for line in lines:
             baseline = 1 - (self.top + top + 0.13) / self.height
             self.figure.text(left / self.width, baseline, line, size=9, parse_math=False, **style)
-            top += self.line
+            top += self.pitch
         return top
 
     def save(self, path):
@@ -3118,7 +3118,7 @@ def plot_captions(path, images, captions, title):
     rows = math.ceil(len(images) / 4)
     columns = math.ceil(len(images) / rows)
     texts = [[fit_text(text, 37) for text in group] for group in zip(*captions.values(), strict=True)]
-    below = [sum(Sheet.line * len(lines) + 0.06 for lines in group) for group in texts]
+    below = [sum(Sheet.pitch * len(lines) + 0.06 for lines in group) for group in texts]
     heights = [side + 0.08 + max(below[row * columns:(row + 1) * columns]) + gap for row in range(rows)]
     sheet = Sheet(columns * (side + gap) + gap, sum(heights), title, list(captions))
     margin = (sheet.width - columns * (side + gap) + gap) / 2
@@ -3144,7 +3144,7 @@ def plot_answers(path, images, questions, answers, title):
     longest = [max(len(line) for table in tables for row in table for line in row[column])
                for column in range(1 + len(answers))]
     places = np.cumsum([side + 0.15, *(max(0.75, 0.073 * length + 0.3) for length in longest)])  # of the columns
-    needs = [max(side, sum(Sheet.line * max(map(len, row)) + 0.07 for row in table) + 0.28) + gap for table in tables]
+    needs = [max(side, sum(Sheet.pitch * max(map(len, row)) + 0.07 for row in table) + 0.28) + gap for table in tables]
     rows = [max(needs[i:i + across]) for i in range(0, len(needs), across)]
     sheet = Sheet(gap + across * (places[-1] + gap), sum(rows), title)
     for i, (image, table) in enumerate(zip(images, tables, strict=True)):
