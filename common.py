@@ -3544,3 +3544,206 @@ def plot_sweet_spot(path, series, ylabel):
             axis.legend()
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+ROW_COLOURS = ("0.3", "#1f5fa8", "#b8460b", "#2e7d32", "#6a3d9a")  # dark enough for text on white
+
+
+class Sheet:
+    """A figure laid out in inches from the top left corner: images with lines of text beside or below them."""
+
+    pitch = 0.165  # from one line of text to the next
+
+    def __init__(self, width, height, title, names=()):
+        """width and height of what stands below the title and below a legend of the names, in ROW_COLOURS."""
+        self.plt, self.width = pyplot(), max(4.5, width)
+        lines = fit_text(title, int(8 * self.width))
+        self.top = 0.3 + 0.22 * len(lines) + (0.25 if names else 0)
+        self.height = self.top + height
+        self.figure = self.plt.figure(figsize=(self.width, self.height))
+        self.figure.text(0.5, 1 - 0.12 / self.height, "\n".join(lines), size=13, ha="center", va="top",
+                         parse_math=False)
+        for n, (name, colour) in enumerate(zip(names, itertools.cycle(ROW_COLOURS))):
+            left = self.width / 2 + (n - (len(names) - 1) / 2) * 1.2
+            self.text(left, -0.35, ["■ " + name], color=colour, ha="center")
+
+    def image(self, left, top, side, image):
+        """image (3, S, S) uint8"""
+        place = left / self.width, 1 - (self.top + top + side) / self.height, side / self.width, side / self.height
+        axis = self.figure.add_axes(place, xticks=[], yticks=[])
+        axis.imshow(image.permute(1, 2, 0).cpu().numpy())
+
+    def text(self, left, top, lines, **style):
+        """The lines, one below the other; returns where the next one would begin."""
+        for line in lines:
+            baseline = 1 - (self.top + top + 0.13) / self.height
+            self.figure.text(left / self.width, baseline, line, size=9, parse_math=False, **style)
+            top += self.pitch
+        return top
+
+    def save(self, path):
+        self.figure.savefig(path, dpi=150)
+        self.plt.close(self.figure)
+
+
+def fit_text(text, columns, lines=6):
+    """At most `lines` lines of `columns` characters; a box for what matplotlib's font lacks, … for what is too long."""
+    from matplotlib import font_manager
+    known = font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
+    text = "".join(c if ord(c) in known or c.isspace() else "□" for c in text)
+    return textwrap.wrap(text, columns, max_lines=lines, placeholder=" …") or [""]
+
+
+def plot_captions(path, images, captions, title):
+    """Images (n, 3, S, S) uint8 in a grid; beneath each, in a colour per name, its captions {name: n strings}."""
+    side, gap = 2.6, 0.3
+    rows = math.ceil(len(images) / 4)
+    columns = math.ceil(len(images) / rows)
+    texts = [[fit_text(text, 37) for text in group] for group in zip(*captions.values(), strict=True)]
+    below = [sum(Sheet.pitch * len(lines) + 0.06 for lines in group) for group in texts]
+    heights = [side + 0.08 + max(below[row * columns:(row + 1) * columns]) + gap for row in range(rows)]
+    sheet = Sheet(columns * (side + gap) + gap, sum(heights), title, list(captions))
+    margin = (sheet.width - columns * (side + gap) + gap) / 2
+    for i, (image, group) in enumerate(zip(images, texts, strict=True)):
+        row, column = divmod(i, columns)
+        left, top = margin + column * (side + gap), sum(heights[:row])
+        sheet.image(left, top, side, image)
+        top += side + 0.08
+        for lines, colour in zip(group, itertools.cycle(ROW_COLOURS)):
+            top = sheet.text(left, top, lines, color=colour) + 0.06
+    sheet.save(path)
+
+
+def plot_answers(path, images, questions, answers, title):
+    """Beside each image (3, S, S) uint8 a table: its questions, and the answers of each name; wrong ones are marked.
+
+    questions: for each of n images a list of strings; answers: {name: the same, of answers}. An answer that differs,
+    once normalised, from the one under "truth" is wrong.
+    """
+    side, gap, across = 1.9, 0.3, 1 if len(images) < 4 else 2
+    tables = [[[fit_text(question, 42, 3), *(fit_text(answers[name][i][j], 16, 3) for name in answers)]
+               for j, question in enumerate(asked)] for i, asked in enumerate(questions)]
+    longest = [max(len(line) for table in tables for row in table for line in row[column])
+               for column in range(1 + len(answers))]
+    places = np.cumsum([side + 0.15, *(max(0.75, 0.073 * length + 0.3) for length in longest)])  # of the columns
+    needs = [max(side, sum(Sheet.pitch * max(map(len, row)) + 0.07 for row in table) + 0.28) + gap for table in tables]
+    rows = [max(needs[i:i + across]) for i in range(0, len(needs), across)]
+    sheet = Sheet(gap + across * (places[-1] + gap), sum(rows), title)
+    for i, (image, table) in enumerate(zip(images, tables, strict=True)):
+        left, top = gap + i % across * (places[-1] + gap), sum(rows[:i // across])
+        sheet.image(left, top, side, image)
+        for place, name in zip(left + places[1:], answers):
+            sheet.text(place, top, [name], weight="bold")
+        top += 0.28
+        for j, (question, *row) in enumerate(table):
+            ends = [sheet.text(left + places[0], top, question)]
+            for place, name, lines in zip(left + places[1:], answers, row):
+                wrong = normalize_answer(answers[name][i][j]) != normalize_answer(answers["truth"][i][j])
+                mark, colour = ("✗ ", "#c62828") if wrong else ("", "0.3" if name == "truth" else "#2e7d32")
+                ends.append(sheet.text(place, top, [mark + lines[0], *lines[1:]], color=colour))
+            top = max(ends) + 0.07
+    sheet.save(path)
+
+
+def plot_attention(path, images, words, maps, title):
+    """A column for each image (3, S, S) uint8 and word: the image, then over it where each model looks at the word.
+
+    maps: {name: (n, g, g) attention of the word to the patches}, upsampled here, each shown on its own scale.
+    """
+    plt, side = pyplot(), images.shape[-1]
+    figure, axes = plt.subplots(1 + len(maps), len(images), squeeze=False, layout="constrained",
+                                figsize=(max(4.5, 1.9 * len(images) + 0.4), 1.82 * (1 + len(maps)) + 0.9))
+    for column, (image, word) in enumerate(zip(images, words, strict=True)):
+        pixels = image.permute(1, 2, 0).cpu().numpy()
+        axes[0, column].imshow(pixels)
+        axes[0, column].set_title("\n".join(fit_text(word, 20, 2)), fontsize=11, parse_math=False)
+        grey = np.broadcast_to(pixels.mean(2, keepdims=True), pixels.shape).astype(np.uint8)
+        for axis, found in zip(axes[1:, column], maps.values()):
+            found = found[column][None, None].float().cpu()
+            found = F.interpolate(found, (side, side), mode="bicubic", align_corners=False)[0, 0]
+            found = (found - found.min()) / (found.max() - found.min()).clamp(min=1e-12)
+            axis.imshow(grey)
+            axis.imshow(found.numpy(), cmap="inferno", alpha=0.35 + 0.4 * found.numpy())
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    for axis, name in zip(axes[:, 0], ["image", *maps]):
+        axis.set_ylabel(name, fontsize=11)
+    figure.suptitle("\n".join(fit_text(title, int(9 * figure.get_figwidth()))), parse_math=False)
+    figure.supxlabel("each map on its own scale", fontsize=8, color="0.4")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+FAMILIES = {"teacher": ("*", "#6a3d9a", 2.2), "distilled": ("o", "#1f5fa8", 1), "not distilled": ("s", "#b8460b", 1)}
+
+
+def plot_efficiency(path, points, title, x="parameters"):
+    """Each metric's score against x, "parameters" (millions) or "latency" (ms); the other one is the marker's area.
+
+    points: {label: {"parameters", "latency", "scores": {metric: (mean, std)}, "family"}}; a family of FAMILIES gives
+    marker and colour. Error bars where the std is above 0. A point that lacks a metric is left out of its panel.
+    """
+    plt, units = pyplot(), {"parameters": "M", "latency": "ms"}
+    area = "latency" if x == "parameters" else "parameters"
+    largest = max(point[area] for point in points.values())
+    sizes = {label: FAMILIES[point["family"]][2] * (25 + 225 * point[area] / largest)  # in square points
+             for label, point in points.items()}
+    metrics = list(dict.fromkeys(metric for point in points.values() for metric in point["scores"]))
+    rows = math.ceil(len(metrics) / 3)
+    columns = math.ceil(len(metrics) / rows)
+    figure, axes = plt.subplots(rows, columns, figsize=(max(6, 4.6 * columns), 3.8 * rows + 0.9), squeeze=False,
+                                layout="constrained")
+    for axis, metric in itertools.zip_longest(axes.flat, metrics):
+        for label, point in points.items():
+            if metric in point["scores"]:
+                (mean, std), (marker, colour, _) = point["scores"][metric], FAMILIES[point["family"]]
+                axis.scatter(point[x], mean, sizes[label], color=colour, marker=marker, alpha=0.8, linewidths=0)
+                axis.errorbar(point[x], mean, std or None, color=colour, capsize=3, lw=1)
+        axis.set(xlabel=f"{x} ({units[x]})", ylabel=metric, axisbelow=True)
+        axis.margins(0.2)
+        axis.grid(alpha=0.3)
+        axis.set_visible(metric is not None)
+    handles = [plt.Line2D([], [], ls="", marker=marker, color=colour, label=family, markersize=8)
+               for family, (marker, colour, _) in FAMILIES.items()
+               if any(point["family"] == family for point in points.values())]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    note = f"marker area: {area}, at most {largest:.3g} {units[area]}"
+    figure.suptitle("\n".join([*fit_text(title, int(9 * figure.get_figwidth())), note]), size=11, parse_math=False)
+    figure.get_layout_engine().set(wspace=0.06, hspace=0.06)
+    figure.canvas.draw()  # settles where the axes stand
+    for axis, metric in zip(axes.flat, metrics):
+        label_points(axis, {label: (point[x], *point["scores"][metric], sizes[label] ** 0.5 / 2)
+                            for label, point in points.items() if metric in point["scores"]})
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def label_points(axis, points):
+    """Write each label of {label: (x, y, std, radius in points)} where it covers least of markers, bars and labels."""
+    unit, room = axis.figure.dpi / 72, axis.get_window_extent().extents  # pixels a point
+    centres, taken = {}, []
+    for label, (x, y, std, radius) in points.items():
+        (_, low), centre, (_, high) = axis.transData.transform([(x, y - std), (x, y), (x, y + std)])
+        centres[label] = centre
+        taken += [(*(centre - radius * unit), *(centre + radius * unit)),
+                  (centre[0] - 3 * unit, low, centre[0] + 3 * unit, high)]
+    for label, (x, y, _, radius) in points.items():
+        note = axis.annotate(label, (x, y), (0, 0), textcoords="offset points", fontsize=8, parse_math=False,
+                             ha="center", va="center", in_layout=False,
+                             arrowprops={"arrowstyle": "-", "lw": 0.5, "color": "0.5", "shrinkB": radius})
+        half, choices = np.array(note.get_window_extent().size) / 2, []
+        for away, angle in itertools.product((3, 12, 22, 34), np.radians(range(0, 360, 45))):
+            way = np.array([math.cos(angle), math.sin(angle)]).round(3)
+            middle = centres[label] + way * (radius + away) * unit + np.sign(way) * half
+            box = (*(middle - half), *(middle + half))
+            cut_off = 4 * half.prod() - overlap(box, room)
+            choices.append((sum(overlap(box, other) for other in taken) + 10 * cut_off + away, box, away))
+        _, box, away = min(choices, key=lambda choice: choice[0])
+        taken.append(box)
+        note.set_position((np.add(box[:2], box[2:]) / 2 - centres[label]) / unit)
+        note.arrow_patch.set_visible(away > 3)
+
+
+def overlap(a, b):
+    """The area two boxes (left, bottom, right, top) have in common."""
+    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
