@@ -10,7 +10,7 @@ point where the teacher's do (L_HR), and its last layers attend where the teache
 
     python dlip.py                                           # emoji scenes: distil, fine-tune for three tasks, evaluate
     python dlip.py --stage distil --data coco+vg+cc3m+sbu --teacher model_base_14M.pth --vision-init deit_small.pth
-    python dlip.py --stage finetune --task vqa --data vqav2 --init runs/dlip-coco+vg+cc3m+sbu/student.pt
+    python dlip.py --stage finetune --task vqa --data vqav2 --init runs/dlip-coco+vg+cc3m+sbu/distil/blip.pt
     python dlip.py --stage evaluate --task retrieval --data coco --init model_base_retrieval_coco.pth
     python dlip.py --profile                                  # parameters, MACs, latency beside the paper's Table 1
 
@@ -758,7 +758,7 @@ def itc_loss(u, v, image_keys, text_keys, same, teacher_u, teacher_v, temp, alph
 
     u, v (b, E): unit features of this process's images and texts, with gradient; teacher_u, teacher_v (b, E) those of
     the momentum encoders; keys (K, E): momentum features of all processes' batches, then of the queue. same (b, K):
-    which keys are of the same image, as 0 and 1. Target: alpha softmax(teacher_u text_keys^T / temp) + (1 - alpha) same.
+    which keys are of the same image, as 0 and 1. Target: alpha softmax(teacher_u keys^T / temp) + (1 - alpha) same.
     """
     one_hot, loss = same / same.sum(1, keepdim=True), 0.0
     for query, teacher, keys in ((u, teacher_u, text_keys), (v, teacher_v, image_keys)):
@@ -1663,6 +1663,7 @@ def evaluate(cfg, with_teacher=True):
 
 
 NEEDED = {"retrieval": ("encoder", "itc", "itm"), "caption": ("decoder",), "vqa": ("encoder", "decoder")}
+COMPARED = {"i2t_r1": "TR@1", "t2i_r1": "IR@1", "cider": "CIDEr", "vqa_accuracy": "VQA"}  # as the paper calls them
 SHOWN = ("i2t_r1", "t2i_r1", "itc_i2t_r1", "itc_t2i_r1", "bleu4", "cider", "vqa_accuracy")
 
 
@@ -1684,14 +1685,14 @@ def draw(cfg, models, evaluators, cells):
         if "vqa" in tasks:
             draw_answers(folder / "answers.png", cfg, evaluator["vqa"], first["vqa"])
     if "teacher" in cells:
-        common.plot_efficiency(folder / "efficiency.png", {who: efficiency_point([cells[who]]) for who in models},
-                               f"accuracy against size on {cfg.data}")
+        points = {who: efficiency_point([cells[who]], {"student": "distilled"}.get(who, who)) for who in models}
+        common.plot_efficiency(folder / "efficiency.png", points, f"accuracy against size on {cfg.data}")
 
 
-def efficiency_point(cells):
-    """What plot_efficiency takes, from the cells of one model over seeds."""
-    scores = {metric: [cell[metric] for cell in cells] for metric in SHOWN if metric in cells[0]}
-    return {"parameters": cells[0]["parameters_M"], "latency": cells[0]["latency_ms"],
+def efficiency_point(cells, family):
+    """What plot_efficiency takes, from the cells of one model over seeds. family: teacher, distilled, not distilled."""
+    scores = {metric: [cell[metric] for cell in cells] for metric in COMPARED if metric in cells[0]}
+    return {"parameters": cells[0]["parameters_M"], "latency": cells[0]["latency_ms"], "family": family,
             "scores": {metric: (float(np.mean(found)), float(np.std(found, ddof=1)) if len(found) > 1 else 0.0)
                        for metric, found in scores.items()}}
 
@@ -1720,8 +1721,7 @@ def draw_attention(path, cfg, models, evaluator, data, count=6):
 
 def draw_answers(path, cfg, evaluators, data, count=6, each=4):
     """The first images of a VQA set, some of their questions, and everyone's answers."""
-    images, asked, truth, answers = [], [], [], {who: [] for who in evaluators}
-    index = 0
+    images, asked, truth, answers, index = [], [], [], {who: [] for who in evaluators}, 0
     while index < len(data) and len(images) < count:
         image, group = data.read(index)[0], []
         while index < len(data) and data.read(index)[0] is image:
@@ -1808,9 +1808,9 @@ def profile(cfg):
     where = torch.cuda.get_device_name() if device.type == "cuda" else "this CPU"
     print(f"\nsmall + small against base + base: {small['M parameters'] / base['M parameters']:.1%} of the parameters, "
           f"{small['GMACs'] / base['GMACs']:.1%} of the MACs, {base['ms'] / small['ms']:.2f} times as fast\n"
-          "(paper: 22.4%, 24.8%, 2.7 times; its totals for base, 213.6 M and 17.8 G, are not the sums of its Table 1, "
-          f"222.9 M and 19.15 G).\nLatency: one image and one text on {where}; the paper's on a V100. Our MACs have the "
-          "two products inside attention.")
+          "(paper: 22.4%, 24.8%, 2.7 times; its totals for base, 213.6 M and 17.8 G, are not the sums of its Table 1, 222.9 "
+          f"M and 19.15 G).\nLatency: one image and one text on {where}; the paper's on a V100. Our MACs have the two "
+          "products inside attention.")
 
 
 # the paper's ablations: TR@1, IR@1, CIDEr, VQA of DLIP_Small
@@ -1850,18 +1850,19 @@ def ablation_arms(cfg):
 def ablate(cfg):
     """--ablate: train the arms that are not done yet; then the tables, with the paper's numbers, and the plot."""
     found = common.run_arms(cfg, ablation_arms(cfg), partial(run_stages, with_teacher=False), baselines=("vlp", "all"))
-    metrics = {"i2t_r1": "TR@1", "t2i_r1": "IR@1", "cider": "CIDEr", "vqa_accuracy": "VQA"}
+    cells = {name: [next(iter(run["cells"].values())) for run in runs] for name, runs in found.items()}
     table = {}
-    for name, runs in found.items():
-        ours = common.mean_std([{m: run["cells"][next(iter(run["cells"]))][m] for m in metrics} for run in runs])
-        paper = dict(zip(metrics, PAPER_ABLATION.get(name, ())))
-        table[name] = {key: value for m, title in metrics.items()
+    for name in cells:
+        ours = common.mean_std([{metric: cell[metric] for metric in COMPARED} for cell in cells[name]])
+        paper = dict(zip(COMPARED, PAPER_ABLATION.get(name, ())))
+        table[name] = {key: value for m, title in COMPARED.items()
                        for key, value in ((title, ours[m]), (f"paper {title}", paper.get(m)))}
     print("\nemoji scenes beside the paper's Flickr30K, COCO captions and VQAv2: compare differences, not values")
     common.print_table(table, Path(cfg.out) / "beside_paper.md")
-    points = {name: {**efficiency_point([run["cells"][next(iter(run["cells"]))] for run in runs]), "family": (
-        "teacher" if name == "teacher" else "not distilled" if "vlp" in name and "+" not in name else "distilled")}
-        for name, runs in found.items() if name in ("teacher", "vlp", "all") or name.startswith("vit ")}
+    points = {}
+    for name in [name for name in cells if name in ("teacher", "vlp", "all") or name.startswith("vit ")]:
+        family = "teacher" if name == "teacher" else "not distilled" if name.endswith("vlp") else "distilled"
+        points[name] = efficiency_point(cells[name], family)
     if points:
         common.plot_efficiency(Path(cfg.out) / "efficiency.png", points, "accuracy against size, emoji scenes")
 
