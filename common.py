@@ -1429,7 +1429,8 @@ class CaptionedFiles:
                  missing: str = "missing image file"):
         self.bad = collections.Counter()
         self.samples = Packed(self._usable(listed, missing))
-        if self.bad["missing image file"] > len(self.samples) or (self.bad[missing] and not len(self.samples)):
+        found = len(self.samples) + self.bad["without caption"]
+        if self.bad["missing image file"] > found or (self.bad[missing] and not found):
             raise UserError(f"{self.bad[missing]:,} of the images listed in {listing} not found in {images} "
                             "(see data/README.md)")
         if not len(self.samples):
