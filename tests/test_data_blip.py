@@ -127,8 +127,9 @@ def test_visual_genome_leaves_out_what_coco_tests_on(tmp_path, capsys):
 @pytest.mark.parametrize("name, file", [("vg", "vg_caption.json"), ("vg", "mine.json"), ("sbu", "sbu.json")])
 def test_lists_as_blips(tmp_path, name, file):
     root, outside = tmp_path / "root", tmp_path / "outside"
-    found = write_images(root, ["VG_100K/1.jpg", "images/a/2.jpg", "VG_100K_2/3.png"])
-    elsewhere = write_images(outside, ["4.jpg"])
+    found = write_images(root, ["VG_100K/1.jpg", "images/a/2.jpg", "VG_100K_2/3.png", "4.jpg"])
+    elsewhere = write_images(outside, ["5.jpg", "4.jpg"])  # the path that is listed, not the file of that name in root
+    assert elsewhere["4.jpg"] != found["4.jpg"]
     write_json(root / file, [
         {"image": "VG_100K/1.jpg", "caption": "one"}, {"image": "a/2.jpg", "caption": ["two", " "], "dataset": "vg"},
         {"image": "/export/share/vg/VG_100K_2/3.png", "caption": "three"},
@@ -427,6 +428,21 @@ def test_evaluating_after_training_on_a_mixture(corpora):
     assert loader_workers(config(data="sbu+coco")) >= 1 and loader_workers(config(data="emoji")) == 0
 
 
+def test_evaluation_sets_of_a_single_set_are_as_before(corpora):
+    cfg = config(data="coco", root=corpora / "coco")
+    for split in ("val", "test"):
+        ((name, data),) = evaluation_sets(cfg, split).items()
+        assert name == "coco" and ids_of(data) == ids_of(open_retrieval("coco", corpora / "coco", split))
+    assert eval_folder(cfg, "coco") == corpora / "coco" and eval_folder(cfg, "flickr30k") is None
+    several = config(data="coco", root="r", eval_data=("flickr30k", "sbu"), eval_root=corpora)
+    assert list(evaluation_sets(several, "test")) == ["flickr30k"]  # sbu has no test part
+    assert set(evaluation_sets(config(data="emoji"), "test")) == {"concept", "group", "retrieval"}
+    assert is_captioned(config(data="mine"), "mine") and not is_captioned(config(data="folder"), "folder")
+    held_out = evaluation_sets(config(data="sbu", root=corpora / "sbu", eval_data=("flickr30k",),
+                                      eval_root=corpora / "flickr30k"), "val")
+    assert list(held_out) == ["flickr30k"]
+
+
 def test_validation_of_a_mixture_without_splits(corpora):
     cfg = config(data="mine+sbu", root=corpora)
     assert list(evaluation_sets(cfg, "val")) == ["sbu"] and not evaluation_sets(cfg, "test")  # mine is too small
@@ -590,6 +606,17 @@ def test_emoji_questions_of_a_configuration():
         assert (np.asarray(train.read(6 * scene)[0]) == np.asarray(images.read(scene)[0])).all()
     assert test.key(0) == vqa_set(config(seed=9), "test").key(0) and test.key(0) != vqa_set(cfg, "val").key(0)
     one_line_error(EmojiQuestions, "dev", 10, 40, names="dev")
+    one_line_error(EmojiQuestions, "test", 10, 40, 0, 3, "hard", names="--concepts 3")
+    assert len(EmojiQuestions("test", 50, 40, 0, 3, "easy").read(299)[1][1]) == 10
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_questions_in_order_from_the_loader(workers):
+    data = EmojiQuestions("test", 3, 40, difficulty="medium")
+    batches = list(common.eval_loader(data, 32, 5, workers))
+    assert [i for _, indices, _ in batches for i in indices] == list(range(18))
+    for images, indices, targets in batches:
+        assert images.shape == (len(indices), 3, 32, 32) and targets == [data.read(i)[1] for i in indices]
 
 
 def test_large_emoji_scenes_are_drawn_once_for_their_questions(monkeypatch):
@@ -625,7 +652,8 @@ def test_emoji_words_cover_captions_and_questions(concepts, difficulty):
 
 
 def photograph(size=224):
-    return torch.from_numpy(common.resize_center_crop(picture(5), size))
+    """uint8 (3, size, size), of little contrast so that every operation changes it."""
+    return torch.from_numpy(common.resize_center_crop(picture(5), size) // 2 + 40)
 
 
 def as_picture(image):
