@@ -2023,7 +2023,7 @@ def mixture_weights(name: str) -> dict[str, float]:
             weight = float(weight) if star else 1.0
         if isinstance(weight, str) or not 0 < weight < math.inf:
             raise UserError(f"{name}: how often {part!r} is seen an epoch is a number above 0, not {weight!r}")
-        if not part or part == "emoji" != name:
+        if not part or (part == "emoji" and name != "emoji"):
             raise UserError(f"{name}: {part!r} is no set that can be mixed with others")
         if part in weights:
             raise UserError(f"{name}: {part!r} is named twice; to see it twice an epoch, write {part}*2")

@@ -308,6 +308,15 @@ def test_mixture_weights():
         one_line_error(mixture_weights, name, names=name)
 
 
+def test_a_mixture_names_a_run_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stem = "runs/dlip-coco*2+cc3m*0.5"
+    assert common.run_folder(stem, newest=False) == stem
+    Path(stem).mkdir(parents=True)
+    Path("runs/dlip-cocoa2+cc3m*0.5-2").mkdir()  # the star stands for itself
+    assert common.run_folder(stem, newest=False) == f"{stem}-2" and common.run_folder(stem, newest=True) == stem
+
+
 def sentence(tokens):
     return "".join(map(chr, tokens.tolist())).strip()
 
