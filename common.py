@@ -1182,6 +1182,8 @@ class BlipAugment:
 
     def apply(self, picture: Image.Image, name: str, level: float) -> Image.Image:
         """One operation on an RGB image. level: -1 to 1; its sign is the direction of a shear, shift or turn."""
+        if name == "Identity":
+            return picture
         if name in ("AutoContrast", "Equalize"):
             return getattr(ImageOps, name.lower())(picture)
         if name in ("Brightness", "Sharpness"):
@@ -1432,7 +1434,8 @@ class CaptionedFiles:
                  missing: str = "missing image file"):
         self.bad = collections.Counter()
         self.samples = Packed(self._usable(listed, missing))
-        if self.bad["missing image file"] > len(self.samples) or (self.bad[missing] and not len(self.samples)):
+        found = len(self.samples) + self.bad["without caption"]
+        if self.bad["missing image file"] > found or (self.bad[missing] and not found):
             raise UserError(f"{self.bad[missing]:,} of the images listed in {listing} not found in {images} "
                             "(see data/README.md)")
         if not len(self.samples):
@@ -1595,17 +1598,19 @@ def _caption_list(content: list, listing: Path, root: Path) -> Iterator[tuple[st
 
 
 def _listed_file(image: str, files: set[str], root: Path) -> Path | None:
-    """Where a listed image is: below root, root/images or root/val, or at an absolute path.
+    """Where a listed image is: at its absolute path, or below root, root/images or root/val.
 
     A path from another machine, "/there/vg/VG_100K/1.jpg", means the file below root with the longest such ending.
     """
+    if image.startswith("/") and os.path.isfile(image):
+        return Path(image)
     names = [name for name in image.split("/") if name not in ("", ".")]
     for first in range(len(names) if image.startswith("/") else 1):
         for folder in ((), ("images",), ("val",)):
             name = "/".join((*folder, *names[first:]))
             if name in files:
                 return root / name
-    return Path(image) if image.startswith("/") and os.path.isfile(image) else None
+    return None
 
 
 def _image_files(root: Path) -> Iterator[str]:
@@ -2021,7 +2026,7 @@ def mixture_weights(name: str) -> dict[str, float]:
             weight = float(weight) if star else 1.0
         if isinstance(weight, str) or not 0 < weight < math.inf:
             raise UserError(f"{name}: how often {part!r} is seen an epoch is a number above 0, not {weight!r}")
-        if not part or part == "emoji" != name:
+        if not part or (part == "emoji" and name != "emoji"):
             raise UserError(f"{name}: {part!r} is no set that can be mixed with others")
         if part in weights:
             raise UserError(f"{name}: {part!r} is named twice; to see it twice an epoch, write {part}*2")
@@ -2406,6 +2411,7 @@ class EmojiQuestions:
     """Every question about every one of `scenes` EmojiScenes, with its answer as that of ten people.
 
     The images are those of EmojiScenes with the same arguments. answers: all that can be right, for any scene.
+    Raises UserError where a scene may show every concept: one question is about something that is not there.
     """
 
     EACH = 6  # questions a scene, see ask_scene
@@ -2414,6 +2420,9 @@ class EmojiQuestions:
     def __init__(self, split, scenes, image_size, seed=0, concepts=150, difficulty="easy", long_tail=0.0,
                  duplicates=0.0):
         self.scenes = EmojiScenes(split, scenes, image_size, seed, concepts, difficulty, 0.0, long_tail, duplicates)
+        most = len(np.trim_zeros(self.scenes.difficulty.objects, "b"))
+        if concepts <= most:
+            raise UserError(f"--concepts {concepts}: questions about scenes of up to {most} objects need {most + 1}")
         self.answers, self.bad = emoji_answers(concepts, difficulty), collections.Counter()
         self.latest = None, None  # a scene and its image: the questions about it often follow each other
 
