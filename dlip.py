@@ -1697,11 +1697,14 @@ def efficiency_point(cells, family):
                        for metric, found in scores.items()}}
 
 
+PASSED_OVER = set("a an the of in on is are there this picture drawing photo image object everyday".split())
+
+
 def draw_attention(path, cfg, models, evaluator, data, count=6):
-    """Where the fusion encoders look when they read the longest word of a caption: last layer, mean over heads."""
+    """Where the fusion encoders look when they read the first noun or so of a caption: last layer, mean over heads."""
     images, captions = common.example_images({"retrieval": data}, cfg.image_size, count)
     captions = [common.clean_blip_caption(text) for text in captions]
-    words = [max(text.split(), key=lambda word: (word not in ("picture", "drawing", "background", "corner"), len(word)))
+    words = [next((word for word in re.findall(r"\w+", text) if word not in PASSED_OVER), text.split()[0])
              for text in captions]
     ids, mask = evaluator.ids(captions, str)
     of_word = torch.zeros(ids.shape)  # 1 / tokens at the tokens of the word
@@ -1719,7 +1722,7 @@ def draw_attention(path, cfg, models, evaluator, data, count=6):
     common.plot_attention(path, images, words, maps, "cross-attention of a word to the image, last layer")
 
 
-def draw_answers(path, cfg, evaluators, data, count=6, each=4):
+def draw_answers(path, cfg, evaluators, data, count=6, each=6):
     """The first images of a VQA set, some of their questions, and everyone's answers."""
     images, asked, truth, answers, index = [], [], [], {who: [] for who in evaluators}, 0
     while index < len(data) and len(images) < count:
@@ -1808,9 +1811,9 @@ def profile(cfg):
     where = torch.cuda.get_device_name() if device.type == "cuda" else "this CPU"
     print(f"\nsmall + small against base + base: {small['M parameters'] / base['M parameters']:.1%} of the parameters, "
           f"{small['GMACs'] / base['GMACs']:.1%} of the MACs, {base['ms'] / small['ms']:.2f} times as fast\n"
-          "(paper: 22.4%, 24.8%, 2.7 times; its totals for base, 213.6 M and 17.8 G, are not the sums of its Table 1, 222.9 "
-          f"M and 19.15 G).\nLatency: one image and one text on {where}; the paper's on a V100. Our MACs have the two "
-          "products inside attention.")
+          "(paper: 22.4%, 24.8%, 2.7 times; its totals for base, 213.6 M and 17.8 G, are not the sums of its Table 1, "
+          f"222.9 M and\n19.15 G). Latency: one image and one text on {where}; the paper's on a V100. Our MACs have "
+          "the two products\ninside attention.")
 
 
 # the paper's ablations: TR@1, IR@1, CIDEr, VQA of DLIP_Small
