@@ -132,7 +132,7 @@ class Config:
     text_init: str | None = option(None, "start the text network from this BERT")
     pixel_stats: str = option("clip", "mean and std that normalise the pixels", ["imagenet", "clip"])
 
-    epochs: int = option(8, "passes over the training set", POSITIVE, section="optimisation")
+    epochs: float = option(8, "passes over the training set", POSITIVE, section="optimisation")
     batch_size: int = option(64, "pairs per step, over all processes", POSITIVE)
     lr: float = option(1e-3, "peak learning rate", POSITIVE)
     temp_lr: float = option(0.07, "learning rate of ITC's temperature, as a share of the others'", NOT_NEGATIVE)
