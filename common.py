@@ -445,9 +445,14 @@ class Run:
 
     def load_state(self, **parts):
         """The `state` that save_state was given, its tensors loaded into the parts; None when nothing was saved yet."""
-        if not self.path("last.pt").exists():
+        path = self.path("last.pt")
+        if not path.exists():
             return None
-        saved = torch.load(self.path("last.pt"), map_location="cpu", weights_only=True)
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # the reader raises errors of many types on damaged files
+            raise UserError(f"{path} is cut off or damaged ({type(error).__name__}): delete it, and this training "
+                            "starts anew") from error
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         return saved["state"]
