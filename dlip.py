@@ -39,7 +39,7 @@ import copy
 import math
 import re
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -194,6 +194,11 @@ EMOJI = {
 }
 
 
+# What --stage finetune takes from the run it works on. Other flags are the fine-tuning's own, and is_done judges them.
+DISTILLED = {"data", "method", "teacher", "preset", "vit", "bert", "fusion_layers", "embed_dim", "vision_init",
+             "text_init", "concepts"}
+
+
 def recipe(data, part):
     return (EMOJI if data == "emoji" else LARGE)[part]
 
@@ -211,8 +216,9 @@ def configure(argv=None):
     stem = "teacher" if stage == "teacher" else stage if "init" in given else given.get("method", "dlip")
     values["out"] = given.get("out") or ("runs/ablation_dlip" if "ablate" in given else
                                          common.run_folder(f"runs/{stem}-{data}", newest=own or "resume" in given))
-    if given.get("resume") or own:
-        values = common.saved_values(values, {k: v for k, v in given.items() if k not in ("stage", "task")})
+    if given.get("resume") or (own and Path(values["out"], "config.json").is_file()):
+        of_run = DISTILLED if own and stage == "finetune" else {field.name for field in fields(Config)}
+        values = common.saved_values(values, {k: given[k] for k in given if k in of_run - {"stage", "task"}})
     cfg = Config(**{**values, **given})
     check(cfg)
     return cfg, given
