@@ -1580,7 +1580,8 @@ def validate(run, evaluator, state):
 
 
 def open_folder(cfg):
-    """Make the run folder and note the flags. UserError when it holds another run, which --resume would go on with."""
+    """Make the run folder and note the flags; whether it is new. UserError when it holds another run, which --resume
+    would go on with."""
     folder = Path(cfg.out)
     going_on = cfg.resume or (cfg.stage in ("finetune", "evaluate") and not cfg.init)
     if (folder / "config.json").exists() and not going_on:
@@ -1591,6 +1592,16 @@ def open_folder(cfg):
                             "FILE")
         common.make_folder(folder)
         common.write_json(folder / "config.json", {"config": asdict(cfg), "environment": common.environment()})
+        return True
+    return False
+
+
+def leave_folder(cfg):
+    """Take back what open_folder made, after an error before anything was trained: a second try is a new run."""
+    folder = Path(cfg.out)
+    if rank() == 0 and [path.name for path in folder.iterdir()] == ["config.json"]:
+        (folder / "config.json").unlink()
+        folder.rmdir()
 
 
 def train_once(cfg):
@@ -1620,7 +1631,7 @@ def finetune_config(cfg, who, task, checkpoint, given):
 
 def run_stages(cfg, given=(), with_teacher=True):
     """The stages that --stage names, in their run folder; what is done is not done again. Returns results.json's."""
-    common.on_first(partial(open_folder, cfg))
+    made = common.on_first(partial(open_folder, cfg))
     try:
         if cfg.stage in ("teacher", "distil") or (cfg.stage == "all" and not cfg.init):
             stage = "teacher" if cfg.stage == "teacher" else "distil"
@@ -1631,6 +1642,10 @@ def run_stages(cfg, given=(), with_teacher=True):
                     train_once(finetune_config(cfg, who, task, checkpoint, dict(given)))
         if cfg.stage in ("all", "evaluate"):
             return common.on_first(partial(evaluate, cfg, with_teacher))
+    except UserError:
+        if made:
+            leave_folder(cfg)
+        raise
     except KeyboardInterrupt as stopped:
         if not str(stopped):
             raise
