@@ -1658,12 +1658,15 @@ def evaluate(cfg, with_teacher=True):
     device, tokenizer = common.start_device(cfg.device, cfg.seed), tokenizer_of(cfg)
     amp = common.mixed_precision(cfg, device)[0]
     models = {who: open_blip(path, cfg, tokenizer).to(device).eval() for who, path in starts(cfg, with_teacher).items()}
+    tuned_files = {(who, task): Path(finetune_config(cfg, who, task, path, {}).out) / "blip.pt"
+                   for task in cfg.task for who, path in starts(cfg, with_teacher).items()}
+    for (_, task), tuned in tuned_files.items():  # before anything is evaluated
+        if not (tuned.exists() or cfg.init):
+            raise UserError(f"no {tuned}: --stage finetune --task {task} --out {cfg.out} makes it")
     evaluators, cells = {}, {who: {} for who in models}
     for task in cfg.task:
         for who, path in starts(cfg, with_teacher).items():
-            tuned = Path(finetune_config(cfg, who, task, path, {}).out) / "blip.pt"
-            if not (tuned.exists() or cfg.init):
-                raise UserError(f"no {tuned}: --stage finetune --task {task} --out {cfg.out} makes it")
+            tuned = tuned_files[who, task]
             blip = open_blip(tuned if tuned.exists() else path, cfg, tokenizer, NEEDED[task]).to(device).eval()
             evaluators[who, task] = Evaluator(blip, cfg, device, amp, tokenizer)
             scores = evaluators[who, task].scores(task, "test")
