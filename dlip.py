@@ -1832,9 +1832,9 @@ def profile(cfg):
     where = torch.cuda.get_device_name() if device.type == "cuda" else "this CPU"
     print(f"\nsmall + small against base + base: {small['M parameters'] / base['M parameters']:.1%} of the parameters, "
           f"{small['GMACs'] / base['GMACs']:.1%} of the MACs, {base['ms'] / small['ms']:.2f} times as fast\n"
-          "(paper: 22.4%, 24.8%, 2.7 times; its totals for base, 213.6 M and 17.8 G, are not the sums of its Table 1, 222.9 "
-          f"M and 19.15 G).\nLatency: one image and one text on {where}; the paper's on a V100. Our MACs have the two "
-          "products inside attention.")
+          "(paper: 22.4%, 24.8%, 2.7 times; its totals for base, 213.6 M and 17.8 G, are not the sums of its Table 1, "
+          f"222.9 M and 19.15 G).\nLatency: one image and one text on {where}; the paper's on a V100. Our MACs have "
+          "the two products inside attention.")
 
 
 # the paper's ablations: TR@1, IR@1, CIDEr, VQA of DLIP_Small
