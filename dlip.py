@@ -1629,8 +1629,19 @@ def finetune_config(cfg, who, task, checkpoint, given):
                    resume=True)
 
 
+def check_prompt(cfg):
+    """UserError when --prompt leaves no room for a caption: before the hours of training that come first."""
+    length = 1 + len(tokenizer_of(cfg).encode(cfg.prompt))  # with [DEC]
+    for name, room in (("max_length", cfg.max_length), ("context_length", cfg.context_length - 1)):
+        if room <= length:
+            raise UserError(f"{common.flag(name)} {getattr(cfg, name)}: the prompt {cfg.prompt!r} has {length} tokens "
+                            "with [DEC], which leaves none for the caption")
+
+
 def run_stages(cfg, given=(), with_teacher=True):
     """The stages that --stage names, in their run folder; what is done is not done again. Returns results.json's."""
+    if cfg.stage in ("all", "finetune", "evaluate") and "caption" in cfg.task:
+        check_prompt(cfg)
     made = common.on_first(partial(open_folder, cfg))
     try:
         if cfg.stage in ("teacher", "distil") or (cfg.stage == "all" and not cfg.init):
