@@ -1677,9 +1677,13 @@ def evaluate(cfg, with_teacher=True):
     evaluators, cells = {}, {who: {} for who in models}
     for task in cfg.task:
         for who, path in starts(cfg, with_teacher).items():
-            tuned = tuned_files[who, task]
-            blip = open_blip(tuned if tuned.exists() else path, cfg, tokenizer, NEEDED[task]).to(device).eval()
-            evaluators[who, task] = Evaluator(blip, cfg, device, amp, tokenizer)
+            tuned, own = tuned_files[who, task], cfg
+            if tuned.exists():  # its images and texts may be larger than those of the distillation
+                saved = common.read_config(tuned.with_name("config.json"))
+                own = replace(cfg, image_size=saved["image_size"], context_length=saved["context_length"])
+            own_tokenizer = tokenizer if own == cfg else tokenizer_of(own)
+            blip = open_blip(tuned if tuned.exists() else path, own, own_tokenizer, NEEDED[task]).to(device).eval()
+            evaluators[who, task] = Evaluator(blip, own, device, amp, own_tokenizer)
             scores = evaluators[who, task].scores(task, "test")
             cells[who].update(scores if task != "vqa" else {f"vqa_{name}": value for name, value in scores.items()})
     found = costs(models, device, cfg.context_length)
@@ -1710,7 +1714,8 @@ def draw(cfg, models, evaluators, cells):
              for task, found in evaluator.items()}
     with torch.inference_mode():
         if "caption" in tasks:
-            images, captions = common.example_images({"caption": first["caption"]}, cfg.image_size, 12)
+            size = next(iter(evaluator["caption"].values())).cfg.image_size
+            images, captions = common.example_images({"caption": first["caption"]}, size, 12)
             common.plot_captions(folder / "captions.png", images, {
                 "reference": captions, **{who: found.caption(images) for who, found in evaluator["caption"].items()}},
                 f"captions of test images of {cfg.data}")
@@ -1718,7 +1723,8 @@ def draw(cfg, models, evaluators, cells):
             draw_attention(folder / "attention.png", cfg, models, next(iter(evaluator["retrieval"].values())),
                            first["retrieval"])
         if "vqa" in tasks:
-            draw_answers(folder / "answers.png", cfg, evaluator["vqa"], first["vqa"])
+            own = next(iter(evaluator["vqa"].values())).cfg
+            draw_answers(folder / "answers.png", own, evaluator["vqa"], first["vqa"])
     if "teacher" in cells:
         points = {who: efficiency_point([cells[who]], {"student": "distilled"}.get(who, who)) for who in models}
         common.plot_efficiency(folder / "efficiency.png", points, f"accuracy against size on {cfg.data}")
