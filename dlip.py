@@ -1459,6 +1459,7 @@ class Evaluator:
     def __init__(self, blip, cfg, device, amp, tokenizer):
         self.blip, self.cfg, self.device, self.amp, self.tokenizer = blip, cfg, device, amp, tokenizer
         self.sets = cache(partial(task_sets, cfg))  # (task, "val" or "test") -> {name: set}
+        self.unscored = None  # answers to questions of a test split, whose own answers only the server has
         self.statistics = 255 * torch.tensor(common.PIXELS[cfg.pixel_stats], device=device).view(2, 3, 1, 1)
 
     def encode_image(self, image):
@@ -1534,7 +1535,9 @@ class Evaluator:
                 scores = common.caption_scores(references, captions, domains)
             else:
                 answer = partial(self.answer, data.answers)
-                _, scores = common.answer_questions(data, cfg.image_size, answer, common.loader_workers(cfg))
+                results, scores = common.answer_questions(data, cfg.image_size, answer, common.loader_workers(cfg))
+                if "accuracy" not in scores:
+                    self.unscored = results
             prefix = f"{name}_" if len(self.sets(task, split)) > 1 else ""
             found.update({prefix + metric: value for metric, value in scores.items()})
         return found
@@ -1685,6 +1688,10 @@ def evaluate(cfg, with_teacher=True):
             blip = open_blip(tuned if tuned.exists() else path, own, own_tokenizer, NEEDED[task]).to(device).eval()
             evaluators[who, task] = Evaluator(blip, own, device, amp, own_tokenizer)
             scores = evaluators[who, task].scores(task, "test")
+            if evaluators[who, task].unscored:  # as the server takes them
+                results = [{**answer, "question_id": int(answer["question_id"])}
+                           for answer in evaluators[who, task].unscored]
+                common.write_json(Path(cfg.out) / f"answers_{who}.json", results)
             cells[who].update(scores if task != "vqa" else {f"vqa_{name}": value for name, value in scores.items()})
     found = costs(models, device, cfg.context_length)
     cells = {who: {**found[who], **cell} for who, cell in cells.items()}
