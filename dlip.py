@@ -1201,6 +1201,14 @@ def sizes_of(cfg, tokenizer):
                     **special))
 
 
+def named(path, load, *args, **kwargs):
+    """load(*args, **kwargs); its UserError names the file that the weights come from."""
+    try:
+        return load(*args, **kwargs)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
 def open_blip(path, cfg, tokenizer, need=()):
     """A BLIP from a checkpoint of ours or a published one, at --image-size. UserError when it does not fit the data."""
     weights, config = common.read_weights(path)
@@ -1209,8 +1217,8 @@ def open_blip(path, cfg, tokenizer, need=()):
     config = config or {}
     heads = {"heads": config["text"]["heads"]} if "text" in config else {}
     special = {name: getattr(tokenizer, name) for name in ("pad", "cls", "sep", "dec", "enc")}
-    model, missing = load_blip(weights, cfg.image_size, config.get("vision", {}).get("heads"), need,
-                               dropout=cfg.dropout, **heads, **special)
+    model, _ = named(path, load_blip, weights, cfg.image_size, config.get("vision", {}).get("heads"), need,
+                     dropout=cfg.dropout, **heads, **special)
     if model.text.size.vocab != tokenizer.vocab_size:
         raise UserError(f"{path} has a vocabulary of {model.text.size.vocab:,} tokens, the tokenizer of {cfg.data} "
                         f"{tokenizer.vocab_size:,}: it was trained on other data")
@@ -1227,9 +1235,9 @@ def build(cfg, tokenizer, teacher=None):
         embed_dim = teacher.text_proj.out_features if teacher else cfg.embed_dim
         student = BLIP(*sizes_of(cfg, tokenizer), embed_dim)
         if cfg.vision_init:
-            load_vision(student.visual_encoder, common.read_weights(cfg.vision_init)[0])
+            named(cfg.vision_init, load_vision, student.visual_encoder, common.read_weights(cfg.vision_init)[0])
         if cfg.text_init:
-            load_bert(student.text, common.read_weights(cfg.text_init)[0])
+            named(cfg.text_init, load_bert, student.text, common.read_weights(cfg.text_init)[0])
     model = DLIP(cfg, student)
     model.prompt_length = 1 + len(tokenizer.encode(cfg.prompt))
     return model
