@@ -504,9 +504,10 @@ class TextModel(nn.Module):
         super().__init__()
         self.size, self.source_width, self.roles, width = size, source_width, roles, size.width
         fusion = size.layers if size.fusion_layers is None else size.fusion_layers
-        if width % size.heads or not 0 <= fusion <= size.layers:
-            raise UserError(f"text width {width} must be a multiple of {size.heads} heads, and of {size.layers} layers "
-                            f"{fusion} cannot have cross-attention")
+        if width % size.heads:
+            raise UserError(f"text width {width} is no multiple of {size.heads} heads")
+        if not 0 <= fusion <= size.layers:
+            raise UserError(f"of {size.layers} text layers {fusion} cannot have cross-attention")
         self.embeddings = nn.ModuleDict(dict(word_embeddings=nn.Embedding(size.vocab, width, padding_idx=size.pad),
                                              position_embeddings=nn.Embedding(size.positions, width),
                                              LayerNorm=nn.LayerNorm(width, eps=1e-12)))
