@@ -243,8 +243,11 @@ def check(cfg):
                         "--text-init)")
     if cfg.batch_size % world_size():
         raise UserError(f"--batch-size {cfg.batch_size} is no multiple of {world_size()} processes")
-    if cfg.stage in ("teacher", "distil") and not (cfg.vlp or (cfg.method == "dlip" and cfg.stage == "distil")):
-        raise UserError("--no-vlp leaves no loss without a teacher")
+    if cfg.stage in ("all", "teacher", "distil") and not cfg.vlp:
+        if cfg.method == "blip" or cfg.stage == "teacher":
+            raise UserError("--no-vlp leaves no loss without a teacher")
+        if {*cfg.hr, *cfg.attn} == {"none"} and not (cfg.kd_itc or cfg.kd_lm):
+            raise UserError("--no-vlp --hr none --attn none leaves no loss")
 
 
 @dataclass(frozen=True)
