@@ -348,6 +348,14 @@ def as_fields(saved):
     return {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
 
 
+def read_config(path):
+    """The config in a run folder's config.json. UserError when the file is damaged."""
+    try:
+        return dict(read_json(path)["config"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is cut off or damaged ({type(error).__name__}): take another --out") from error
+
+
 # fields that may differ when a run goes on
 FREE = {"out", "resume", "root", "cache", "device", "workers", "log_every", "save_every", "seeds", "ablate"}
 
@@ -358,7 +366,7 @@ def saved_values(values, given):
     if not path.is_file():
         print(f"--resume: no run in {values['out']} yet, starting one")
         return values
-    saved = as_fields(read_json(path)["config"])
+    saved = as_fields(read_config(path))
     for name, value in given.items():
         if name not in FREE and saved[name] != value:
             raise UserError(f"{flag(name)} {value}: the run in {values['out']} was started with {saved[name]}; leave "
@@ -371,7 +379,7 @@ def is_done(config):
     folder = Path(config.out)
     if not (folder / "config.json").is_file():
         return False
-    saved, wanted = read_json(folder / "config.json")["config"], json.loads(json.dumps(dataclasses.asdict(config)))
+    saved, wanted = read_config(folder / "config.json"), json.loads(json.dumps(dataclasses.asdict(config)))
     for name in [n for n in wanted if n not in FREE and wanted[n] != saved.get(n)]:
         raise UserError(f"{folder} has {flag(name)} {saved.get(name)}, not {wanted[name]}: take another --out")
     return (folder / "results.json").is_file()
@@ -445,9 +453,14 @@ class Run:
 
     def load_state(self, **parts):
         """The `state` that save_state was given, its tensors loaded into the parts; None when nothing was saved yet."""
-        if not self.path("last.pt").exists():
+        path = self.path("last.pt")
+        if not path.exists():
             return None
-        saved = torch.load(self.path("last.pt"), map_location="cpu", weights_only=True)
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # the reader raises errors of many types on damaged files
+            raise UserError(f"{path} is cut off or damaged ({type(error).__name__}): delete it, and this training "
+                            "starts anew") from error
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         return saved["state"]

@@ -39,7 +39,7 @@ import copy
 import math
 import re
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -132,10 +132,12 @@ class Config:
     text_init: str | None = option(None, "start the text network from this BERT")
     pixel_stats: str = option("clip", "mean and std that normalise the pixels", ["imagenet", "clip"])
 
-    epochs: int = option(8, "passes over the training set", POSITIVE, section="optimisation")
+    epochs: float = option(8, "passes over the training set", POSITIVE, section="optimisation")
     batch_size: int = option(64, "pairs per step, over all processes", POSITIVE)
-    lr: float = option(1e-3, "peak learning rate", POSITIVE)
-    temp_lr: float = option(0.07, "learning rate of ITC's temperature, as a share of the others'", NOT_NEGATIVE)
+    lr: float = option(4e-3, "peak learning rate", POSITIVE)
+    small_lr: float = option(5.0, "factor of --lr in fine-tuning a small or tiny text network (the paper's, for "
+                             "retrieval)", POSITIVE)
+    temp_lr: float = option(0.2, "learning rate of ITC's temperature, as a share of the others'", NOT_NEGATIVE)
     lr_start: float = option(1e-6, "learning rate at the first step")
     lr_end: float = option(1e-5, "learning rate that the schedule does not go below")
     warmup: int = option(100, "steps of linear warm-up", NOT_NEGATIVE)
@@ -180,18 +182,23 @@ FINETUNE = {**PAPER, "image_size": 384, "batch_size": 256, "lr": 1e-5, "warmup":
 LARGE = {
     "distil": PRETRAIN,
     "teacher": {**PRETRAIN, "vit": "base", "bert": "base", "weight_decay": 0.05},
-    "retrieval": {**FINETUNE, "epochs": 30},  # 6 over images x 5 captions (A5); --lr 5e-5 for small and tiny
-    "caption": {**FINETUNE, "epochs": 25, "context_length": 40},  # 5 over images x 5 captions
-    "vqa": {**FINETUNE, "epochs": 10, "lr": 2e-5, "context_length": 35},
+    "retrieval": {**FINETUNE, "epochs": 30},  # 6 over images x 5 captions (A5)
+    "caption": {**FINETUNE, "epochs": 25, "small_lr": 1.0, "context_length": 40},  # 5 over images x 5 captions
+    "vqa": {**FINETUNE, "epochs": 10, "small_lr": 1.0, "lr": 2e-5, "context_length": 35},
 }
-SHORT = dict(lr=3e-4, warmup=20, epochs=1.0, noise=0.0, alpha_ramp=0.0)
+SHORT = dict(lr=4e-4, warmup=20, epochs=1.0, noise=0.0, alpha_ramp=0.0)
 EMOJI = {
     "distil": {},
-    "teacher": dict(vit="base", bert="base", scenes=40000, epochs=5.0, warmup=300, seed=1000),
+    "teacher": dict(vit="base", bert="base", scenes=40000, epochs=5.0, lr=1e-3, temp_lr=0.07, warmup=300, seed=1000),
     "retrieval": SHORT,
     "caption": SHORT,
     "vqa": {**SHORT, "epochs": 0.5, "lr": 1e-3},
 }
+
+
+# What --stage finetune takes from the run it works on. Other flags are the fine-tuning's own, and is_done judges them.
+DISTILLED = {"data", "method", "teacher", "preset", "vit", "bert", "fusion_layers", "embed_dim", "vision_init",
+             "text_init", "concepts"}
 
 
 def recipe(data, part):
@@ -211,8 +218,9 @@ def configure(argv=None):
     stem = "teacher" if stage == "teacher" else stage if "init" in given else given.get("method", "dlip")
     values["out"] = given.get("out") or ("runs/ablation_dlip" if "ablate" in given else
                                          common.run_folder(f"runs/{stem}-{data}", newest=own or "resume" in given))
-    if given.get("resume") or own:
-        values = common.saved_values(values, {k: v for k, v in given.items() if k not in ("stage", "task")})
+    if given.get("resume") or (own and Path(values["out"], "config.json").is_file()):
+        of_run = DISTILLED if own and stage == "finetune" else {field.name for field in fields(Config)}
+        values = common.saved_values(values, {k: given[k] for k in given if k in of_run - {"stage", "task"}})
     cfg = Config(**{**values, **given})
     check(cfg)
     return cfg, given
@@ -237,8 +245,11 @@ def check(cfg):
                         "--text-init)")
     if cfg.batch_size % world_size():
         raise UserError(f"--batch-size {cfg.batch_size} is no multiple of {world_size()} processes")
-    if cfg.stage in ("teacher", "distil") and not (cfg.vlp or (cfg.method == "dlip" and cfg.stage == "distil")):
-        raise UserError("--no-vlp leaves no loss without a teacher")
+    if cfg.stage in ("all", "teacher", "distil") and not cfg.vlp:
+        if cfg.method == "blip" or cfg.stage == "teacher":
+            raise UserError("--no-vlp leaves no loss without a teacher")
+        if {*cfg.hr, *cfg.attn} == {"none"} and not (cfg.kd_itc or cfg.kd_lm):
+            raise UserError("--no-vlp --hr none --attn none leaves no loss")
 
 
 @dataclass(frozen=True)
@@ -498,9 +509,10 @@ class TextModel(nn.Module):
         super().__init__()
         self.size, self.source_width, self.roles, width = size, source_width, roles, size.width
         fusion = size.layers if size.fusion_layers is None else size.fusion_layers
-        if width % size.heads or not 0 <= fusion <= size.layers:
-            raise UserError(f"text width {width} must be a multiple of {size.heads} heads, and of {size.layers} layers "
-                            f"{fusion} cannot have cross-attention")
+        if width % size.heads:
+            raise UserError(f"text width {width} is no multiple of {size.heads} heads")
+        if not 0 <= fusion <= size.layers:
+            raise UserError(f"of {size.layers} text layers {fusion} cannot have cross-attention")
         self.embeddings = nn.ModuleDict(dict(word_embeddings=nn.Embedding(size.vocab, width, padding_idx=size.pad),
                                              position_embeddings=nn.Embedding(size.positions, width),
                                              LayerNorm=nn.LayerNorm(width, eps=1e-12)))
@@ -1195,6 +1207,14 @@ def sizes_of(cfg, tokenizer):
                     **special))
 
 
+def named(path, load, *args, **kwargs):
+    """load(*args, **kwargs); its UserError names the file that the weights come from."""
+    try:
+        return load(*args, **kwargs)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
 def open_blip(path, cfg, tokenizer, need=()):
     """A BLIP from a checkpoint of ours or a published one, at --image-size. UserError when it does not fit the data."""
     weights, config = common.read_weights(path)
@@ -1203,8 +1223,8 @@ def open_blip(path, cfg, tokenizer, need=()):
     config = config or {}
     heads = {"heads": config["text"]["heads"]} if "text" in config else {}
     special = {name: getattr(tokenizer, name) for name in ("pad", "cls", "sep", "dec", "enc")}
-    model, missing = load_blip(weights, cfg.image_size, config.get("vision", {}).get("heads"), need,
-                               dropout=cfg.dropout, **heads, **special)
+    model, _ = named(path, load_blip, weights, cfg.image_size, config.get("vision", {}).get("heads"), need,
+                     dropout=cfg.dropout, **heads, **special)
     if model.text.size.vocab != tokenizer.vocab_size:
         raise UserError(f"{path} has a vocabulary of {model.text.size.vocab:,} tokens, the tokenizer of {cfg.data} "
                         f"{tokenizer.vocab_size:,}: it was trained on other data")
@@ -1221,9 +1241,9 @@ def build(cfg, tokenizer, teacher=None):
         embed_dim = teacher.text_proj.out_features if teacher else cfg.embed_dim
         student = BLIP(*sizes_of(cfg, tokenizer), embed_dim)
         if cfg.vision_init:
-            load_vision(student.visual_encoder, common.read_weights(cfg.vision_init)[0])
+            named(cfg.vision_init, load_vision, student.visual_encoder, common.read_weights(cfg.vision_init)[0])
         if cfg.text_init:
-            load_bert(student.text, common.read_weights(cfg.text_init)[0])
+            named(cfg.text_init, load_bert, student.text, common.read_weights(cfg.text_init)[0])
     model = DLIP(cfg, student)
     model.prompt_length = 1 + len(tokenizer.encode(cfg.prompt))
     return model
@@ -1362,6 +1382,8 @@ def train(cfg):
         check_teacher(model.student, teacher, cfg)
     optimiser, (amp, scaler) = build_optimiser(model, cfg, device), common.mixed_precision(cfg, device)
     parts = {"model": model, "optimiser": optimiser, "scaler": scaler}
+    small = cfg.stage == "finetune" and model.student.text.size.width <= {"demo": 64, "paper": 384}[cfg.preset]
+    peak = replace(cfg, lr=cfg.lr * cfg.small_lr) if small else cfg
     state = run.load_state(**parts) if cfg.resume else {}
     state = state or {"step": 0, "best": -1.0, "best_step": 0, "bad": 0}
     prepare_encoders(model, teacher, cfg)
@@ -1374,7 +1396,7 @@ def train(cfg):
     progress = common.Progress(sampler, state["step"], cfg.batch_size, device)
     with common.StopRequest() as stop, progress:
         for image, ids, bad, index in progress.watch(loader):
-            now = schedules(cfg, state["step"], sampler.steps, sampler.steps_per_epoch)
+            now = schedules(peak, state["step"], sampler.steps, sampler.steps_per_epoch)
             image, index = normalise(image, evaluator.statistics), index.to(device, non_blocking=True)
             texts = [part.to(device, non_blocking=True) for part in split_ids(ids, cfg)]
             seed = cfg.seed * 10 ** 9 + state["step"] * world_size() + rank()
@@ -1453,6 +1475,7 @@ class Evaluator:
     def __init__(self, blip, cfg, device, amp, tokenizer):
         self.blip, self.cfg, self.device, self.amp, self.tokenizer = blip, cfg, device, amp, tokenizer
         self.sets = cache(partial(task_sets, cfg))  # (task, "val" or "test") -> {name: set}
+        self.unscored = None  # answers to questions of a test split, whose own answers only the server has
         self.statistics = 255 * torch.tensor(common.PIXELS[cfg.pixel_stats], device=device).view(2, 3, 1, 1)
 
     def encode_image(self, image):
@@ -1528,7 +1551,9 @@ class Evaluator:
                 scores = common.caption_scores(references, captions, domains)
             else:
                 answer = partial(self.answer, data.answers)
-                _, scores = common.answer_questions(data, cfg.image_size, answer, common.loader_workers(cfg))
+                results, scores = common.answer_questions(data, cfg.image_size, answer, common.loader_workers(cfg))
+                if "accuracy" not in scores:
+                    self.unscored = results
             prefix = f"{name}_" if len(self.sets(task, split)) > 1 else ""
             found.update({prefix + metric: value for metric, value in scores.items()})
         return found
@@ -1574,7 +1599,8 @@ def validate(run, evaluator, state):
 
 
 def open_folder(cfg):
-    """Make the run folder and note the flags. UserError when it holds another run, which --resume would go on with."""
+    """Make the run folder and note the flags; whether it is new. UserError when it holds another run, which --resume
+    would go on with."""
     folder = Path(cfg.out)
     going_on = cfg.resume or (cfg.stage in ("finetune", "evaluate") and not cfg.init)
     if (folder / "config.json").exists() and not going_on:
@@ -1585,6 +1611,16 @@ def open_folder(cfg):
                             "FILE")
         common.make_folder(folder)
         common.write_json(folder / "config.json", {"config": asdict(cfg), "environment": common.environment()})
+        return True
+    return False
+
+
+def leave_folder(cfg):
+    """Take back what open_folder made, after an error before anything was trained: a second try is a new run."""
+    folder = Path(cfg.out)
+    if rank() == 0 and [path.name for path in folder.iterdir()] == ["config.json"]:
+        (folder / "config.json").unlink()
+        folder.rmdir()
 
 
 def train_once(cfg):
@@ -1612,9 +1648,20 @@ def finetune_config(cfg, who, task, checkpoint, given):
                    resume=True)
 
 
+def check_prompt(cfg):
+    """UserError when --prompt leaves no room for a caption: before the hours of training that come first."""
+    length = 1 + len(tokenizer_of(cfg).encode(cfg.prompt))  # with [DEC]
+    for name, room in (("max_length", cfg.max_length), ("context_length", cfg.context_length - 1)):
+        if room <= length:
+            raise UserError(f"{common.flag(name)} {getattr(cfg, name)}: the prompt {cfg.prompt!r} has {length} tokens "
+                            "with [DEC], which leaves none for the caption")
+
+
 def run_stages(cfg, given=(), with_teacher=True):
     """The stages that --stage names, in their run folder; what is done is not done again. Returns results.json's."""
-    common.on_first(partial(open_folder, cfg))
+    if cfg.stage in ("all", "finetune", "evaluate") and "caption" in cfg.task:
+        check_prompt(cfg)
+    made = common.on_first(partial(open_folder, cfg))
     try:
         if cfg.stage in ("teacher", "distil") or (cfg.stage == "all" and not cfg.init):
             stage = "teacher" if cfg.stage == "teacher" else "distil"
@@ -1625,6 +1672,10 @@ def run_stages(cfg, given=(), with_teacher=True):
                     train_once(finetune_config(cfg, who, task, checkpoint, dict(given)))
         if cfg.stage in ("all", "evaluate"):
             return common.on_first(partial(evaluate, cfg, with_teacher))
+    except UserError:
+        if made:
+            leave_folder(cfg)
+        raise
     except KeyboardInterrupt as stopped:
         if not str(stopped):
             raise
@@ -1637,15 +1688,26 @@ def evaluate(cfg, with_teacher=True):
     device, tokenizer = common.start_device(cfg.device, cfg.seed), tokenizer_of(cfg)
     amp = common.mixed_precision(cfg, device)[0]
     models = {who: open_blip(path, cfg, tokenizer).to(device).eval() for who, path in starts(cfg, with_teacher).items()}
+    tuned_files = {(who, task): Path(finetune_config(cfg, who, task, path, {}).out) / "blip.pt"
+                   for task in cfg.task for who, path in starts(cfg, with_teacher).items()}
+    for (_, task), tuned in tuned_files.items():  # before anything is evaluated
+        if not (tuned.exists() or cfg.init):
+            raise UserError(f"no {tuned}: --stage finetune --task {task} --out {cfg.out} makes it")
     evaluators, cells = {}, {who: {} for who in models}
     for task in cfg.task:
         for who, path in starts(cfg, with_teacher).items():
-            tuned = Path(finetune_config(cfg, who, task, path, {}).out) / "blip.pt"
-            if not (tuned.exists() or cfg.init):
-                raise UserError(f"no {tuned}: --stage finetune --task {task} --out {cfg.out} makes it")
-            blip = open_blip(tuned if tuned.exists() else path, cfg, tokenizer, NEEDED[task]).to(device).eval()
-            evaluators[who, task] = Evaluator(blip, cfg, device, amp, tokenizer)
+            tuned, own = tuned_files[who, task], cfg
+            if tuned.exists():  # its images and texts may be larger than those of the distillation
+                saved = common.read_config(tuned.with_name("config.json"))
+                own = replace(cfg, image_size=saved["image_size"], context_length=saved["context_length"])
+            own_tokenizer = tokenizer if own == cfg else tokenizer_of(own)
+            blip = open_blip(tuned if tuned.exists() else path, own, own_tokenizer, NEEDED[task]).to(device).eval()
+            evaluators[who, task] = Evaluator(blip, own, device, amp, own_tokenizer)
             scores = evaluators[who, task].scores(task, "test")
+            if evaluators[who, task].unscored:  # as the server takes them
+                results = [{**answer, "question_id": int(answer["question_id"])}
+                           for answer in evaluators[who, task].unscored]
+                common.write_json(Path(cfg.out) / f"answers_{who}.json", results)
             cells[who].update(scores if task != "vqa" else {f"vqa_{name}": value for name, value in scores.items()})
     found = costs(models, device, cfg.context_length)
     cells = {who: {**found[who], **cell} for who, cell in cells.items()}
@@ -1675,7 +1737,8 @@ def draw(cfg, models, evaluators, cells):
              for task, found in evaluator.items()}
     with torch.inference_mode():
         if "caption" in tasks:
-            images, captions = common.example_images({"caption": first["caption"]}, cfg.image_size, 12)
+            size = next(iter(evaluator["caption"].values())).cfg.image_size
+            images, captions = common.example_images({"caption": first["caption"]}, size, 12)
             common.plot_captions(folder / "captions.png", images, {
                 "reference": captions, **{who: found.caption(images) for who, found in evaluator["caption"].items()}},
                 f"captions of test images of {cfg.data}")
@@ -1683,7 +1746,8 @@ def draw(cfg, models, evaluators, cells):
             draw_attention(folder / "attention.png", cfg, models, next(iter(evaluator["retrieval"].values())),
                            first["retrieval"])
         if "vqa" in tasks:
-            draw_answers(folder / "answers.png", cfg, evaluator["vqa"], first["vqa"])
+            own = next(iter(evaluator["vqa"].values())).cfg
+            draw_answers(folder / "answers.png", own, evaluator["vqa"], first["vqa"])
     if "teacher" in cells:
         points = {who: efficiency_point([cells[who]], {"student": "distilled"}.get(who, who)) for who in models}
         common.plot_efficiency(folder / "efficiency.png", points, f"accuracy against size on {cfg.data}")
@@ -1812,8 +1876,8 @@ def profile(cfg):
     print(f"\nsmall + small against base + base: {small['M parameters'] / base['M parameters']:.1%} of the parameters, "
           f"{small['GMACs'] / base['GMACs']:.1%} of the MACs, {base['ms'] / small['ms']:.2f} times as fast\n"
           "(paper: 22.4%, 24.8%, 2.7 times; its totals for base, 213.6 M and 17.8 G, are not the sums of its Table 1, "
-          f"222.9 M and\n19.15 G). Latency: one image and one text on {where}; the paper's on a V100. Our MACs have "
-          "the two products\ninside attention.")
+          f"222.9 M and 19.15 G).\nLatency: one image and one text on {where}; the paper's on a V100. Our MACs have "
+          "the two products inside attention.")
 
 
 # the paper's ablations: TR@1, IR@1, CIDEr, VQA of DLIP_Small
