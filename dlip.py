@@ -132,7 +132,7 @@ class Config:
     text_init: str | None = option(None, "start the text network from this BERT")
     pixel_stats: str = option("clip", "mean and std that normalise the pixels", ["imagenet", "clip"])
 
-    epochs: float = option(8, "passes over the training set", POSITIVE, section="optimisation")
+    epochs: float = option(6.0, "passes over the training set", POSITIVE, section="optimisation")
     batch_size: int = option(64, "pairs per step, over all processes", POSITIVE)
     lr: float = option(4e-3, "peak learning rate", POSITIVE)
     small_lr: float = option(5.0, "factor of --lr in fine-tuning a small or tiny text network (the paper's, for "
@@ -192,7 +192,7 @@ EMOJI = {
     "teacher": dict(vit="base", bert="base", scenes=40000, epochs=5.0, lr=1e-3, temp_lr=0.07, warmup=300, seed=1000),
     "retrieval": SHORT,
     "caption": SHORT,
-    "vqa": {**SHORT, "epochs": 0.5, "lr": 1e-3},
+    "vqa": {**SHORT, "epochs": 0.5, "lr": 1e-3, "small_lr": 1.0},
 }
 
 
