@@ -1883,7 +1883,7 @@ def profile(cfg):
 # the paper's ablations: TR@1, IR@1, CIDEr, VQA of DLIP_Small
 PAPER_ABLATION = {
     "vlp": (85.5, 72.1, 119.6, 71.24), "vlp + at": (88.2, 73.6, 120.8, 72.31), "vlp + hr": (88.8, 75.4, 121.6, 72.62),
-    "at + hr": (87.4, 74.8, 120.9, 72.26), "all": (89.1, 76.0, 121.9, 72.70),
+    "at + hr": (87.4, 74.8, 120.9, 72.26), "dlip": (89.1, 76.0, 121.9, 72.70),
     "hr img": (86.9, 73.1, 120.2, 72.37), "hr text": (87.3, 72.9, 119.7, 72.22),
     "hr img text": (88.2, 74.6, 120.4, 72.39), "hr vl_e": (88.6, 75.2, 120.6, 72.48),
     "hr vl_d": (87.9, 74.5, 121.3, 72.61),
@@ -1903,7 +1903,7 @@ def ablation_arms(cfg):
         "vlp + at": no_hr,
         "vlp + hr": no_at,
         "at + hr": dict(vlp=False),
-        "all": {},
+        "dlip": {},
         **{f"hr {' '.join(parts)}": dict(hr=parts, **no_at)
            for parts in (("img",), ("text",), ("img", "text"), ("vl_e",), ("vl_d",))},
         **{f"attn {part}": dict(attn=(part,), **no_hr) for part in ("self", "cross")},
@@ -1916,7 +1916,7 @@ def ablation_arms(cfg):
 
 def ablate(cfg):
     """--ablate: train the arms that are not done yet; then the tables, with the paper's numbers, and the plot."""
-    found = common.run_arms(cfg, ablation_arms(cfg), partial(run_stages, with_teacher=False), baselines=("vlp", "all"))
+    found = common.run_arms(cfg, ablation_arms(cfg), partial(run_stages, with_teacher=False), baselines=("vlp", "dlip"))
     cells = {name: [next(iter(run["cells"].values())) for run in runs] for name, runs in found.items()}
     table = {}
     for name in cells:
@@ -1927,7 +1927,7 @@ def ablate(cfg):
     print("\nemoji scenes beside the paper's Flickr30K, COCO captions and VQAv2: compare differences, not values")
     common.print_table(table, Path(cfg.out) / "beside_paper.md")
     points = {}
-    for name in [name for name in cells if name in ("teacher", "vlp", "all") or name.startswith("vit ")]:
+    for name in [name for name in cells if name in ("teacher", "vlp", "dlip") or name.startswith("vit ")]:
         family = "teacher" if name == "teacher" else "not distilled" if name.endswith("vlp") else "distilled"
         points[name] = efficiency_point(cells[name], family)
     if points:
