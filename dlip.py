@@ -1475,7 +1475,7 @@ class Evaluator:
     def __init__(self, blip, cfg, device, amp, tokenizer):
         self.blip, self.cfg, self.device, self.amp, self.tokenizer = blip, cfg, device, amp, tokenizer
         self.sets = cache(partial(task_sets, cfg))  # (task, "val" or "test") -> {name: set}
-        self.unscored = None  # answers to questions of a test split, whose own answers only the server has
+        self.unscored = None  # answers to a test split's questions, as the server takes them that alone can score them
         self.statistics = 255 * torch.tensor(common.PIXELS[cfg.pixel_stats], device=device).view(2, 3, 1, 1)
 
     def encode_image(self, image):
@@ -1553,7 +1553,7 @@ class Evaluator:
                 answer = partial(self.answer, data.answers)
                 results, scores = common.answer_questions(data, cfg.image_size, answer, common.loader_workers(cfg))
                 if "accuracy" not in scores:
-                    self.unscored = results
+                    self.unscored = [{**given, "question_id": int(given["question_id"])} for given in results]
             prefix = f"{name}_" if len(self.sets(task, split)) > 1 else ""
             found.update({prefix + metric: value for metric, value in scores.items()})
         return found
@@ -1599,8 +1599,7 @@ def validate(run, evaluator, state):
 
 
 def open_folder(cfg):
-    """Make the run folder and note the flags; whether it is new. UserError when it holds another run, which --resume
-    would go on with."""
+    """Make the run folder and note the flags; returns whether it is new. UserError when it holds another run."""
     folder = Path(cfg.out)
     going_on = cfg.resume or (cfg.stage in ("finetune", "evaluate") and not cfg.init)
     if (folder / "config.json").exists() and not going_on:
@@ -1683,44 +1682,47 @@ def run_stages(cfg, given=(), with_teacher=True):
                                 "on") from None
 
 
+def tuned_model(cfg, who, task, path):
+    """(checkpoint, config) for a task: the fine-tuned model, at its own image and text sizes; else that of --init."""
+    tuned = Path(finetune_config(cfg, who, task, path, {}).out) / "blip.pt"
+    if tuned.exists():
+        saved = common.read_config(tuned.with_name("config.json"))
+        return tuned, replace(cfg, image_size=saved["image_size"], context_length=saved["context_length"])
+    if not cfg.init:
+        raise UserError(f"no {tuned}: --stage finetune --task {task} --out {cfg.out} makes it")
+    return path, cfg
+
+
 def evaluate(cfg, with_teacher=True):
     """The test scores of the models on the tasks, their costs, the table and the pictures; returns results.json's."""
-    device, tokenizer = common.start_device(cfg.device, cfg.seed), tokenizer_of(cfg)
-    amp = common.mixed_precision(cfg, device)[0]
-    models = {who: open_blip(path, cfg, tokenizer).to(device).eval() for who, path in starts(cfg, with_teacher).items()}
-    tuned_files = {(who, task): Path(finetune_config(cfg, who, task, path, {}).out) / "blip.pt"
-                   for task in cfg.task for who, path in starts(cfg, with_teacher).items()}
-    for (_, task), tuned in tuned_files.items():  # before anything is evaluated
-        if not (tuned.exists() or cfg.init):
-            raise UserError(f"no {tuned}: --stage finetune --task {task} --out {cfg.out} makes it")
-    evaluators, cells = {}, {who: {} for who in models}
-    for task in cfg.task:
-        for who, path in starts(cfg, with_teacher).items():
-            tuned, own = tuned_files[who, task], cfg
-            if tuned.exists():  # its images and texts may be larger than those of the distillation
-                saved = common.read_config(tuned.with_name("config.json"))
-                own = replace(cfg, image_size=saved["image_size"], context_length=saved["context_length"])
-            own_tokenizer = tokenizer if own == cfg else tokenizer_of(own)
-            blip = open_blip(tuned if tuned.exists() else path, own, own_tokenizer, NEEDED[task]).to(device).eval()
-            evaluators[who, task] = Evaluator(blip, own, device, amp, own_tokenizer)
-            scores = evaluators[who, task].scores(task, "test")
-            if evaluators[who, task].unscored:  # as the server takes them
-                results = [{**answer, "question_id": int(answer["question_id"])}
-                           for answer in evaluators[who, task].unscored]
-                common.write_json(Path(cfg.out) / f"answers_{who}.json", results)
-            cells[who].update(scores if task != "vqa" else {f"vqa_{name}": value for name, value in scores.items()})
+    device, folder = common.start_device(cfg.device, cfg.seed), Path(cfg.out)
+    paths = starts(cfg, with_teacher)
+    tuned = {(who, task): tuned_model(cfg, who, task, paths[who]) for task in cfg.task for who in paths}
+
+    def evaluator(path, own, need=()):
+        tokenizer = tokenizer_of(own)
+        blip = open_blip(path, own, tokenizer, need).to(device).eval()
+        return Evaluator(blip, own, device, common.mixed_precision(cfg, device)[0], tokenizer)
+
+    models = {who: evaluator(path, cfg).blip for who, path in paths.items()}
     found = costs(models, device, cfg.context_length)
-    cells = {who: {**found[who], **cell} for who, cell in cells.items()}
+    cells, evaluators = {who: dict(found[who]) for who in models}, {}
+    for (who, task), (path, own) in tuned.items():
+        evaluators[who, task] = evaluator(path, own, NEEDED[task])
+        scores = evaluators[who, task].scores(task, "test")
+        cells[who].update(scores if task != "vqa" else {f"vqa_{name}": value for name, value in scores.items()})
+        if evaluators[who, task].unscored:
+            common.write_json(folder / f"answers_{who}.json", evaluators[who, task].unscored)
     if "teacher" in cells:
         cells["kept, %"] = {name: 100 * value / cells["teacher"][name]
                             for name, value in cells["student"].items() if cells["teacher"].get(name)}
     results = {"cells": cells, "seed": cfg.seed}
-    common.write_json(Path(cfg.out) / "results.json", results)
-    columns = [*found[next(iter(models))], *(m for m in SHOWN if any(m in cell for cell in cells.values()))]
+    common.write_json(folder / "results.json", results)
+    columns = [*next(iter(found.values())), *(m for m in SHOWN if any(m in cell for cell in cells.values()))]
     common.print_table({who: {column: cell.get(column) for column in columns} for who, cell in cells.items()},
-                       Path(cfg.out) / "table.md")
+                       folder / "table.md")
     draw(cfg, models, evaluators, cells)
-    print(f"pictures, tables and checkpoints: {cfg.out}")
+    print(f"pictures, tables and checkpoints: {folder}")
     return results
 
 
@@ -1730,24 +1732,22 @@ SHOWN = ("i2t_r1", "t2i_r1", "itc_i2t_r1", "itc_t2i_r1", "bleu4", "cider", "vqa_
 
 
 def draw(cfg, models, evaluators, cells):
-    """captions.png, attention.png, answers.png and efficiency.png of the first test set of each task."""
-    folder, tasks = Path(cfg.out), [task for task in cfg.task if next(iter(evaluators.values())).sets(task, "test")]
-    evaluator = {task: {who: evaluators[who, task] for who in models} for task in tasks}
-    first = {task: next(iter(found[next(iter(found))].sets(task, "test").values()))
-             for task, found in evaluator.items()}
-    with torch.inference_mode():
-        if "caption" in tasks:
-            size = next(iter(evaluator["caption"].values())).cfg.image_size
-            images, captions = common.example_images({"caption": first["caption"]}, size, 12)
-            common.plot_captions(folder / "captions.png", images, {
-                "reference": captions, **{who: found.caption(images) for who, found in evaluator["caption"].items()}},
-                f"captions of test images of {cfg.data}")
-        if "retrieval" in tasks:
-            draw_attention(folder / "attention.png", cfg, models, next(iter(evaluator["retrieval"].values())),
-                           first["retrieval"])
-        if "vqa" in tasks:
-            own = next(iter(evaluator["vqa"].values())).cfg
-            draw_answers(folder / "answers.png", own, evaluator["vqa"], first["vqa"])
+    """captions.png, attention.png, answers.png and efficiency.png, on the first test set of each task."""
+    folder = Path(cfg.out)
+    for task in cfg.task:
+        found = {who: evaluators[who, task] for who in models}
+        own = next(iter(found.values()))
+        data = next(iter(own.sets(task, "test").values()), None)
+        with torch.inference_mode():
+            if task == "caption" and data is not None:
+                images, captions = common.example_images({"caption": data}, own.cfg.image_size, 12)
+                by_model = {who: evaluator.caption(images) for who, evaluator in found.items()}
+                common.plot_captions(folder / "captions.png", images, {"reference": captions, **by_model},
+                                     f"captions of test images of {cfg.data}")
+            elif task == "retrieval" and data is not None:
+                draw_attention(folder / "attention.png", cfg, models, own, data)
+            elif data is not None:
+                draw_answers(folder / "answers.png", own.cfg, found, data)
     if "teacher" in cells:
         points = {who: efficiency_point([cells[who]], {"student": "distilled"}.get(who, who)) for who in models}
         common.plot_efficiency(folder / "efficiency.png", points, f"accuracy against size on {cfg.data}")
@@ -1791,7 +1791,7 @@ def draw_answers(path, cfg, evaluators, data, count=6, each=6):
     images, asked, truth, answers, index = [], [], [], {who: [] for who in evaluators}, 0
     while index < len(data) and len(images) < count:
         image, group = data.read(index)[0], []
-        while index < len(data) and data.read(index)[0] is image:
+        while index < len(data) and data.read(index)[0] == image:
             group.append(data.read(index)[1])
             index += 1
         images.append(torch.from_numpy(common.resize_center_crop(image, cfg.image_size)))
