@@ -1109,6 +1109,15 @@ def resize_center_crop(source: bytes | Image.Image, size: int) -> np.ndarray:
     return _channels_first(image.crop((left, top, left + size, top + size)))
 
 
+def resize_whole(source: bytes | Image.Image, size: int) -> np.ndarray:
+    """uint8 (3, size, size): the whole image squeezed into a square (bicubic, antialiased), as BLIP evaluates."""
+    image = _open_header(source)
+    sides = image.size
+    image, factor = _decode(image, min(sides) // (2 * size))
+    whole = (0, 0, sides[0] / factor, sides[1] / factor)
+    return _channels_first(image.resize((size, size), Image.Resampling.BICUBIC, box=whole))
+
+
 def random_crop_box(width: int, height: int, rng: np.random.Generator, scale: tuple[float, float],
                     ratio: tuple[float, float]) -> tuple[int, int, int, int]:
     """(left, top, width, height) in pixels with the distribution of torchvision's RandomResizedCrop.
@@ -2165,8 +2174,8 @@ class StepSampler(Sampler):
 
 class EvalSamples(Dataset):
     """samples[i] -> (image uint8 (3, S, S), i, label or captions), or None when the sample cannot be used."""
-    def __init__(self, data, image_size: int):
-        self.data, self.image_size = data, image_size
+    def __init__(self, data, image_size: int, resize=resize_center_crop):
+        self.data, self.image_size, self.resize = data, image_size, resize
 
     def __len__(self) -> int:
         return len(self.data)
@@ -2174,7 +2183,7 @@ class EvalSamples(Dataset):
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int, int | list[str]] | None:
         try:
             source, target = self.data.read(i)
-            return torch.from_numpy(resize_center_crop(source, self.image_size)), i, target
+            return torch.from_numpy(self.resize(source, self.image_size)), i, target
         except BadSample:
             return None
 
@@ -2199,12 +2208,12 @@ def train_loader(samples: TrainSamples, sampler: StepSampler, workers: int, devi
                   worker_init_fn=_ignore_ctrl_c, pin_memory=device_type == "cuda", persistent_workers=workers > 0)
 
 
-def eval_loader(data, image_size: int, batch_size: int, workers: int) -> Loader:
+def eval_loader(data, image_size: int, batch_size: int, workers: int, resize=resize_center_crop) -> Loader:
     """Yields images uint8 (b, 3, S, S), their indices in `data` and their labels or captions (lists of b), in order.
 
-    Unusable samples are left out: the evaluation sees which indices are missing.
+    Unusable samples are left out: the evaluation sees which indices are missing. resize: or resize_whole.
     """
-    return Loader(EvalSamples(data, image_size), batch_size=batch_size, num_workers=workers,
+    return Loader(EvalSamples(data, image_size, resize), batch_size=batch_size, num_workers=workers,
                   collate_fn=_collate_eval, worker_init_fn=_ignore_ctrl_c)
 
 
@@ -2964,10 +2973,10 @@ def retrieval(image_features, text_features, image_of_text, block=1024):
 
 
 def batches(data, image_size, workers, doing):
-    """eval_loader's batches of 64, with a progress bar above 2,000 samples. UserError when no image can be read."""
+    """eval_loader's batches of 64, whole images; a bar above 2,000 samples. UserError when no image can be read."""
     read = 0
     with tqdm(total=len(data), desc=doing, disable=None if len(data) > 2000 and rank() == 0 else True) as bar:
-        for images, places, targets in eval_loader(data, image_size, 64, workers):
+        for images, places, targets in eval_loader(data, image_size, 64, workers, resize_whole):
             yield images, places, targets
             read += len(images)
             bar.update(len(images))
