@@ -1,4 +1,4 @@
-"""Speed against open_clip, webdataset and faiss, and what pruning brings; each ratio is measured in one run.
+"""Speed against open_clip, transformers, webdataset and faiss, what pruning brings; each ratio is measured in one run.
 
     python tests/bench.py --quick            # a few minutes on two cores
     python tests/bench.py --device cuda      # adds bf16 and torch.compile
@@ -27,10 +27,11 @@ import torch
 
 import clip_cid
 import common
+import dlip
 import eclipse
 
 COCO = Path(__file__).resolve().parents[2] / "shared/data/coco_mini"
-PACKAGES = "torch", "torchvision", "open_clip_torch", "webdataset", "faiss-cpu", "pillow", "numpy"
+PACKAGES = "torch", "torchvision", "open_clip_torch", "transformers", "webdataset", "faiss-cpu", "pillow", "numpy"
 COLUMNS = "{:<34}  {:<22} {:>11}  {:<22} {:>11}  {:>5}  {:>11}  {:<10}  {}"
 
 
@@ -194,6 +195,51 @@ def clip_cid_step(args):
     compare(args, "step, B/32, k = 10,000", *reversed(sides), "<= 1.1")
 
 
+def blip(args, length=30):
+    """A captioning step and beam search of BLIP base against transformers', same weights; the time of small + small."""
+    import transformers
+    transformers.logging.set_verbosity_error()
+    text = dict(bos_token_id=30522, sep_token_id=102, eos_token_id=102, label_smoothing=0.1, num_attention_heads=12)
+    config = transformers.BlipConfig(text_config=text, vision_config=dict(image_size=224, layer_norm_eps=1e-6))
+    theirs = transformers.BlipForConditionalGeneration(config).to(args.device)
+    ours = dlip.load_blip(theirs.state_dict(), dropout=0.0)[0].to(args.device)
+    small = dlip.BLIP(dlip.VIT["small"], dlip.BERT["small"]).to(args.device)
+    image, ids = pairs(args)[0], torch.randint(1000, 30000, (args.batch, length), device=args.device)
+    ids[:, 0], ids[:, -1] = 30522, 102
+
+    def step(model, loss_of):
+        optimiser = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+
+        def one():
+            loss = loss_of()
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            return loss.item()
+
+        return one
+
+    def caption_loss(model):
+        return lambda: dlip.lm_loss(model.decode(ids, None, model.encode_image(image)), ids)
+
+    steps = {name: step(model, caption_loss(model)) for name, model in (("ours", ours), ("small", small))}
+    their_step = step(theirs, lambda: theirs(image, ids, labels=ids).loss)
+    a, b = steps["ours"](), their_step()
+    if abs(a - b) > 1e-3:
+        sys.exit(f"BLIP: our loss is {a}, that of transformers {b}")
+    compare(args, "captioning step, BLIP base, fp32", ("dlip.py", steps["ours"]), ("transformers", their_step),
+            ">= 1.0", f"losses {a:.5f} {b:.5f}")
+    compare(args, "captioning step, fp32", ("small + small", steps["small"]), ("base + base", steps["ours"]))
+    ours.eval(), theirs.eval()
+    prompt = dict(num_beams=3, min_length=20, max_length=20)
+    with torch.inference_mode():
+        states = ours.encode_image(image)
+        compare(args, "beam search, 3 beams, 20 tokens", ("dlip.py", lambda: ours.generate(states, **prompt)),
+                ("transformers", lambda: theirs.text_decoder.generate(
+                    torch.full((args.batch, 1), 30522, device=args.device), encoder_hidden_states=states,
+                    eos_token_id=102, pad_token_id=0, **prompt)), ">= 1.0")
+
+
 def embeddings(args, folder):
     """args.images unit vectors of width 512, fp16, in a .npy file: a third are near copies of others, in clusters."""
     torch.manual_seed(0)
@@ -266,7 +312,7 @@ def clustering(args, k=1000, iterations=10):
 
 
 PARTS = {part.__name__: part for part in
-         (clip_step, pruned_inference, eclipse_step, clip_cid_step, reading, balance, clustering)}
+         (clip_step, pruned_inference, eclipse_step, clip_cid_step, blip, reading, balance, clustering)}
 
 
 def main():
