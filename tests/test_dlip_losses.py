@@ -326,14 +326,13 @@ def test_representation_loss_equals_loops():
 LENGTHS = (6, 4, 2)
 
 
-def attention_maps(kind, seed, padding=0.0):
-    """Maps (3, 2, N, M) and the scores they come from. padding: added to the scores that padded keys would have."""
+def attention_maps(kind, seed):
+    """Maps (3, 2, N, M), where there are queries (3, N) and keys (3, M): padded keys have probability 0."""
     M, mask = (9 if kind == "cross" else 6), torch.ones(3, 6, dtype=torch.bool)
     scores = 2 * draw(3, 2, 6, M, seed=seed)
     for row, n in enumerate(LENGTHS):
         mask[row, n:] = False
         if kind != "cross":
-            scores[row, :, :, n:] += padding
             scores[row, :, :, n:] = -math.inf
     if kind == "causal":
         scores = scores.masked_fill(torch.ones(6, 6, dtype=torch.bool).triu(1), -math.inf)
