@@ -21,7 +21,9 @@ Assumptions, where the public text is silent. Each is ours, not the paper's:
       encoder; padded queries are left out (--attn, --attn-form, --lambda-at). L_HR and L_AT see matching pairs only.
   A3  Distillation of ITC and LM logits is not in the paper's equations: --kd-itc and --kd-lm, off.
   A4  ITC's keys are the momentum features of all processes' batches and the queue; BLIP has its own process's and the
-      queue. The momentum encoders run without dropout. ITM's negatives come from the process's own batch, as in BLIP.
+      queue. The momentum encoders run without dropout. ITM's negatives come from the process's own batch, as in BLIP's
+      pre-training, drawn by the similarity to momentum features without BLIP's addition of 1e-4; in fine-tuning for
+      retrieval the pairs of one image, in the queue too, are positives of each other.
   A5  Weight decay on matrices only. An epoch shows every image once, with one of its captions, or answers, drawn.
   A6  In the answer decoder a padded question is masked, as BLIP does in training and ranking. LM loss and ranking of
       answers have label smoothing 0.1, as in BLIP's code. Beam search is transformers 5's: mean log-probability of the
@@ -140,7 +142,7 @@ class Config:
     temp_lr: float = option(0.2, "learning rate of ITC's temperature, as a share of the others'", NOT_NEGATIVE)
     lr_start: float = option(1e-6, "learning rate at the first step")
     lr_end: float = option(1e-5, "learning rate that the schedule does not go below")
-    warmup: int = option(100, "steps of linear warm-up", NOT_NEGATIVE)
+    warmup_steps: int = option(100, "steps of linear warm-up", NOT_NEGATIVE)
     schedule: str = option("cosine", "step: multiplied by --lr-decay after every epoch", ["cosine", "step"])
     lr_decay: float = option(0.85, "factor of --schedule step", POSITIVE_SHARE)
     weight_decay: float = option(0.05, "AdamW weight decay, on matrices only", NOT_NEGATIVE)
@@ -176,20 +178,21 @@ class Config:
 PAPER = dict(preset="paper", image_size=224, context_length=30, embed_dim=256, dropout=0.1, queue_size=57600,
              momentum=0.995, crop_scale=0.2, flip=True, randaugment=5, log_every=50, temp_lr=1.0, lr_end=0.0,
              rerank_k=256, answer_k=128)
-PRETRAIN = {**PAPER, "epochs": 20, "batch_size": 1152, "lr": 5e-4, "warmup": 3000, "schedule": "step",
+PRETRAIN = {**PAPER, "epochs": 20, "batch_size": 1152, "lr": 5e-4, "warmup_steps": 3000, "schedule": "step",
             "weight_decay": 0.02}
-FINETUNE = {**PAPER, "image_size": 384, "batch_size": 256, "lr": 1e-5, "warmup": 0, "crop_scale": 0.5}
+FINETUNE = {**PAPER, "image_size": 384, "batch_size": 256, "lr": 1e-5, "warmup_steps": 0, "crop_scale": 0.5}
 LARGE = {
     "distil": PRETRAIN,
     "teacher": {**PRETRAIN, "vit": "base", "bert": "base", "weight_decay": 0.05},
-    "retrieval": {**FINETUNE, "epochs": 30},  # 6 over images x 5 captions (A5)
+    "retrieval": {**FINETUNE, "epochs": 30, "alpha_ramp": 5.0},  # 6 over images x 5 captions (A5)
     "caption": {**FINETUNE, "epochs": 25, "small_lr": 1.0, "context_length": 40},  # 5 over images x 5 captions
     "vqa": {**FINETUNE, "epochs": 10, "small_lr": 1.0, "lr": 2e-5, "context_length": 35},
 }
-SHORT = dict(lr=4e-4, warmup=20, epochs=1.0, noise=0.0, alpha_ramp=0.0)
+SHORT = dict(lr=4e-4, warmup_steps=20, epochs=1.0, noise=0.0, alpha_ramp=0.0)
 EMOJI = {
     "distil": {},
-    "teacher": dict(vit="base", bert="base", scenes=40000, epochs=5.0, lr=1e-3, temp_lr=0.07, warmup=300, seed=1000),
+    "teacher": dict(vit="base", bert="base", scenes=40000, epochs=5.0, lr=1e-3, temp_lr=0.07, warmup_steps=300,
+                    seed=1000),
     "retrieval": SHORT,
     "caption": SHORT,
     "vqa": {**SHORT, "epochs": 0.5, "lr": 1e-3, "small_lr": 1.0},
@@ -243,8 +246,9 @@ def check(cfg):
     if cfg.init and cfg.stage not in ("finetune", "evaluate"):
         raise UserError(f"--init goes with --stage finetune or evaluate, not {cfg.stage} (there are --vision-init and "
                         "--text-init)")
-    if cfg.batch_size % world_size():
-        raise UserError(f"--batch-size {cfg.batch_size} is no multiple of {world_size()} processes")
+    if cfg.batch_size % world_size() or cfg.batch_size < 2 * world_size():
+        raise UserError(f"--batch-size {cfg.batch_size} is no multiple of {world_size()} processes, or leaves one of "
+                        "them less than two pairs: ITM needs a wrong one")
     if cfg.stage in ("all", "teacher", "distil") and not cfg.vlp:
         if cfg.method == "blip" or cfg.stage == "teacher":
             raise UserError("--no-vlp leaves no loss without a teacher")
@@ -668,10 +672,12 @@ class BLIP(nn.Module):
         weights, place = text.state_dict(), text.embeddings.word_embeddings.weight
         self.text_decoder = TextModel(text.size, text.size.width, ("decoder",)).to(place.device, place.dtype)
         self.text = TextModel(text.size, vision_width, ("encoder",)).to(place.device, place.dtype)
+        fresh = re.compile(r"crossattention\.self\.(key|value)" if vision_width != text.size.width else "$^")
         for module in (self.text, self.text_decoder):
             own = module.state_dict()
-            module.load_state_dict({name: weights[name] if weights[name].shape == own[name].shape else own[name]
-                                    for name in own})
+            module.load_state_dict({name: own[name] if module is self.text_decoder and fresh.search(name)
+                                    else weights[name] for name in own})
+            module.train(self.training)
 
 
 def begin(ids, token):
@@ -756,7 +762,7 @@ def beam_search(step, ids, sep, pad, num_beams, min_length, max_length, penalty)
 
 
 def mean_where(x, where):
-    """The mean of x over the True places of `where`, of the same shape or (B, N) for x (B, N, ...), of all processes.
+    """The mean of x over the True places of `where`, of the same shape, of all processes.
 
     Each process divides its sum by the mean count, so that averaging their gradients gives that of one process.
     """
@@ -811,7 +817,8 @@ def attention_loss(student, teacher, queries, keys, form="kl"):
     """KL(teacher map || student map), averaged over heads and queries [paper, L_AT].
 
     Maps (B, H, N, M) of probabilities; queries (B, N) and keys (B, M) are True at tokens, False at padding. form
-    "double-softmax": KL between softmax(map / 0.05) over the keys, as in a public reimplementation.
+    "double-softmax": KL between softmax(map / 0.05) over the keys, as in a public reimplementation; keys that a causal
+    map hides then count as probability 0, that is with weight e^0.
     """
     student, teacher = student.float(), teacher.detach().float()
     if form == "double-softmax":
@@ -845,7 +852,7 @@ def token_kd(student, teacher, where):
 class DLIP(nn.Module):
     """The student, a BLIP, with BLIP's momentum encoders and queues. The teacher is no part of it: it never changes.
 
-    A step of pre-training, in the terms that loss() returns (the weights are those of the paper, all 1):
+    A step of pre-training; all weights are 1, as in the paper, and the right column names the method:
 
         momentum <- m momentum + (1 - m) student                                                   update_momentum
         L_ITC    images against texts, in the batch and the queues; then enqueue                   contrast
@@ -1265,10 +1272,11 @@ def teacher_file(cfg):
 
 def check_teacher(student, teacher, cfg):
     """UserError when maps that are to be compared have different shapes."""
-    for what, ours, theirs in (
-            ("text heads", student.text.size.heads, teacher.text.size.heads),
-            ("image tokens", student.visual_encoder.pos_embed.shape[1], teacher.visual_encoder.pos_embed.shape[1])):
-        if ours != theirs and "none" not in cfg.attn:
+    tokens = [blip.visual_encoder.pos_embed.shape[1] for blip in (student, teacher)]
+    for what, ours, theirs, compared in (
+            ("text heads", student.text.size.heads, teacher.text.size.heads, "none" not in cfg.attn),
+            ("image tokens", *tokens, "cross" in cfg.attn)):
+        if ours != theirs and compared:
             raise UserError(f"the student has {ours} {what}, the teacher {theirs}: their attention maps cannot be "
                             "compared (--attn none leaves them out)")
 
@@ -1285,12 +1293,12 @@ def build_optimiser(model, cfg, device):
 
 def schedules(cfg, step, steps, steps_per_epoch):
     """{"lr", "alpha"} at a step."""
-    if step < cfg.warmup:
-        lr = cfg.lr_start + (cfg.lr - cfg.lr_start) * step / cfg.warmup
+    if step < cfg.warmup_steps:
+        lr = cfg.lr_start + (cfg.lr - cfg.lr_start) * step / cfg.warmup_steps
     elif cfg.schedule == "step":
         lr = max(cfg.lr_end, cfg.lr * cfg.lr_decay ** (step // steps_per_epoch))
     else:
-        done = (step - cfg.warmup) / max(1, steps - cfg.warmup)
+        done = (step - cfg.warmup_steps) / max(1, steps - cfg.warmup_steps)
         lr = cfg.lr_end + (cfg.lr - cfg.lr_end) * (1 + math.cos(math.pi * done)) / 2
     ramp = cfg.alpha_ramp * steps_per_epoch
     return {"lr": lr, "alpha": cfg.alpha * min(1.0, step / ramp if ramp else 1.0)}
@@ -1439,8 +1447,9 @@ def log_row(model, state, sampler, now, terms):
     """The row of log.csv: the one place where the host waits for the device. FloatingPointError when diverged."""
     values = common.mean_over_processes(terms)
     if not math.isfinite(values["loss"]):
-        raise FloatingPointError(f"the loss is {values['loss']} at step {state['step']}: lower --lr, lengthen --warmup "
-                                 "or use --precision fp32 (a checkpoint saved before it diverged is kept)")
+        raise FloatingPointError(f"the loss is {values['loss']} at step {state['step']}: lower --lr, raise "
+                                 "--warmup-steps or use --precision fp32 (a checkpoint saved before it diverged is "
+                                 "kept)")
     return {"step": state["step"], "epoch": state["step"] / sampler.steps_per_epoch, **now, **values,
             "logit_scale": 1 / model.student.temp.item()}
 

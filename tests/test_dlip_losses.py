@@ -800,17 +800,17 @@ def test_padded_question_tokens_do_not_matter(double):
 
 def test_learning_rate_with_cosine():
     """Straight from lr_start to lr over 20 steps, then half a cosine to lr_end at step 100."""
-    cfg = config(lr=1e-3, lr_start=1e-6, lr_end=1e-5, warmup=20, schedule="cosine")
+    cfg = config(lr=1e-3, lr_start=1e-6, lr_end=1e-5, warmup_steps=20, schedule="cosine")
     found = [dlip.schedules(cfg, t, 100, 10)["lr"] for t in range(101)]
     wanted = np.concatenate([np.linspace(1e-6, 1e-3, 21)[:-1], 5.05e-4 + 4.95e-4 * np.cos(np.linspace(0, np.pi, 81))])
     np.testing.assert_allclose(found, wanted, rtol=1e-9)
-    assert dlip.schedules(replace(cfg, warmup=0), 0, 100, 10)["lr"] == pytest.approx(1e-3)
-    assert dlip.schedules(replace(cfg, warmup=100), 100, 100, 10)["lr"] == pytest.approx(1e-3)
+    assert dlip.schedules(replace(cfg, warmup_steps=0), 0, 100, 10)["lr"] == pytest.approx(1e-3)
+    assert dlip.schedules(replace(cfg, warmup_steps=100), 100, 100, 10)["lr"] == pytest.approx(1e-3)
 
 
 def test_learning_rate_in_steps():
     """The paper's: 0.85 of it after every epoch, not below lr_end, after the warm-up of BLIP's code."""
-    cfg = config(lr=5e-4, lr_start=1e-6, lr_end=2e-4, warmup=15, schedule="step", lr_decay=0.85)
+    cfg = config(lr=5e-4, lr_start=1e-6, lr_end=2e-4, warmup_steps=15, schedule="step", lr_decay=0.85)
     found = [dlip.schedules(cfg, t, 100, 10)["lr"] for t in range(100)]
     wanted = [1e-6 + 499e-6 * t / 15 for t in range(15)]
     wanted += [5e-4 * 0.85] * 5 + [5e-4 * 0.85 ** 2] * 10 + [5e-4 * 0.85 ** 3] * 10 + [5e-4 * 0.85 ** 4] * 10
