@@ -1657,6 +1657,7 @@ def run_stages(cfg, given=(), with_teacher=True):
     """The stages that --stage names, in their run folder; what is done is not done again. Returns results.json's."""
     if cfg.stage in ("all", "finetune", "evaluate") and "caption" in cfg.task:
         check_prompt(cfg)
+    common.start_device(cfg.device, cfg.seed)  # joins the processes: on_first needs them
     made = common.on_first(partial(open_folder, cfg))
     try:
         if cfg.stage in ("teacher", "distil") or (cfg.stage == "all" and not cfg.init):
