@@ -1607,10 +1607,10 @@ def validate(run, evaluator, state):
 # --------------------------------------------------------------------------------------------------------------- stages
 
 
-def open_folder(cfg):
+def open_folder(cfg, given):
     """Make the run folder and note the flags; returns whether it is new. UserError when it holds another run."""
     folder = Path(cfg.out)
-    going_on = cfg.resume or (cfg.stage in ("finetune", "evaluate") and not cfg.init)
+    going_on = cfg.resume or (cfg.stage in ("finetune", "evaluate") and "init" not in given)
     if (folder / "config.json").exists() and not going_on:
         raise UserError(f"{folder} holds a run: go on with --resume, or choose another --out")
     if not (folder / "config.json").exists():
@@ -1669,7 +1669,8 @@ def run_stages(cfg, given=(), with_teacher=True):
     """The stages that --stage names, in their run folder; what is done is not done again. Returns results.json's."""
     if cfg.stage in ("all", "finetune", "evaluate") and "caption" in cfg.task:
         check_prompt(cfg)
-    made = common.on_first(partial(open_folder, cfg))
+    common.start_device(cfg.device, cfg.seed)  # joins the processes: on_first needs them
+    made = common.on_first(partial(open_folder, cfg, given))
     try:
         if cfg.stage in ("teacher", "distil") or (cfg.stage == "all" and not cfg.init):
             stage = "teacher" if cfg.stage == "teacher" else "distil"
