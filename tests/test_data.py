@@ -36,6 +36,7 @@ from common import (
     random_crop_box,
     random_resized_crop,
     resize_center_crop,
+    resize_whole,
     train_loader,
 )
 
@@ -131,6 +132,19 @@ def test_center_crop_is_torchvisions(size):
     ours = resize_center_crop(picture(1, size, "PNG"), 224)
     assert ours.shape == (3, 224, 224) and ours.dtype == np.uint8
     assert np.abs(ours.astype(int) - np.asarray(reference).transpose(2, 0, 1)).max() <= 1
+
+
+@pytest.mark.parametrize("size", [(640, 480), (300, 301), (150, 100), (333, 224)])
+def test_whole_image_is_torchvisions_resize(size):
+    transforms = import_torchvision().transforms
+    for side in (224, 64):
+        image = Image.open(io.BytesIO(picture(1, size, "PNG")))
+        reference = transforms.Resize((side, side), transforms.InterpolationMode.BICUBIC)(image)
+        ours = resize_whole(picture(1, size, "PNG"), side)
+        assert ours.shape == (3, side, side) and ours.dtype == np.uint8
+        assert np.abs(ours.astype(int) - np.asarray(reference).transpose(2, 0, 1)).max() <= 1
+        reduced = resize_whole(picture(1, size), side), resize_whole(Image.open(io.BytesIO(picture(1, size))), side)
+        assert np.abs(np.subtract(*reduced, dtype=int)).mean() < 2  # a JPEG decoded at 1/2 to 1/8
 
 
 def test_random_crop_is_torchvisions_resized_crop():
