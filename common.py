@@ -374,13 +374,14 @@ def saved_values(values, given):
     return {**saved, "out": values["out"]}
 
 
-def is_done(config):
-    """Whether the run folder of a config holds its results. UserError when they are those of another config."""
+def is_done(config, free=()):
+    """Whether the run folder of a config holds its results. UserError when they are those of another config, in fields
+    other than those that are free to differ."""
     folder = Path(config.out)
     if not (folder / "config.json").is_file():
         return False
     saved, wanted = read_config(folder / "config.json"), json.loads(json.dumps(dataclasses.asdict(config)))
-    for name in [n for n in wanted if n not in FREE and wanted[n] != saved.get(n)]:
+    for name in [n for n in wanted if n not in FREE and n not in free and wanted[n] != saved.get(n)]:
         raise UserError(f"{folder} has {flag(name)} {saved.get(name)}, not {wanted[name]}: take another --out")
     return (folder / "results.json").is_file()
 

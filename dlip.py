@@ -1633,7 +1633,8 @@ def leave_folder(cfg):
 
 def train_once(cfg):
     """train(cfg), unless its folder holds the result already; goes on where it stopped."""
-    if not common.is_done(cfg):
+    own = cfg.init and Path(cfg.init).parent.parent == Path(cfg.out).parent  # of the same run, which may have moved
+    if not common.is_done(cfg, free=("init",) if own else ()):
         if rank() == 0:
             print(f"\n{cfg.out}", flush=True)
         train(cfg)
