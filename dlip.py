@@ -1208,6 +1208,9 @@ def sizes_of(cfg, tokenizer):
     """(VisionSize, TextSize) that --preset, --vit and --bert name."""
     visions, texts = {"demo": (DEMO_VIT, DEMO_BERT), "paper": (VIT, BERT)}[cfg.preset]
     text = texts[cfg.bert]
+    if cfg.context_length > text.positions:
+        raise UserError(f"--context-length {cfg.context_length}: the text networks of --preset {cfg.preset} have "
+                        f"{text.positions} positions")
     special = {name: getattr(tokenizer, name) for name in ("pad", "cls", "sep", "dec", "enc")}
     return (replace(visions[cfg.vit], image_size=cfg.image_size),
             replace(text, vocab=tokenizer.vocab_size, dropout=cfg.dropout, fusion_layers=cfg.fusion_layers or None,

@@ -875,8 +875,9 @@ def test_overfitting_photographs(tmp_path):
     small = [*BASIC, *SIZES, "--data", "coco*50", "--root", COCO, "--vit", "small", "--context-length", "16"]
     start = make_blip(tmp_path / "start.pt", ["--stage", "distil", *map(str, small)])
     flags = [*small, "--keep", tmp_path / "keys.txt", "--init", start, "--batch-size", "12", "--crop-scale", "1",
-             "--no-flip", "--randaugment", "0", "--lr", "2e-3", "--warmup-steps", "20", "--queue-size", "0", "--dropout", "0",
-             "--weight-decay", "0", "--log-every", "50", "--temp-lr", "0.07", "--momentum", "0.9", "--rerank-k", "24"]
+             "--no-flip", "--randaugment", "0", "--lr", "2e-3", "--small-lr", "1", "--warmup-steps", "20",
+             "--queue-size", "0", "--dropout", "0", "--weight-decay", "0", "--log-every", "50", "--temp-lr", "0.07",
+             "--momentum", "0.9", "--rerank-k", "24"]
     scores = {}
     for task, epochs in (("caption", 2), ("retrieval", 4)):  # of 100 steps
         task_flags = [*flags, "--stage", "finetune", "--task", task, "--epochs", epochs, "--out", tmp_path / task]
