@@ -1194,6 +1194,8 @@ class BlipAugment:
     def __call__(self, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
         if self.flip and rng.random() < 0.5:
             image = image.flip(-1)
+        if not self.strength:
+            return image
         drawn = [self.OPERATIONS[i] for i in rng.integers(len(self.OPERATIONS), size=self.operations)]
         applied, mirrored = rng.random((2, self.operations)) < 0.5
         if not applied.any():
@@ -2707,7 +2709,7 @@ def loader_workers(cfg):
     return cfg.workers if cfg.workers >= 0 else 0 if cfg.data == "emoji" else min(8, max(1, os.cpu_count() // local))
 
 
-def example_images(sets, image_size, count):
+def example_images(sets, image_size, count, resize=resize_center_crop):
     """(up to count, 3, S, S) uint8 and a caption each, from the first retrieval set of {name: set}; None without."""
     images, captions = [], []
     for data in sets.values():
@@ -2716,7 +2718,7 @@ def example_images(sets, image_size, count):
                 break
             with contextlib.suppress(BadSample):
                 source, texts = data.read(index)
-                images.append(torch.from_numpy(resize_center_crop(source, image_size)))
+                images.append(torch.from_numpy(resize(source, image_size)))
                 captions.append(texts[0])
     return (torch.stack(images), captions) if images else None
 

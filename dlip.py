@@ -9,35 +9,43 @@ share all but self-attention. To BLIP's three losses DLIP adds two, on the same 
 point where the teacher's do (L_HR), and its last layers attend where the teacher's attend (L_AT).
 
     python dlip.py                                           # emoji scenes: distil, fine-tune for three tasks, evaluate
-    python dlip.py --stage distil --data coco+vg+cc3m+sbu --teacher model_base_14M.pth --vision-init deit_small.pth
-    python dlip.py --stage finetune --task vqa --data vqav2 --init runs/dlip-coco+vg+cc3m+sbu/distil/blip.pt
+    python dlip.py --stage distil --data coco*5+vg*8+cc3m+sbu --teacher model_base_14M.pth --vision-init deit_small.pth
+    python dlip.py --stage finetune --task vqa --data vqav2 --init runs/dlip/distil/blip.pt
     python dlip.py --stage evaluate --task retrieval --data coco --init model_base_retrieval_coco.pth
     python dlip.py --profile                                  # parameters, MACs, latency beside the paper's Table 1
 
 Assumptions, where the public text is silent. Each is ours, not the paper's:
   A1  L_HR is the mean of 1 - cosine at the CLS of image and text, at [ENC] and at [DEC], each after the ITC projection
-      of its own model; the teacher's is frozen, since a learned one could collapse (--hr, --lambda-hr).
-  A2  L_AT compares the last layers: self-attention of fusion encoder and decoder, cross-attention of the fusion
-      encoder; padded queries are left out (--attn, --attn-form, --lambda-at). L_HR and L_AT see matching pairs only.
+      of its own model; the teacher's is frozen, since a learned one could collapse (--hr, --lambda-hr). [DEC] comes
+      first in a causal decoder: VL_D sees the image and no word.
+  A2  L_AT compares the last layers: the sum of self-attention of fusion encoder and decoder, and cross-attention of
+      the fusion encoder; padded queries are left out (--attn, --attn-form, --lambda-at). L_HR and L_AT see matching
+      pairs only.
   A3  Distillation of ITC and LM logits is not in the paper's equations: --kd-itc and --kd-lm, off.
   A4  ITC's keys are the momentum features of all processes' batches and the queue; BLIP has its own process's and the
       queue. The momentum encoders run without dropout. ITM's negatives come from the process's own batch, as in BLIP's
       pre-training, drawn by the similarity to momentum features without BLIP's addition of 1e-4; in fine-tuning for
       retrieval the pairs of one image, in the queue too, are positives of each other.
-  A5  Weight decay on matrices only. An epoch shows every image once, with one of its captions, or answers, drawn.
+      BLIP's fine-tuning draws by online features, and on COCO from all processes.
+  A5  Weight decay on tensors of two and more dimensions. An epoch shows every image once, with one of its captions
+      drawn, or every question, with one of its answers; BLIP counts captions, hence coco*5. The last epoch is
+      evaluated (best.pt is the best on validation; BLIP takes that for retrieval and captions).
   A6  In the answer decoder a padded question is masked, as BLIP does in training and ranking. LM loss and ranking of
       answers have label smoothing 0.1, as in BLIP's code. Beam search is transformers 5's: mean log-probability of the
       new tokens (BLIP's version divided by the length with the prompt).
   A7  Encoder and decoder are tied in pre-training only; for VQA they are two networks, as in BLIP's code. Where image
       and text widths differ, the keys and values of the answer decoder's cross-attention start afresh.
-  A8  Position embeddings are resized without antialiasing. LayerNorm's ε is 1e-6 in the ViT; text dropout is 0.1 for
-      large data. BLIP's VQA fine-tuning has drop path 0.1 in the ViT: left out.
+  A8  VQA is trained on VQAv2's train split at 384 px, so that val can measure it; BLIP adds val and Visual Genome's
+      questions, at 480 px. Validation takes the first 5,000 questions. Position embeddings are resized without
+      antialiasing. LayerNorm's ε is 1e-6 in the ViT; text dropout is 0.1 for large data. BLIP's VQA fine-tuning has
+      drop path 0.1 in the ViT: left out.
   A9  Sizes, schedules and fine-tuning of the emoji run are ours. Its fine-tuning captions are never wrong, as COCO's
       are cleaner than the web's. The temperature starts at 0.07, and Adam's steps do not shrink with it: at the emoji
-      run's learning rate it collapses within a hundred steps, so there it has 0.07 of that rate (--temp-lr).
+      run's learning rate it would collapse within a hundred steps, so it has a share of that rate (--temp-lr).
 """
 
 import copy
+import itertools
 import math
 import re
 from collections import OrderedDict
@@ -76,13 +84,18 @@ from common import (
 
 TASKS = ("retrieval", "caption", "vqa")
 HR_PARTS = ("img", "text", "vl_e", "vl_d")
+# the parts of a checkpoint that a task cannot do without, the metrics the paper compares, those our tables show
+NEEDED = {"retrieval": ("encoder", "itc", "itm"), "caption": ("decoder",), "vqa": ("encoder", "decoder")}
+COMPARED = {"i2t_r1": "TR@1", "t2i_r1": "IR@1", "cider": "CIDEr", "vqa_accuracy": "VQA"}
+SHOWN = ("i2t_r1", "t2i_r1", "itc_i2t_r1", "itc_t2i_r1", "bleu4", "cider", "vqa_accuracy")
 
 
 @dataclass
 class Config:
-    stage: str = option("all", "all: distil, fine-tune, evaluate in turn; or one of them alone", section="run",
+    stage: str = option("all", "all (emoji): distil, fine-tune, evaluate in turn, where optimisation flags are those "
+                       "of distil; or one of them alone (other data: distil)", section="run",
                         allowed=["all", "teacher", "distil", "finetune", "evaluate"])
-    task: tuple[str, ...] = option(TASKS, "what to fine-tune for and to evaluate: retrieval caption vqa")
+    task: tuple[str, ...] = option(TASKS, "what to fine-tune for and to evaluate, of what the data has")
     data: str = option("emoji", "emoji, coco, flickr30k, vg, sbu, cc3m, vqav2, nocaps, or any name with --root FOLDER "
                        "of tar shards; several corpora as coco*2+vg+sbu; picks preset and recipe")
     root: str | None = option(None, "folder of the data (default data/NAME)")
@@ -90,7 +103,7 @@ class Config:
     teacher: str | None = option(None, "teacher: a BLIP checkpoint, ours or a published one (default for emoji: "
                                  "data/teacher_blip.pt)")
     init: str | None = option(None, "--stage finetune and evaluate: start from this BLIP checkpoint")
-    out: str | None = option(None, "run folder (default runs/STAGE-DATA, numbered when taken)")
+    out: str | None = option(None, "run folder (default runs/METHOD-DATA, with --init runs/STAGE-DATA, numbered)")
     resume: bool = option(False, "go on from the last checkpoint in --out")
     eval_data: tuple[str, ...] = option((), "evaluation sets (default: those that belong to --data)")
     eval_root: str | None = option(None, "folder of the evaluation set (default data/NAME); of several: FOLDER/NAME")
@@ -137,19 +150,19 @@ class Config:
     epochs: float = option(6.0, "passes over the training set", POSITIVE, section="optimisation")
     batch_size: int = option(64, "pairs per step, over all processes", POSITIVE)
     lr: float = option(4e-3, "peak learning rate", POSITIVE)
-    small_lr: float = option(5.0, "factor of --lr in fine-tuning a small or tiny text network (the paper's, for "
-                             "retrieval)", POSITIVE)
+    small_lr: float = option(5.0, "factor of --lr, given or not, in fine-tuning a small or tiny text network (the "
+                             "paper's, for retrieval)", POSITIVE)
     temp_lr: float = option(0.2, "learning rate of ITC's temperature, as a share of the others'", NOT_NEGATIVE)
     lr_start: float = option(1e-6, "learning rate at the first step")
     lr_end: float = option(1e-5, "learning rate that the schedule does not go below")
     warmup_steps: int = option(100, "steps of linear warm-up", NOT_NEGATIVE)
     schedule: str = option("cosine", "step: multiplied by --lr-decay after every epoch", ["cosine", "step"])
     lr_decay: float = option(0.85, "factor of --schedule step", POSITIVE_SHARE)
-    weight_decay: float = option(0.05, "AdamW weight decay, on matrices only", NOT_NEGATIVE)
+    weight_decay: float = option(0.05, "AdamW weight decay, not on vectors", NOT_NEGATIVE)
     beta2: float = option(0.999, "AdamW β₂ (β₁ is 0.9)", BELOW_ONE)
     adam_eps: float = option(1e-8, "AdamW ε", POSITIVE)
     crop_scale: float = option(0.8, "smallest area of the random crop, as a share of the image", POSITIVE_SHARE)
-    flip: bool = option(False, "mirror half of the training images")
+    flip: bool = option(False, "mirror half of the training images; not with captions that tell left from right")
     randaugment: int = option(0, "magnitude of RandAugment's two operations, without those that change colours (0: "
                               "none)", NOT_NEGATIVE)
     precision: str = option("auto", "auto: bf16 autocast on CUDA, fp32 elsewhere; fp16 uses a GradScaler",
@@ -184,7 +197,7 @@ FINETUNE = {**PAPER, "image_size": 384, "batch_size": 256, "lr": 1e-5, "warmup_s
 LARGE = {
     "distil": PRETRAIN,
     "teacher": {**PRETRAIN, "vit": "base", "bert": "base", "weight_decay": 0.05},
-    "retrieval": {**FINETUNE, "epochs": 30, "alpha_ramp": 5.0},  # 6 over images x 5 captions (A5)
+    "retrieval": {**FINETUNE, "epochs": 30, "alpha_ramp": 5.0, "context_length": 35},  # 6 over images x 5 captions (A5)
     "caption": {**FINETUNE, "epochs": 25, "small_lr": 1.0, "context_length": 40},  # 5 over images x 5 captions
     "vqa": {**FINETUNE, "epochs": 10, "small_lr": 1.0, "lr": 2e-5, "context_length": 35},
 }
@@ -199,13 +212,15 @@ EMOJI = {
 }
 
 
-# What --stage finetune takes from the run it works on. Other flags are the fine-tuning's own, and is_done judges them.
+# Where --stage finetune and evaluate go on in a run, flags given must not contradict these. Others are their own.
 DISTILLED = {"data", "method", "teacher", "preset", "vit", "bert", "fusion_layers", "embed_dim", "vision_init",
-             "text_init", "concepts"}
+             "text_init", "pixel_stats", "concepts"}
 
 
 def recipe(data, part):
-    return (EMOJI if data == "emoji" else LARGE)[part]
+    """Config fields of a stage, or of a task's fine-tuning."""
+    fields = (EMOJI if data == "emoji" else LARGE)[part]
+    return {**fields, "rerank_k": 128} if data == "flickr30k" else fields
 
 
 def configure(argv=None):
@@ -213,16 +228,16 @@ def configure(argv=None):
     given = common.parse_command_line(Config, __doc__, argv)
     data, emoji = given.get("data", "emoji"), given.get("data", "emoji") == "emoji"
     stage = given.setdefault("stage", "all" if emoji else "distil")
-    tasks = given.get("task", TASKS)
+    tasks = given.get("task", TASKS if emoji else ("vqa",) if data == "vqav2" else ("retrieval", "caption"))
     if set(tasks) - set(TASKS) or len(set(tasks)) < len(tasks):
         raise UserError(f"--task {' '.join(tasks)}: choose from {', '.join(TASKS)}")
-    values = dict(recipe(data, "distil" if stage == "all" else stage if stage in LARGE else tasks[0]))
+    values = {**recipe(data, "distil" if stage == "all" else stage if stage in LARGE else tasks[0]), "task": tasks}
     own = stage in ("finetune", "evaluate") and "init" not in given  # works on the products of an earlier stage
     stem = "teacher" if stage == "teacher" else stage if "init" in given else given.get("method", "dlip")
     values["out"] = given.get("out") or ("runs/ablation_dlip" if "ablate" in given else
                                          common.run_folder(f"runs/{stem}-{data}", newest=own or "resume" in given))
     if given.get("resume") or (own and Path(values["out"], "config.json").is_file()):
-        of_run = DISTILLED if own and stage == "finetune" else {field.name for field in fields(Config)}
+        of_run = DISTILLED if own else {field.name for field in fields(Config)}
         values = common.saved_values(values, {k: given[k] for k in given if k in of_run - {"stage", "task"}})
     cfg = Config(**{**values, **given})
     check(cfg)
@@ -238,8 +253,13 @@ def check(cfg):
     modes = [name for name in ("ablate", "profile") if getattr(cfg, name)]
     if len(modes) > 1:
         raise UserError("--ablate and --profile: choose one")
-    if cfg.ablate and world_size() > 1:
-        raise UserError("--ablate runs in one process")
+    if (cfg.ablate or cfg.stage == "evaluate") and world_size() > 1:
+        raise UserError("--ablate and --stage evaluate run in one process")
+    if cfg.stage in ("all", "finetune", "evaluate") and cfg.data != "emoji" and not cfg.profile:
+        for task in [task for task in cfg.task if (task == "vqa") != (cfg.data in common.QUESTIONS)]:
+            raise UserError(f"--task {task}: --data {cfg.data} is not for it")
+    if cfg.keep and "vqa" in cfg.task and cfg.stage == "finetune":
+        raise UserError("--keep lists captioned images: it does not go with --task vqa")
     if (cfg.ablate or cfg.stage == "all") and cfg.data != "emoji" and not cfg.profile:
         raise UserError(f"--{'ablate' if cfg.ablate else 'stage all'} is for the emoji scenes: with --data {cfg.data} "
                         "the stages are run one by one, each with its data")
@@ -295,6 +315,7 @@ DEMO_VIT = {"tiny": VisionSize(32, 4, 2, 8, 40), "small": VisionSize(64, 4, 2, 8
             "middle": VisionSize(96, 4, 3, 8, 40), "base": VisionSize(128, 4, 4, 8, 40)}
 DEMO_BERT = {"tiny": TextSize(32, 2, 4, positions=32), "small": TextSize(64, 3, 4, positions=32),
              "middle": TextSize(96, 3, 4, positions=32), "base": TextSize(128, 4, 4, positions=32)}
+SIZES = {"demo": (DEMO_VIT, DEMO_BERT), "paper": (VIT, BERT)}
 
 
 # ---------------------------------------------------------------------------------------------------------------- model
@@ -336,8 +357,8 @@ def attend(q, k, v, mask=None, dropout=0.0, with_map=False):
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, H, N, M)
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    found = scores.softmax(-1)
-    return F.dropout(found, dropout) @ v, found
+    found = scores.float().softmax(-1)
+    return F.dropout(found, dropout).to(v.dtype) @ v, found
 
 
 class VisionAttention(nn.Module):
@@ -396,7 +417,7 @@ class VisionTransformer(nn.Module):
     def forward(self, image, trace=None):
         """(B, 3, S, S) normalised pixels -> (B, N, D). Traced states are the blocks' outputs, before the final norm."""
         x = self.patch_embed(image).flatten(2).transpose(1, 2)  # (B, N-1, D)
-        x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], 1) + self.pos_embed.to(x.dtype)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed  # float32 under autocast
         for i, block in enumerate(self.blocks):
             keys = trace.keys(i, len(self.blocks)) if trace else ()
             if self.grad_checkpoint and torch.is_grad_enabled():
@@ -559,8 +580,10 @@ class TextModel(nn.Module):
         return x
 
     def logits(self, states):
-        """(R, N, D) -> (R, N, V)"""
-        return self.cls.predictions(states, self.embeddings.word_embeddings.weight)
+        """(R, N, D) -> (R, N, V); in evaluation without autocast, whose bf16 would make ties among the likeliest."""
+        words, half = self.embeddings.word_embeddings.weight, torch.is_autocast_enabled(states.device.type)
+        with torch.autocast(states.device.type, enabled=half and self.training):
+            return self.cls.predictions(states if self.training else states.to(words.dtype), words)
 
 
 def unit(x):
@@ -606,8 +629,11 @@ class BLIP(nn.Module):
 
         source: image states (captions), or the states of fused questions with their mask (answers).
         """
-        states = self.decoder(begin(ids, self.text.size.dec), mask, "decoder", source, source_mask, trace=trace)
-        return self.decoder.logits(states)
+        return self.decoder.logits(self.decoder_states(ids, mask, source, source_mask, trace))
+
+    def decoder_states(self, ids, mask, source, source_mask=None, trace=None):
+        """What decode computes its logits from: (R, N, D)."""
+        return self.decoder(begin(ids, self.text.size.dec), mask, "decoder", source, source_mask, trace=trace)
 
     def image_feature(self, states):
         """Image states -> (B, E) of unit length, for ITC."""
@@ -618,8 +644,9 @@ class BLIP(nn.Module):
         return unit(self.text_proj(states[:, 0]))
 
     def match(self, states):
-        """Fused states -> (B, 2) logits of no match and match."""
-        return self.itm_head(states[:, 0])
+        """Fused states -> (B, 2) logits of no match and match, without autocast: re-ranking sorts them."""
+        with torch.autocast(states.device.type, enabled=False):
+            return self.itm_head(states[:, 0].to(self.itm_head.weight.dtype))
 
     @torch.no_grad()
     def generate(self, source, prompt=(), num_beams=3, min_length=5, max_length=20, repetition_penalty=1.0,
@@ -657,10 +684,13 @@ class BLIP(nn.Module):
         pad, start = self.decoder.size.pad, answers[:1, :1].expand(B, 1)
         first = self.decode(start, None, question, question_mask)[:, 0]  # (B, V)
         top = first[:, answers[:, 1]].topk(k).indices  # (B, K) of A
-        ids = answers[top].flatten(0, 1)  # (B * K, L)
-        logits = self.decode(ids, ids != pad, question, question_mask)
-        loss = lm_loss(logits, ids, pad, label_smoothing, reduction="none").view(B, k)
-        return top.gather(1, loss.argmin(1, keepdim=True))[:, 0]
+        losses, block = [], max(1, 1024 // k)  # questions at a time: 1,024 answers make 0.4 G logits of BERT's words
+        masks = itertools.repeat(None) if question_mask is None else question_mask.split(block)
+        for chosen, source, mask in zip(top.split(block), question.split(block), masks):
+            ids = answers[chosen].flatten(0, 1)  # (block * K, L)
+            logits = self.decode(ids, ids != pad, source, mask)
+            losses.append(lm_loss(logits, ids, pad, label_smoothing, reduction="none").view(-1, k))
+        return top.gather(1, torch.cat(losses).argmin(1, keepdim=True))[:, 0]
 
     def untie_decoder(self):
         """Give the decoder a copy of what it shares with the encoder: the start of BLIP's VQA fine-tuning.
@@ -862,10 +892,10 @@ class DLIP(nn.Module):
         L_AT     KL to the teacher's maps: self- and cross-attention of the last layers            distil
     """
 
-    def __init__(self, cfg, student):
+    def __init__(self, cfg, student, prompt_length=1):
         super().__init__()
-        self.cfg, self.student = cfg, student
-        self.pad = student.text.size.pad
+        self.cfg, self.student, self.pad = cfg, student, student.text.size.pad
+        self.prompt_length = prompt_length  # [DEC] included
         self.momentum = None
         self.contrasts = cfg.task == ("retrieval",) if cfg.stage == "finetune" else cfg.vlp
         if self.contrasts:
@@ -926,15 +956,16 @@ class DLIP(nn.Module):
         fused = student.fuse(ids, mask, states, enc_trace)
         if self.contrasts:
             terms["itm"] = self.matching(fused, ids, mask, states, similarity)
-        logits = student.decode(ids, mask, states, trace=dec_trace)
+        decoded = student.decoder_states(ids, mask, states, trace=dec_trace)
         if self.cfg.vlp:
-            terms["lm"] = lm_loss(logits, ids, self.pad)
+            terms["lm"] = lm_loss(student.decoder.logits(decoded), ids, self.pad)
         if teacher:
-            terms.update(self.distil(teacher, image, ids, mask, u, v, fused, logits, enc_trace, dec_trace))
+            terms.update(self.distil(teacher, image, ids, mask, u, v, fused, decoded, enc_trace, dec_trace))
         return terms
 
     def contrast(self, image, ids, mask, u, v, index, alpha):
-        """L_ITC, and the similarities of this process's images with its texts and the reverse, (b, b) each.
+        """L_ITC; and for ITM the similarities of this process's images with its texts, the reverse, and which belong
+        together, (b, b) each.
 
         index None, in pre-training: only a pair's own image and text belong together. Else those with the same index.
         """
@@ -948,7 +979,7 @@ class DLIP(nn.Module):
             own = slice(rank() * b, (rank() + 1) * b)
             number = torch.arange(len(u_batch), device=u.device) if index is None else gather(index)  # (B,)
             numbers = torch.cat([number, self.index_queue])
-            same = (number[own, None] == numbers) & (numbers >= 0)  # (b, B + Q)
+            same = number[own, None] == numbers  # (b, B + Q)
             image_keys, text_keys = torch.cat([u_batch, self.image_queue]), torch.cat([v_batch, self.text_queue])
         with torch.autocast(u.device.type, enabled=False):
             loss = itc_loss(u, v, image_keys, text_keys, same.float(), teacher_u, teacher_v, temp, alpha)
@@ -974,19 +1005,19 @@ class DLIP(nn.Module):
         target[:len(fused)] = 1
         return F.cross_entropy(logits, target)
 
-    def distil(self, teacher, image, ids, mask, u, v, fused, logits, enc_trace, dec_trace):
+    def distil(self, teacher, image, ids, mask, u, v, fused, decoded, enc_trace, dec_trace):
         """The terms of L_HR and L_AT, and of the logits where flags ask for them. The teacher sees the same pairs."""
         cfg, student, terms = self.cfg, self.student, {}
         with torch.no_grad():
             t_enc, t_dec = (Trace(-1, maps=enc_trace.maps) for _ in range(2))
             t_states = teacher.encode_image(image)
             t_fused = teacher.fuse(ids, mask, t_states, t_enc)
-            t_logits = teacher.decode(ids, mask, t_states, trace=t_dec)
+            t_decoded = teacher.decoder_states(ids, mask, t_states, trace=t_dec)
             t_u = teacher.image_feature(t_states)
             t_v = teacher.text_feature(teacher.encode_text(ids, mask))
         pairs = {"img": lambda: (u, t_u), "text": lambda: (v, t_v),
                  "vl_e": lambda: (student.text_feature(fused), teacher.text_feature(t_fused)),
-                 "vl_d": lambda: (student.text_feature(dec_trace.states[-1]), teacher.text_feature(t_dec.states[-1]))}
+                 "vl_d": lambda: (student.text_feature(decoded), teacher.text_feature(t_decoded))}
         for part in [part for part in pairs if part in cfg.hr]:
             terms[f"hr:{part}"] = representation_loss(*pairs[part]())
         every = torch.ones(t_states.shape[:2], dtype=torch.bool, device=image.device)  # image tokens
@@ -1000,6 +1031,7 @@ class DLIP(nn.Module):
             with torch.autocast(u.device.type, enabled=False):
                 terms["kd_itc"] = similarity_kd((u, v), (t_u, t_v), student.temp)
         if cfg.kd_lm:
+            logits, t_logits = student.decoder.logits(decoded), teacher.decoder.logits(t_decoded)
             terms["kd_lm"] = token_kd(logits[:, :-1], t_logits[:, :-1], mask[:, 1:])
         return terms
 
@@ -1206,15 +1238,18 @@ def tokenizer_of(cfg):
 
 def sizes_of(cfg, tokenizer):
     """(VisionSize, TextSize) that --preset, --vit and --bert name."""
-    visions, texts = {"demo": (DEMO_VIT, DEMO_BERT), "paper": (VIT, BERT)}[cfg.preset]
+    visions, texts = SIZES[cfg.preset]
     text = texts[cfg.bert]
     if cfg.context_length > text.positions:
         raise UserError(f"--context-length {cfg.context_length}: the text networks of --preset {cfg.preset} have "
                         f"{text.positions} positions")
-    special = {name: getattr(tokenizer, name) for name in ("pad", "cls", "sep", "dec", "enc")}
     return (replace(visions[cfg.vit], image_size=cfg.image_size),
             replace(text, vocab=tokenizer.vocab_size, dropout=cfg.dropout, fusion_layers=cfg.fusion_layers or None,
-                    **special))
+                    **special_tokens(tokenizer)))
+
+
+def special_tokens(tokenizer):
+    return {name: getattr(tokenizer, name) for name in ("pad", "cls", "sep", "dec", "enc")}
 
 
 def named(path, load, *args, **kwargs):
@@ -1228,13 +1263,14 @@ def named(path, load, *args, **kwargs):
 def open_blip(path, cfg, tokenizer, need=()):
     """A BLIP from a checkpoint of ours or a published one, at --image-size. UserError when it does not fit the data."""
     weights, config = common.read_weights(path)
-    if any(name.startswith("student.") for name in weights):  # last.pt
-        weights = {name.removeprefix("student."): w for name, w in weights.items() if name.startswith("student.")}
+    if any(name.startswith("student.") for name in weights):
+        raise UserError(f"{path} is what --resume goes on from: take the blip.pt or best.pt beside it")
     config = config or {}
+    if config.get("pixel_stats", cfg.pixel_stats) != cfg.pixel_stats:
+        raise UserError(f"{path} was trained with --pixel-stats {config['pixel_stats']}, not {cfg.pixel_stats}")
     heads = {"heads": config["text"]["heads"]} if "text" in config else {}
-    special = {name: getattr(tokenizer, name) for name in ("pad", "cls", "sep", "dec", "enc")}
     model, _ = named(path, load_blip, weights, cfg.image_size, config.get("vision", {}).get("heads"), need,
-                     dropout=cfg.dropout, **heads, **special)
+                     dropout=cfg.dropout, **heads, **special_tokens(tokenizer))
     if model.text.size.vocab != tokenizer.vocab_size:
         raise UserError(f"{path} has a vocabulary of {model.text.size.vocab:,} tokens, the tokenizer of {cfg.data} "
                         f"{tokenizer.vocab_size:,}: it was trained on other data")
@@ -1254,9 +1290,7 @@ def build(cfg, tokenizer, teacher=None):
             named(cfg.vision_init, load_vision, student.visual_encoder, common.read_weights(cfg.vision_init)[0])
         if cfg.text_init:
             named(cfg.text_init, load_bert, student.text, common.read_weights(cfg.text_init)[0])
-    model = DLIP(cfg, student)
-    model.prompt_length = 1 + len(tokenizer.encode(cfg.prompt))
-    return model
+    return DLIP(cfg, student, 1 + len(tokenizer.encode(cfg.prompt)))
 
 
 def load_teacher(cfg, tokenizer, device):
@@ -1364,16 +1398,21 @@ def training_samples(cfg, tokenizer):
     task = cfg.task[0] if cfg.stage == "finetune" else "retrieval"
     data = AnsweredQuestions(common.vqa_set(cfg, "train")) if task == "vqa" else common.training_set(cfg)
 
-    def encode(texts):
-        if task == "vqa":
-            questions, answers = zip(*texts)
-            return torch.cat([tokenizer([common.clean_blip_question(text) for text in questions]),
-                              tokenizer(list(answers))], 1)
-        prompt = cfg.prompt if task == "caption" else ""
-        return tokenizer([prompt + common.clean_blip_caption(text) for text in texts])
-
+    encode = partial(encode_pairs, tokenizer) if task == "vqa" else \
+        partial(encode_captions, tokenizer, cfg.prompt if task == "caption" else "")
     augment = common.BlipAugment(cfg.flip, cfg.randaugment) if cfg.flip or cfg.randaugment else None
     return Samples(data, encode, cfg.image_size, (cfg.crop_scale, 1.0), cfg.seed, augment)
+
+
+def encode_captions(tokenizer, prompt, texts):
+    """n strings -> ids (n, context)."""
+    return tokenizer([prompt + common.clean_blip_caption(text) for text in texts])
+
+
+def encode_pairs(tokenizer, pairs):
+    """n pairs of question and answer -> ids (n, 2 context), for split_ids."""
+    questions, answers = zip(*pairs)
+    return torch.cat([tokenizer([common.clean_blip_question(text) for text in questions]), tokenizer(list(answers))], 1)
 
 
 def split_ids(ids, cfg):
@@ -1393,7 +1432,7 @@ def train(cfg):
         check_teacher(model.student, teacher, cfg)
     optimiser, (amp, scaler) = build_optimiser(model, cfg, device), common.mixed_precision(cfg, device)
     parts = {"model": model, "optimiser": optimiser, "scaler": scaler}
-    small = cfg.stage == "finetune" and model.student.text.size.width <= {"demo": 64, "paper": 384}[cfg.preset]
+    small = cfg.stage == "finetune" and model.student.text.size.width <= SIZES[cfg.preset][1]["small"].width
     peak = replace(cfg, lr=cfg.lr * cfg.small_lr) if small else cfg
     state = run.load_state(**parts) if cfg.resume else {}
     state = state or {"step": 0, "best": -1.0, "best_step": 0, "bad": 0}
@@ -1487,6 +1526,7 @@ class Evaluator:
     def __init__(self, blip, cfg, device, amp, tokenizer):
         self.blip, self.cfg, self.device, self.amp, self.tokenizer = blip, cfg, device, amp, tokenizer
         self.sets = cache(partial(task_sets, cfg))  # (task, "val" or "test") -> {name: set}
+        self.candidates = cache(lambda answers: common.trim_padding(tokenizer(list(answers)), 4).to(device))
         self.unscored = None  # answers to a test split's questions, as the server takes them that alone can score them
         self.statistics = 255 * torch.tensor(common.PIXELS[cfg.pixel_stats], device=device).view(2, 3, 1, 1)
 
@@ -1530,22 +1570,21 @@ class Evaluator:
             if self.cfg.vqa == "generate":
                 found = self.blip.generate(states, (), self.cfg.num_beams, 0, 10, source_mask=mask)
                 return [self.tokenizer.decode(row[1:]) for row in found.tolist()]
-            candidates = common.trim_padding(self.tokenizer(answers), 4).to(self.device)
-            return [answers[i] for i in self.blip.rank_answers(states, mask, candidates, self.cfg.answer_k).tolist()]
+            best = self.blip.rank_answers(states, mask, self.candidates(tuple(answers)), self.cfg.answer_k)
+            return [answers[i] for i in best.tolist()]
 
+    @torch.inference_mode()
     def itc_scores(self, split):
         """{metric: percent} of retrieval by the ITC features alone, on the first set."""
-        def encode_ids(ids):
-            with self.amp:
-                ids = ids.to(self.device)
-                return self.blip.text_feature(self.blip.encode_text(ids, ids != self.tokenizer.pad))
-
-        def tokenize(texts):
-            return self.tokenizer([common.clean_blip_caption(text) for text in texts])
-
-        data = next(iter(self.sets("retrieval", split).values()))
-        encoders = {"student": (lambda image: self.encode_image(image)[1], encode_ids)}
-        return common.evaluate(encoders, tokenize, data, self.cfg)["student"]
+        data, cfg = next(iter(self.sets("retrieval", split).values())), self.cfg
+        images, captions = [], []
+        for batch, _, targets in common.batches(data, cfg.image_size, common.loader_workers(cfg), "validating"):
+            images.append(self.encode_image(batch)[1])
+            captions += targets
+        texts = [text for group in captions for text in group]
+        features = torch.cat([self.encode_text(texts[start:start + 256])[1] for start in range(0, len(texts), 256)])
+        image_of_text = torch.tensor([i for i, group in enumerate(captions) for _ in group])
+        return common.retrieval(torch.cat(images), features, image_of_text)
 
     @torch.inference_mode()
     def scores(self, task, split):
@@ -1581,6 +1620,10 @@ def task_sets(cfg, task, split):
         return {"emoji": scenes}
     if task == "vqa":
         data = common.vqa_set(cfg, split)
+        if split == "val" and data is not None:  # rank 0 validates alone, after every epoch
+            part = common.Subset(data, range(min(len(data), 5000)))
+            part.answers = data.answers
+            return {cfg.data: part}
         return {cfg.data: data} if data is not None else {}
     return {name: data for name, data in common.evaluation_sets(cfg, split).items() if not hasattr(data, "classes")}
 
@@ -1644,11 +1687,12 @@ def train_once(cfg):
 
 
 def starts(cfg, with_teacher=True):
-    """{who: checkpoint} of the models that are fine-tuned and evaluated."""
+    """{who: checkpoint} of the models that are fine-tuned and evaluated; the teacher only on the emoji scenes."""
     if cfg.init:
         return {"model": cfg.init}
     models = {"student": f"{cfg.out}/distil/blip.pt"}
-    return {**models, "teacher": str(teacher_file(cfg))} if with_teacher and cfg.method == "dlip" else models
+    with_teacher = with_teacher and cfg.method == "dlip" and cfg.data == "emoji"
+    return {**models, "teacher": str(teacher_file(cfg))} if with_teacher else models
 
 
 def finetune_config(cfg, who, task, checkpoint, given):
@@ -1701,7 +1745,8 @@ def tuned_model(cfg, who, task, path):
     tuned = Path(finetune_config(cfg, who, task, path, {}).out) / "blip.pt"
     if tuned.exists():
         saved = common.read_config(tuned.with_name("config.json"))
-        return tuned, replace(cfg, image_size=saved["image_size"], context_length=saved["context_length"])
+        of_model = ("image_size", "context_length", "prompt", "pixel_stats")
+        return tuned, replace(cfg, **{name: saved[name] for name in of_model})
     if not cfg.init:
         raise UserError(f"no {tuned}: --stage finetune --task {task} --out {cfg.out} makes it")
     return path, cfg
@@ -1724,6 +1769,8 @@ def evaluate(cfg, with_teacher=True):
     for (who, task), (path, own) in tuned.items():
         evaluators[who, task] = evaluator(path, own, NEEDED[task])
         scores = evaluators[who, task].scores(task, "test")
+        if not evaluators[who, task].sets(task, "test"):
+            raise UserError(f"--data {cfg.data} has no test set for --task {task}: name one with --eval-data")
         cells[who].update(scores if task != "vqa" else {f"vqa_{name}": value for name, value in scores.items()})
         if evaluators[who, task].unscored:
             common.write_json(folder / f"answers_{who}.json", evaluators[who, task].unscored)
@@ -1732,7 +1779,8 @@ def evaluate(cfg, with_teacher=True):
                             for name, value in cells["student"].items() if cells["teacher"].get(name)}
     results = {"cells": cells, "seed": cfg.seed}
     common.write_json(folder / "results.json", results)
-    columns = [*next(iter(found.values())), *(m for m in SHOWN if any(m in cell for cell in cells.values()))]
+    scored = dict.fromkeys(name for cell in cells.values() for name in cell)
+    columns = [*next(iter(found.values())), *(name for name in scored if name.endswith(SHOWN))]
     common.print_table({who: {column: cell.get(column) for column in columns} for who, cell in cells.items()},
                        folder / "table.md")
     draw(cfg, models, evaluators, cells)
@@ -1740,9 +1788,6 @@ def evaluate(cfg, with_teacher=True):
     return results
 
 
-NEEDED = {"retrieval": ("encoder", "itc", "itm"), "caption": ("decoder",), "vqa": ("encoder", "decoder")}
-COMPARED = {"i2t_r1": "TR@1", "t2i_r1": "IR@1", "cider": "CIDEr", "vqa_accuracy": "VQA"}  # as the paper calls them
-SHOWN = ("i2t_r1", "t2i_r1", "itc_i2t_r1", "itc_t2i_r1", "bleu4", "cider", "vqa_accuracy")
 
 
 def draw(cfg, models, evaluators, cells):
@@ -1754,7 +1799,7 @@ def draw(cfg, models, evaluators, cells):
         data = next(iter(own.sets(task, "test").values()), None)
         with torch.inference_mode():
             if task == "caption" and data is not None:
-                images, captions = common.example_images({"caption": data}, own.cfg.image_size, 12)
+                images, captions = common.example_images({"": data}, own.cfg.image_size, 12, common.resize_whole)
                 by_model = {who: evaluator.caption(images) for who, evaluator in found.items()}
                 common.plot_captions(folder / "captions.png", images, {"reference": captions, **by_model},
                                      f"captions of test images of {cfg.data}")
@@ -1762,7 +1807,7 @@ def draw(cfg, models, evaluators, cells):
                 draw_attention(folder / "attention.png", cfg, models, own, data)
             elif data is not None:
                 draw_answers(folder / "answers.png", own.cfg, found, data)
-    if "teacher" in cells:
+    if "teacher" in cells and any(metric in cells["teacher"] for metric in COMPARED):
         points = {who: efficiency_point([cells[who]], {"student": "distilled"}.get(who, who)) for who in models}
         common.plot_efficiency(folder / "efficiency.png", points, f"accuracy against size on {cfg.data}")
 
@@ -1780,15 +1825,15 @@ PASSED_OVER = set("a an the of in on is are there this picture drawing photo ima
 
 def draw_attention(path, cfg, models, evaluator, data, count=6):
     """Where the fusion encoders look when they read the first noun or so of a caption: last layer, mean over heads."""
-    images, captions = common.example_images({"retrieval": data}, cfg.image_size, count)
+    images, captions = common.example_images({"": data}, cfg.image_size, count, common.resize_whole)
     captions = [common.clean_blip_caption(text) for text in captions]
-    words = [next((word for word in re.findall(r"\w+", text) if word not in PASSED_OVER), text.split()[0])
-             for text in captions]
+    found = [[match for match in re.finditer(r"\w+", text) if match[0] not in PASSED_OVER] for text in captions]
+    matches = [words[0] if words else re.search("^", text) for words, text in zip(found, captions)]
     ids, mask = evaluator.ids(captions, str)
     of_word = torch.zeros(ids.shape)  # 1 / tokens at the tokens of the word
-    for row, (text, word) in enumerate(zip(captions, words)):
-        start = 1 + len(evaluator.tokenizer.encode(text.split(word)[0]))
-        pieces = len(evaluator.tokenizer.encode(word))
+    for row, (text, match) in enumerate(zip(captions, matches)):
+        start = 1 + len(evaluator.tokenizer.encode(text[:match.start()]))
+        pieces = max(1, len(evaluator.tokenizer.encode(match[0])))
         of_word[row, start:start + pieces] = 1 / pieces
     maps = {}
     for who, blip in models.items():
@@ -1797,7 +1842,8 @@ def draw_attention(path, cfg, models, evaluator, data, count=6):
         found = trace.cross_maps[-1].float().mean(1).cpu()[:, :, 1:]  # (B, N, M-1), without CLS
         side = math.isqrt(found.shape[-1])
         maps[who] = torch.einsum("bn,bnm->bm", of_word, found).unflatten(1, (side, side))
-    common.plot_attention(path, images, words, maps, "cross-attention of a word to the image, last layer")
+    common.plot_attention(path, images, [match[0] for match in matches], maps,
+                          "cross-attention of a word to the image, last layer, before fine-tuning")
 
 
 def draw_answers(path, cfg, evaluators, data, count=6, each=6):
@@ -1808,7 +1854,7 @@ def draw_answers(path, cfg, evaluators, data, count=6, each=6):
         while index < len(data) and data.read(index)[0] == image:
             group.append(data.read(index)[1])
             index += 1
-        images.append(torch.from_numpy(common.resize_center_crop(image, cfg.image_size)))
+        images.append(torch.from_numpy(common.resize_whole(image, cfg.image_size)))
         asked.append([question for question, _ in group[:each]])
         truth.append([max(set(found), key=found.count) if found else "" for _, found in group[:each]])
         for who, evaluator in evaluators.items():
@@ -1881,9 +1927,9 @@ def profile(cfg):
             paper = {**TABLE_1, "whole": PAPER_WHOLE}.get(kind, {}).get(name, (None,) * 3)
             count = counts.get((kind, name))
             cells[f"{label} {name}"] = {
-                "M parameters": count and count / 1e6, "paper": paper[0],
-                "GMACs": forward_macs(calls[kind, name]) / 1e9, "paper ": paper[1],
-                "ms": times[kind, name], "paper  ": paper[2]}
+                "M parameters": count and count / 1e6, "paper M": paper[0],
+                "GMACs": forward_macs(calls[kind, name]) / 1e9, "paper G": paper[1],
+                "ms": times[kind, name], "paper ms": paper[2]}
     common.print_table(cells)
     base, small = (cells[f"both {name}"] for name in ("base", "small"))
     where = torch.cuda.get_device_name() if device.type == "cuda" else "this CPU"
@@ -1934,10 +1980,10 @@ def ablate(cfg):
     cells = {name: [next(iter(run["cells"].values())) for run in runs] for name, runs in found.items()}
     table = {}
     for name in cells:
-        ours = common.mean_std([{metric: cell[metric] for metric in COMPARED} for cell in cells[name]])
+        ours = common.mean_std([{m: cell[m] for m in COMPARED if m in cell} for cell in cells[name]])
         paper = dict(zip(COMPARED, PAPER_ABLATION.get(name, ())))
         table[name] = {key: value for m, title in COMPARED.items()
-                       for key, value in ((title, ours[m]), (f"paper {title}", paper.get(m)))}
+                       for key, value in ((title, ours.get(m)), (f"paper {title}", paper.get(m)))}
     print("\nemoji scenes beside the paper's Flickr30K, COCO captions and VQAv2: compare differences, not values")
     common.print_table(table, Path(cfg.out) / "beside_paper.md")
     points = {}
