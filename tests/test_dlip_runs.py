@@ -871,24 +871,26 @@ def test_damaged_shards(words_blip, tmp_path):
 
 @coco_mini
 def test_overfitting_photographs(tmp_path):
-    """24 photographs are learned by heart: their captions are written, and they are found by them."""
+    """8 photographs are learned by heart: their captions are written, and they are found by them."""
     data = common.open_train("coco", COCO)
-    common.write_keys(tmp_path / "keys.txt", [f"coco/{data.key(i)}" for i in range(24)])
-    small = [*BASIC, *SIZES, "--data", "coco*50", "--root", COCO, "--vit", "small", "--context-length", "16"]
+    common.write_keys(tmp_path / "keys.txt", [f"coco/{data.key(i)}" for i in range(8)])
+    small = [*BASIC, *SIZES, "--data", "coco*50", "--root", COCO, "--vit", "small", "--bert", "small",
+             "--context-length", "16"]
     start = make_blip(tmp_path / "start.pt", ["--stage", "distil", *map(str, small)])
-    flags = [*small, "--keep", tmp_path / "keys.txt", "--init", start, "--batch-size", "12", "--crop-scale", "1",
-             "--no-flip", "--randaugment", "0", "--lr", "2e-3", "--small-lr", "1", "--warmup-steps", "20",
-             "--queue-size", "0", "--dropout", "0", "--weight-decay", "0", "--log-every", "50", "--temp-lr", "0.07",
-             "--momentum", "0.9", "--rerank-k", "24"]
+    flags = [*small, "--keep", tmp_path / "keys.txt", "--init", start, "--batch-size", "8", "--crop-scale", "1",
+             "--no-flip", "--randaugment", "0", "--small-lr", "1", "--warmup-steps", "20", "--queue-size", "0",
+             "--dropout", "0", "--weight-decay", "0", "--log-every", "50", "--temp-lr", "0.07", "--momentum", "0.9",
+             "--rerank-k", "8"]
     scores = {}
-    for task, epochs in (("caption", 2), ("retrieval", 4)):  # of 100 steps
-        task_flags = [*flags, "--stage", "finetune", "--task", task, "--epochs", epochs, "--out", tmp_path / task]
+    for task, epochs, lr in (("caption", 7, 4e-3), ("retrieval", 6, 2e-3)):  # of 50 steps
+        task_flags = [*flags, "--stage", "finetune", "--task", task, "--epochs", epochs, "--lr", lr, "--out",
+                      tmp_path / task]
         run(*task_flags)
         for name in (start, tmp_path / task / task / "blip.pt"):
             scores[task, name == start] = scores_on_training_images(list(map(str, task_flags)), task, name)
-    assert scores["caption", False]["cider"] > max(10 * scores["caption", True]["cider"], 20), scores
-    assert scores["retrieval", True]["i2t_r1"] < 30
-    assert min(scores["retrieval", False][f"{way}_r1"] for way in ("i2t", "t2i")) > 90, scores
+    assert scores["caption", False]["cider"] > max(10 * scores["caption", True]["cider"], 100), scores
+    assert scores["retrieval", True]["i2t_r1"] < 40
+    assert min(scores["retrieval", False][f"{way}_r1"] for way in ("i2t", "t2i")) > 80, scores
 
 
 def scores_on_training_images(flags, task, path):
