@@ -9,10 +9,11 @@ share all but self-attention. To BLIP's three losses DLIP adds two, on the same 
 point where the teacher's do (L_HR), and its last layers attend where the teacher's attend (L_AT).
 
     python dlip.py                                           # emoji scenes: distil, fine-tune for three tasks, evaluate
-    python dlip.py --stage distil --data coco*5+vg*8+cc3m+sbu --teacher model_base_14M.pth --vision-init deit_small.pth
-    python dlip.py --stage finetune --task vqa --data vqav2 --init runs/dlip/distil/blip.pt
+    torchrun --nproc_per_node=8 dlip.py --stage distil --data 'coco*5+vg*8+cc3m+sbu' --teacher model_base_14M.pth
+    python dlip.py --stage finetune --data vqav2 --init runs/dlip/distil/blip.pt
     python dlip.py --stage evaluate --task retrieval --data coco --init model_base_retrieval_coco.pth
-    python dlip.py --profile                                  # parameters, MACs, latency beside the paper's Table 1
+    python dlip.py --profile                                 # parameters, MACs, latency beside the paper's Table 1
+    python dlip.py --ablate all                              # beside the paper's ablations, emoji scenes
 
 Assumptions, where the public text is silent. Each is ours, not the paper's:
   A1  L_HR is the mean of 1 - cosine at the CLS of image and text, at [ENC] and at [DEC], each after the ITC projection
