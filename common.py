@@ -3457,8 +3457,9 @@ def mean_std(runs):
     table = {}
     for metric in runs[0]:
         values = np.array([run[metric] for run in runs], float)
-        spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
-        table[metric] = f"{values.mean():.1f}{spread}"
+        digits = 4 if 0 < abs(values).max() < 0.1 else 1
+        spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
+        table[metric] = f"{values.mean():.{digits}f}{spread}"
     return table
 
 
