@@ -3736,7 +3736,7 @@ def plot_efficiency(path, points, title, x="parameters"):
                 axis.errorbar(point[x], mean, std or None, color=colour, capsize=3, lw=1)
         axis.set(xlabel=f"{x} ({units[x]})", ylabel=metric, axisbelow=True)
         axis.margins(0.2)
-        axis.set_ylim(bottom=0)  # a cut axis would make little differences large
+        axis.set_ylim(0, 1.1 * axis.get_ylim()[1])  # a cut axis would make little differences large
         axis.grid(alpha=0.3)
         axis.set_visible(metric is not None)
     handles = [plt.Line2D([], [], ls="", marker=marker, color=colour, label=family, markersize=8)

@@ -15,6 +15,11 @@ point where the teacher's do (L_HR), and its last layers attend where the teache
     python dlip.py --profile                                 # parameters, MACs, latency beside the paper's Table 1
     python dlip.py --ablate all                              # beside the paper's ablations, emoji scenes
 
+Measured on the emoji scenes, 54,000 samples of pre-training, 3 seeds, 2 CPU cores, torch 2.13.0 (README has the table
+and the commands): TR@1 20.7 ± 1.5, IR@1 14.9 ± 0.9, CIDEr 147 ± 6, against 0.6 ± 0.4, 1.7 ± 0.8, 107 ± 9 for the same
+student without distillation, and 23.7 ± 1.2, 16.2 ± 0.9, 160 ± 2 for the teacher, which saw 200,000 samples. Not run at
+the paper's scale, nor on a GPU.
+
 Assumptions, where the public text is silent. Each is ours, not the paper's:
   A1  L_HR is the mean of 1 - cosine at the CLS of image and text, at [ENC] and at [DEC], each after the ITC projection
       of its own model; the teacher's is frozen, since a learned one could collapse (--hr, --lambda-hr). [DEC] comes
