@@ -1281,6 +1281,8 @@ def open_blip(path, cfg, tokenizer, need=()):
     if model.text.size.vocab != tokenizer.vocab_size:
         raise UserError(f"{path} has a vocabulary of {model.text.size.vocab:,} tokens, the tokenizer of {cfg.data} "
                         f"{tokenizer.vocab_size:,}: it was trained on other data")
+    if cfg.context_length > model.text.size.positions:
+        raise UserError(f"--context-length {cfg.context_length}: {path} has {model.text.size.positions} positions")
     return model
 
 

@@ -641,7 +641,7 @@ def test_large_emoji_scenes_are_drawn_once_for_their_questions(monkeypatch):
 @pytest.mark.parametrize("concepts", [3, 150, 412])
 @pytest.mark.parametrize("difficulty", ["easy", "medium", "hard"])
 def test_emoji_words_cover_captions_and_questions(concepts, difficulty):
-    full, small = BertTokenizer(), BertTokenizer(words=emoji_words(concepts, difficulty))
+    full, small = BertTokenizer(), BertTokenizer(words=emoji_words(concepts))
     texts = set()
     for split, count in (("train", 50), ("test", 150)):
         scenes = EmojiScenes(split, count, 40, 1, concepts, difficulty)

@@ -782,7 +782,7 @@ ON_A_RUN = {
     "fine-tuned last.pt cut": (lambda folder: [unfinished("caption")(folder), cut("caption/last.pt", 3000)(folder)],
                                "--stage finetune", "{run}/caption/last.pt damaged"),
     "config.json cut": (cut("config.json", 100), "--resume", "{run}/config.json damaged"),
-    "other beams": (untouched, "--stage evaluate --max-length 4", "--max-length 4 20 {run}"),
+    "no room in evaluation": (untouched, "--stage evaluate --max-length 4", "--max-length 4 prompt"),
     "no room after the prompt": (remove("caption"), "--stage finetune --max-length 4", "--max-length 4 prompt"),
 }
 
@@ -838,7 +838,7 @@ def test_photographs(tmp_path):
 def test_one_checkpoint_on_several_tasks(words_blip, tmp_path):
     """A checkpoint as it is on both tasks, without a run."""
     run("--stage", "evaluate", "--init", words_blip, "--task", "retrieval", "caption", "--data", "coco", "--root", COCO,
-        *BASIC, "--image-size", "40", "--rerank-k", "4", "--out", tmp_path)
+        *BASIC, "--image-size", "40", "--context-length", "30", "--rerank-k", "4", "--out", tmp_path)
     cell = json.loads((tmp_path / "results.json").read_text())["cells"]["model"]
     assert all(0 <= cell[name] for name in ("i2t_r1", "itc_t2i_r10", "bleu4", "cider"))
     assert {"results.json", "table.md", "captions.png", "attention.png", "config.json"} == names_in(tmp_path)
