@@ -3474,7 +3474,7 @@ def plot_curves(path, rows, chance, title):
                 axis.plot(*zip(*points), label=column, marker="." if axis is right else None)
         axis.set_xlabel("epoch")
         if axis.lines:
-            axis.legend()
+            axis.legend(fontsize=8, ncols=1 + (len(axis.lines) > 6))
     if chance:
         left.axhline(chance, color="grey", ls=":")
         left.text(0.02, chance, "chance of one NCE, ln(batch)", color="grey", va="bottom", fontsize=8,
