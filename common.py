@@ -11,6 +11,7 @@ Letters in shape comments: B batch, N images, T texts, D embedding width, K clas
 
 import argparse
 import collections
+import concurrent.futures
 import contextlib
 import csv
 import dataclasses
@@ -25,7 +26,9 @@ import json
 import math
 import os
 import platform
+import queue
 import re
+import shlex
 import signal
 import string
 import struct
@@ -34,6 +37,7 @@ import sys
 import tarfile
 import tempfile
 import textwrap
+import threading
 import time
 import unicodedata
 import zipfile
@@ -52,7 +56,7 @@ from tqdm import tqdm
 DATA = Path(__file__).resolve().parent / "data"
 
 
-# --------------------------------------------------------------------------------------------------------------- errors
+# --------------------------------------------------------------------------------------- errors
 
 
 class UserError(Exception):
@@ -63,35 +67,47 @@ class BadSample(Exception):
     """One sample cannot be used (corrupt image, no caption): it is skipped, counted and reported."""
 
 
-def run_main(main):
-    """Call main(); a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
-    for stream in (sys.stdout, sys.stderr):  # κ and ± must not end a run on a console that lacks them
-        stream.reconfigure(errors="replace")
+def run_main(main, argv=None):
+    """Call main(argv) and return the exit code.
+
+    0: done. 1: diverged. 2: UserError, one line on stderr. 130: Ctrl-C or SIGTERM.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's stream has no such method
+            stream.reconfigure(errors="replace")  # a console without κ or ± must not end a run
+    code, message = 0, None
     try:
-        main()
+        main(argv)
     except UserError as error:
-        sys.exit(_fail(error, 2))
+        code, message = 2, error
     except FloatingPointError as error:
-        sys.exit(_fail(error, 1))
+        code, message = 1, error
     except KeyboardInterrupt as error:
-        sys.exit(_fail(str(error) or "interrupted", 130))
+        code, message = 130, str(error) or "interrupted"
+    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+        code = 1
+        silence_stdout()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _fail(message, code):
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    if message:
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     return code
+
+
+def silence_stdout():
+    """Nobody reads stdout any more: write to nowhere, so that no later print or flush fails."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 @functools.cache
 def import_torchvision():
     """The torchvision module, also where it is a CUDA build beside a CPU-only torch.
 
-    PyPI has no CPU build of torchvision. Beside a CPU-only torch its compiled operators do not load, and Python code
-    that only describes their shapes then fails with "operator torchvision::nms does not exist". Declaring the schemas
-    it looks for is enough: this project calls none of those operators.
+    PyPI has no CPU build of torchvision. Beside a CPU-only torch its compiled operators do not
+    load, and Python code that only describes their shapes then fails with "operator
+    torchvision::nms does not exist". Declaring the schemas it looks for is enough: this project
+    calls none of those operators.
     """
     try:
         import torchvision
@@ -108,38 +124,34 @@ def import_torchvision():
     return torchvision
 
 
-# --------------------------------------------------------------------------------------------------------- command line
-
-
-NOT_NEGATIVE = (lambda x: x >= 0, "must not be negative")
-BELOW_ONE = (lambda x: 0 <= x < 1, "must be from 0 to below 1")
-POSITIVE = (lambda x: x > 0, "must be above 0")
-SHARE = (lambda x: 0 <= x <= 1, "must be from 0 to 1")
-POSITIVE_SHARE = (lambda x: 0 < x <= 1, "must be above 0 and at most 1")
+# --------------------------------------------------------------------------------- command line
 
 
 def option(default, help, allowed=None, section=None):
     """A dataclass field that is also a command-line flag.
 
-    allowed: a list of choices, or (test, message) for a number. section: opens a new group in --help.
+    allowed: a list of choices, or (least, most) of a number, else from 0 on. section: opens a new
+    group in --help.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "allowed": allowed, "section": section})
+    metadata = {"help": help, "allowed": allowed, "section": section}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def flag(name):
     return "--" + name.replace("_", "-")
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
 def parse_command_line(config_class, description, argv=None):
     """The flags given on the command line, as {field: value}; those not given are absent.
 
-    Flags come from the fields of the dataclass: `keep_rate: float` is --keep-rate X, a bool is --fuse / --no-fuse, a
-    tuple takes several values. A wrong flag or value is one line and exit code 2.
+    Flags come from the fields of the dataclass: `keep_rate: float` is --keep-rate X, a bool is
+    --fuse / --no-fuse, a tuple takes several values. UserError for a wrong flag or value.
     """
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise UserError(f"{message} (see --help)")
-
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
     group = parser
@@ -148,80 +160,146 @@ def parse_command_line(config_class, description, argv=None):
         if field.metadata["section"]:
             group = parser.add_argument_group(field.metadata["section"])
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-        text = field.metadata["help"].replace("%", "%%") + ("" if shown in (None, "") else f" [{shown}]")
-        kind = getattr(field.type, "__args__", (field.type,))[0]  # float of `float | None` and of `tuple[float, ...]`
+        help = field.metadata["help"].replace("%", "%%")
+        if shown not in (None, ""):
+            help += f" [{shown}]"
+        # float of `float | None` and of `tuple[float, ...]`
+        kind = getattr(field.type, "__args__", (field.type,))[0]
         if kind is bool:
-            group.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, help=text)
-        elif isinstance(allowed, list):
-            group.add_argument(flag(field.name), choices=allowed, help=text)
+            settings = {"action": argparse.BooleanOptionalAction}
         else:
-            several = {"nargs": "+"} if isinstance(default, tuple) else {}
-            group.add_argument(flag(field.name), type=kind, metavar=kind.__name__.upper(), help=text, **several)
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(parser.parse_args(argv)).items()}
+            settings = {"type": kind, "metavar": kind.__name__.upper()}
+        if isinstance(allowed, list):
+            settings = {"choices": allowed}
+        if isinstance(default, tuple):
+            settings["nargs"] = "+"
+        group.add_argument(flag(field.name), help=help, **settings)
+    given = vars(parser.parse_args(argv))
     for field in dataclasses.fields(config_class):
-        allowed = field.metadata["allowed"]
-        if isinstance(allowed, tuple) and field.name in given:
-            value = given[field.name]
-            if not allowed[0](value) or not math.isfinite(value):
-                raise UserError(f"{flag(field.name)} {value:g}: {allowed[1]}")
-    return given
+        if isinstance(given.get(field.name), (int, float)):
+            check_range(field, given[field.name])
+    return as_fields(given)
 
 
-# ------------------------------------------------------------------------------------------------ devices and processes
+def check_range(field, value):
+    """UserError when a number is outside of field's range, by default from 0 on, or not finite."""
+    least, most = min(0, field.default or 0), math.inf
+    if isinstance(field.metadata["allowed"], tuple):
+        least, most = field.metadata["allowed"]
+    if not least <= value <= most or value == math.inf:
+        raise UserError(f"{flag(field.name)} {value:g}: must be from {least:g} to {most:g}")
+
+
+def as_fields(saved):
+    """Values from json or argparse, their lists tuples again."""
+    return {name: tuple(value) if isinstance(value, list) else value
+            for name, value in saved.items()}
+
+
+# Flags that may differ when a run goes on.
+FREE = {"out", "resume", "root", "cache", "device", "workers", "log_every", "seeds", "ablate",
+        "jobs"}
+
+
+def fill_config(config_class, recipe, given, stem):
+    """The Config: defaults <- recipe <- flags given; of a run that --resume continues, as saved.
+
+    recipe, given: {field: value}; stem: the default run folder, numbered when taken. UserError
+    when a flag contradicts the run being resumed.
+    """
+    out = given.get("out") or run_folder(stem, newest=given.get("resume", False))
+    values = {**recipe, **given, "out": out}
+    if given.get("resume"):
+        path = Path(out, "config.json")
+        if not path.is_file():
+            print(f"--resume: no run in {out} yet, starting one")
+            return config_class(**values)
+        saved = saved_config(config_class, path)
+        for name, value in given.items():
+            if name not in FREE and saved.get(name, value) != value:
+                raise UserError(f"{flag(name)} {value}: the run in {out} was started with "
+                                f"{saved[name]}; leave the flag out, or take another --out")
+        values = {**saved, **given, "out": out}
+    return config_class(**values)
+
+
+def saved_config(config_class, path):
+    """{field: value} of a run's config.json. UserError when the file is damaged."""
+    saved = read_json(path)
+    if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
+        raise UserError(f"{path} holds no config of a run: take another --out")
+    return known_fields(config_class, saved["config"])
+
+
+def known_fields(config_class, saved):
+    """Those of the saved values that are fields of the dataclass."""
+    names = {field.name for field in dataclasses.fields(config_class)}
+    return {name: value for name, value in as_fields(saved).items() if name in names}
+
+
+def run_folder(stem, newest):
+    """The default run folder: `stem`, stem-2, stem-3, ..., the first free or the newest taken."""
+    number = 1
+    name = stem
+    while Path(name).exists():
+        previous = name
+        number += 1
+        name = f"{stem}-{number}"
+    return previous if newest and number > 1 else name
+
+
+# ------------------------------------------------------------------------ devices and processes
+
+
+def launched():
+    """Whether torchrun started this process; some of its variables alone are leftovers."""
+    return all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
 
 
 def rank():
-    return int(os.environ.get("RANK", 0))  # set by torchrun
+    return int(os.environ["RANK"]) if launched() else 0
 
 
 def world_size():
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ["WORLD_SIZE"]) if launched() else 1
 
 
 def start_device(name, seed):
-    """Join the processes torchrun started, pick the device ("auto": CUDA, else MPS, else CPU), seed, allow TF32."""
+    """Join the processes torchrun started, pick the device ("auto": CUDA, else MPS, else CPU), seed.
+
+    Products of float32 matrices stay exact: nothing here allows TF32, so that the logits of every
+    loss are float32 also on CUDA, where the towers run in bf16 by default.
+    """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
-    if name.split(":")[0] not in available or not available[name.split(":")[0]]():
-        raise UserError(f"--device {name}: not available here; try --device auto")
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    if world_size() > 1 and not dist.is_initialized():
-        hours = datetime.timedelta(hours=3)  # the other processes wait while rank 0 evaluates
-        dist.init_process_group("nccl" if name.startswith("cuda") else "gloo", timeout=hours)
+        name = f"cuda:{os.environ.get('LOCAL_RANK') or 0}"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name}: not available here; try --device auto") from None
     if name.startswith("cuda"):
         torch.cuda.set_device(torch.device(name))
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.allow_tf32 = True
+    if world_size() > 1 and not dist.is_initialized():
+        backend = "nccl" if name.startswith("cuda") else "gloo"
+        hours = datetime.timedelta(hours=3)  # the other processes wait while rank 0 evaluates
+        dist.init_process_group(backend, timeout=hours)
     torch.manual_seed(seed)
     return torch.device(name)
 
 
-def mixed_precision(cfg, device):
+def mixed_precision(precision, device):
     """The autocast context of --precision and a GradScaler (idle except for fp16)."""
-    precision = cfg.precision if cfg.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    amp = torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
+    amp = torch.autocast(device.type, dtype, enabled=dtype is not None)
     return amp, torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
-def exact_products(function):
-    """Decorator: float32 matrix products in full precision, without TF32, while the function runs."""
-    @functools.wraps(function)
-    def exact(*args, **kwargs):
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            return function(*args, **kwargs)
-        finally:
-            torch.set_float32_matmul_precision(before)
-
-    return exact
-
-
 class Gather(torch.autograd.Function):
-    """(b, D) on each process -> (B, D) on all of them; the gradient is summed over the processes."""
+    """(b, D) on each process -> (B, D) on all; the gradient is summed over the processes."""
 
     @staticmethod
     def forward(ctx, x):
@@ -252,18 +330,10 @@ def average_gradients(parameters):
 
 
 def mean_over_processes(terms):
-    """{name: scalar tensor} -> {name: float}, averaged over the processes; waits for the device once."""
+    """{name: scalar tensor} -> {name: float}, their means; waits for the device once."""
     values = torch.stack([value.float() for value in terms.values()])
-    if world_size() > 1:
-        dist.all_reduce(values)
-        values /= world_size()
+    values = sum_over_processes(values) / world_size()
     return dict(zip(terms, values.tolist()))
-
-
-def total(count, device):
-    """The sum of an integer over the processes."""
-    mean = mean_over_processes({"count": torch.tensor(float(count), device=device)})["count"]
-    return round(mean * world_size())
 
 
 def sum_over_processes(x):
@@ -271,6 +341,11 @@ def sum_over_processes(x):
     if world_size() > 1:
         dist.all_reduce(x)
     return x
+
+
+def total(count):
+    """The sum of an integer over the processes."""
+    return sum(gather_objects(count))
 
 
 def of_first(x):
@@ -290,358 +365,78 @@ def gather_objects(thing):
 
 
 def on_first(work):
-    """work() on rank 0, while the other processes wait; returns what it returned. Its UserError ends them all."""
-    done = None
+    """work() on rank 0 while the others wait; all return its result. Its UserError ends them all."""
+    result = None
     if rank() == 0:
         try:
-            done = work()
+            result = work()
         except UserError as error:
-            done = error
-    done = gather_objects(done)[0]
-    if isinstance(done, UserError):
-        raise done
-    return done
+            result = error
+    result = gather_objects(result)[0]
+    if isinstance(result, UserError):
+        raise result
+    return result
 
 
-class StopRequest:
-    """`with StopRequest() as stop`: a first Ctrl-C or SIGTERM is noted for the end of the step, a second interrupts."""
+# ----------------------------------------------------------------------------------- run folder
 
-    def __enter__(self):
-        self.asked = False
-        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _note(self, signum, frame):
-        if self.asked:
-            raise KeyboardInterrupt("interrupted; the run is as it was at its last checkpoint")
-        self.asked = True
-
-    def agreed(self, synchronise):
-        """Whether to stop now; several processes agree on it where `synchronise` is true, so that none waits."""
-        if world_size() == 1:
-            return self.asked
-        return synchronise and total(self.asked, _device()) > 0
-
-    def __exit__(self, *exception):
-        for signum, handler in self.before.items():
-            signal.signal(signum, handler)
+SAVE_EVERY = 500  # steps between checkpoints; one is also saved after every epoch
 
 
-def _device():
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-
-
-# ----------------------------------------------------------------------------------------------------------- run folder
-
-
-def run_folder(stem, newest):
-    """The default run folder: `stem`, stem-2, stem-3, ... - the first that is free, or the newest that is not."""
-    taken = 0
-    while Path(stem if taken == 0 else f"{stem}-{taken + 1}").exists():
-        taken += 1
-    number = max(1, taken) if newest else taken + 1
-    return stem if number == 1 else f"{stem}-{number}"
-
-
-def as_fields(saved):
-    """A config read from json or a checkpoint, its lists tuples again."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-
-
-def read_config(path):
-    """The config in a run folder's config.json. UserError when the file is damaged."""
-    try:
-        return dict(read_json(path)["config"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is cut off or damaged ({type(error).__name__}): take another --out") from error
-
-
-# fields that may differ when a run goes on
-FREE = {"out", "resume", "root", "cache", "device", "workers", "log_every", "save_every", "seeds", "ablate"}
-
-
-def saved_values(values, given):
-    """The fields of the run being resumed. UserError when a flag given now differs from it, but for those in FREE."""
-    path = Path(values["out"]) / "config.json"
-    if not path.is_file():
-        print(f"--resume: no run in {values['out']} yet, starting one")
-        return values
-    saved = as_fields(read_config(path))
-    for name, value in given.items():
-        if name not in FREE and saved[name] != value:
-            raise UserError(f"{flag(name)} {value}: the run in {values['out']} was started with {saved[name]}; leave "
-                            "the flag out or start another run with --out")
-    return {**saved, "out": values["out"]}
-
-
-def is_done(config, free=()):
-    """Whether the run folder of a config holds its results. UserError when they are those of another config, in fields
-    other than those that are free to differ."""
-    folder = Path(config.out)
-    if not (folder / "config.json").is_file():
-        return False
-    saved, wanted = read_config(folder / "config.json"), json.loads(json.dumps(dataclasses.asdict(config)))
-    for name in [n for n in wanted if n not in FREE and n not in free and wanted[n] != saved.get(n)]:
-        raise UserError(f"{folder} has {flag(name)} {saved.get(name)}, not {wanted[name]}: take another --out")
-    return (folder / "results.json").is_file()
-
-
-TIMING_COLUMNS = ["step", "images_per_second", "data_share"]
-
-
-class Run:
-    """A run folder: config.json, log.csv, timing.csv, results.json, last.pt, best.pt and pictures.
-
-    log.csv holds only what a rerun reproduces to the digit; wall-clock figures go to timing.csv. Only rank 0 writes.
-    """
-
-    def __init__(self, folder, columns):
-        self.folder, self.columns = Path(folder), columns
-
-    def path(self, name):
-        return self.folder / name
-
-    def check_free(self, config):
-        """UserError when the folder holds a run that is not to be resumed."""
-        if self.path("log.csv").exists() and not config.resume:
-            raise UserError(f"{self.folder} holds a run: go on with --resume, or choose another --out")
-
-    def start(self, config, step):
-        """Begin at a step: at 0 the folder must hold no run; later rows of an interrupted run are dropped."""
-        if rank() > 0:
-            return
-        self.check_free(config)
-        make_folder(self.folder)
-        if step == 0:
-            self.write_json("config.json", {"config": dataclasses.asdict(config), "environment": environment()})
-        for name in self.columns:
-            if self.path(name).exists():
-                rows = [row for row in read_csv(self.path(name)) if int(row["step"]) <= step]
-                self.path(name).unlink()
-                for row in rows:
-                    self.log(name, row)
-
-    def write_json(self, name, content):
-        if rank() == 0:
-            write_json(self.path(name), content)
-
-    def log(self, name, row):
-        """Append a row to a csv file; absent columns stay empty."""
-        if rank() > 0:
-            return
-        new = not self.path(name).exists()
-        with open(self.path(name), "a", newline="") as file:
-            writer = csv.DictWriter(file, self.columns[name], restval="", lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow({key: f"{v:.8g}" if isinstance(v, float) else v for key, v in row.items()})
-
-    def save(self, name, content):
-        """torch.save, atomic: a crash while writing leaves the previous checkpoint whole."""
-        if rank() == 0:
-            _replace(self.path(name), lambda temporary: torch.save(content, temporary))
-
-
-    def save_state(self, config, state, model, **parts):
-        """last.pt: the tensors of model, optimiser and scaler, `state` (step, ...) and the config.
-
-        Random numbers need no state: they are seeded by (seed, step, sample). A model that has diverged is not saved,
-        so the last good checkpoint stays.
-        """
-        if torch.stack([p.sum() for p in model.parameters()]).isfinite().all():
-            self.save("last.pt", {"model": model.state_dict(), "state": state, "config": dataclasses.asdict(config),
-                                  **{name: part.state_dict() for name, part in parts.items()}})
-
-    def load_state(self, **parts):
-        """The `state` that save_state was given, its tensors loaded into the parts; None when nothing was saved yet."""
-        path = self.path("last.pt")
-        if not path.exists():
-            return None
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # the reader raises errors of many types on damaged files
-            raise UserError(f"{path} is cut off or damaged ({type(error).__name__}): delete it, and this training "
-                            "starts anew") from error
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-        return saved["state"]
-
-
-def _replace(path, write):
+def replace_file(path, write):
+    """write(temporary path), then rename: nobody ever reads half a file. UserError if it fails."""
+    path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"{path} cannot be written: {reason}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def make_folder(folder):
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"the folder {folder} cannot be made ({error.strerror})") from error
-
-
 def write_json(path, content):
-    _replace(path, lambda new: new.write_text(json.dumps(content, indent=2) + "\n", "utf-8"))
+    text = json.dumps(content, indent=2) + "\n"
+    replace_file(path, lambda temporary: temporary.write_text(text, "utf-8"))
 
 
 def write_keys(path, keys):
     """Sample keys, one a line."""
-    _replace(path, lambda new: new.write_text("\n".join(keys) + "\n", "utf-8", errors="surrogateescape"))
+    text = "\n".join(keys) + "\n"
+    replace_file(path, lambda new: new.write_text(text, "utf-8", errors="surrogateescape"))
 
 
-def write_arrays(path, **arrays):
-    """An .npz file, in one step, so that no process ever reads half of it."""
-    def write(temporary):
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)
+def read_text(path, **options):
+    """The text of a file in UTF-8. UserError, naming it, when it cannot be read."""
+    try:
+        return Path(path).read_text("utf-8-sig", **options)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is no text in UTF-8") from None
 
-    _replace(path, write)
+
+def read_json(path, **options):
+    """What a json file holds. UserError, naming the file, when it is absent or damaged."""
+    try:
+        return json.loads(read_text(path), **options)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no valid json: {error}") from None
 
 
-def read_json(path):
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+def read_keys(path):
+    """Sample keys, one a line."""
+    return read_text(path, errors="surrogateescape").rstrip("\n").split("\n")
 
 
 def read_csv(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-# Fields read off a checkpoint's tensors, and those that are not in them and that a flag may correct.
-SIZES = ("image_size", "patch_size", "vision_width", "vision_layers", "vision_mlp", "text_width", "text_layers",
-         "context_length", "vocab_size", "embed_dim")
-GUESSED = ("vision_heads", "text_heads", "act", "pixel_stats")
-
-
-def check_sizes(cfg, sizes):
-    """UserError when the sizes of a Config contradict each other, or those read off a checkpoint (`sizes`)."""
-    for name in [n for n in sizes if n != "image_size"]:
-        if getattr(cfg, name) != sizes[name]:
-            raise UserError(f"{flag(name)} {getattr(cfg, name)}: the checkpoint has {sizes[name]}")
-    for size, part in (("image_size", "patch_size"), ("vision_width", "vision_heads"), ("text_width", "text_heads")):
-        if getattr(cfg, size) % getattr(cfg, part):
-            raise UserError(f"{flag(size)} {getattr(cfg, size)} is no multiple of {flag(part)} {getattr(cfg, part)}")
-    if cfg.batch_size % (cfg.accum * world_size()):
-        raise UserError(f"--batch-size {cfg.batch_size} is no multiple of {world_size()} processes x --accum "
-                        f"{cfg.accum}")
-
-
-def run_arms(cfg, arms, train, baselines):
-    """--ablate: train each arm that is not done yet, seed by seed, then tabulate every arm that is, mean ± std.
-
-    arms: {name: fields that differ from cfg}; cfg.ablate holds names of arms, or "all"; baselines: the arms that all
-    are compared with, seed by seed. Arm and seed have a run folder of their own, so an interrupted ablation goes on
-    where it stopped. Returns {arm: [results.json]}.
-    """
-    names = [name for name in arms if "all" in cfg.ablate or name in cfg.ablate]
-    unknown = set(cfg.ablate) - {"all", *arms}
-    if unknown:
-        raise UserError(f"--ablate {' '.join(sorted(unknown))}: no such arm; there are: all, "
-                        + ", ".join(map(repr, arms)))
-    folder, found = Path(cfg.out), {}
-    for seed in cfg.seeds:
-        for name in names:
-            out = str(folder / name.replace(" ", "_") / f"seed{seed}")
-            arm = dataclasses.replace(cfg, **arms[name], ablate=(), seed=seed, resume=True, out=out)
-            if not is_done(arm):
-                print(f"\n{name}, seed {seed}")
-                try:
-                    train(arm)
-                except KeyboardInterrupt:
-                    raise KeyboardInterrupt(f"stopped in '{name}', seed {seed}; the same command goes on") from None
-    for name in arms:
-        results = sorted((folder / name.replace(" ", "_")).glob("seed*/results.json"))
-        if results:
-            found[name] = [read_json(path) for path in results]
-    table = {f"{name}: {cell}": {"seeds": str(len(runs)), **mean_std([run["cells"][cell] for run in runs])}
-             for name, runs in found.items() for cell in runs[0]["cells"]}
-    print_table(table, folder / "table.md")
-    for baseline in [name for name in baselines if name in found]:
-        print(f"\ndifference to {baseline!r}, subtracted seed by seed, and in how many seeds it is positive")
-        print_table(paired_differences(found, baseline), folder / f"difference_to_{baseline.replace(' ', '_')}.md")
-    return found
-
-
-def paired_differences(found, baseline):
-    """{"arm: cell": {metric: "mean ± std (positive/seeds)"}} against the first cell of the baseline, seed by seed.
-
-    found: {arm: [results.json]}, each with its seed; seeds that one of the two lacks are left out.
-    """
-    def by_seed(name, cell):
-        return {run["seed"]: run["cells"][cell] for run in found[name]}
-
-    own = by_seed(baseline, next(iter(found[baseline][0]["cells"])))
-    table = {}
-    for name in found:
-        for cell in found[name][0]["cells"]:
-            theirs = by_seed(name, cell)
-            seeds = [seed for seed in theirs if seed in own]
-            if seeds and theirs[seeds[0]] != own[seeds[0]]:
-                gains = [{m: theirs[seed][m] - own[seed][m] for m in own[seed] if m in theirs[seed]
-                          and m != "images_per_second"} for seed in seeds]
-                table[f"{name}: {cell}"] = {
-                    metric: f"{value} ({sum(gain[metric] > 0 for gain in gains)}/{len(gains)})"
-                    for metric, value in mean_std(gains).items()}
-    return table
-
-
-# how the columns of log.csv that hold losses begin
-LOSSES = ("loss", "nce", "kd", "cluster", "instance", "mimicry", "itc", "itm", "lm", "hr", "at_")
-
-
-class Progress:
-    """The progress bar, and the clock behind timing.csv and the log lines.
-
-    On a terminal a bar shows every step; elsewhere a line is printed whenever a row is logged.
-    """
-
-    def __init__(self, sampler, step, batch_size, device):
-        self.batch_size, self.device, self.steps_per_epoch = batch_size, device, sampler.steps_per_epoch
-        self.bar = tqdm(total=sampler.steps, initial=step, unit="step", disable=True if rank() > 0 else None,
-                        dynamic_ncols=True, smoothing=0.05)
-        self.step = self.last_step = step
-        self.waited, self.since = 0.0, time.perf_counter()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.bar.close()
-
-    def watch(self, loader):
-        """Iterate over the loader, noting how long each batch is waited for."""
-        batches = iter(loader)
-        while True:
-            before = time.perf_counter()
-            batch = next(batches, None)
-            self.waited += time.perf_counter() - before
-            if batch is None:
-                return
-            yield batch
-            self.step += 1
-            self.bar.update()
-
-    def lap(self, step):
-        """The row of timing.csv since the last one."""
-        seconds = time.perf_counter() - self.since
-        self.speed = (step - self.last_step) * self.batch_size / seconds
-        self.data_share = self.waited / seconds
-        return {"step": step, "images_per_second": self.speed, "data_share": self.data_share}
-
-    def show(self, row, chance, line):
-        """Show a row of log.csv, with the NCE of a model that knows nothing, if given; the clock starts anew."""
-        metrics = " ".join(f"{k} {v:.4g}" for k, v in row.items() if k.startswith((*LOSSES, "val_")))
-        known = f"(chance nce {chance:.2f}) " if chance else ""
-        text = (f"epoch {row['epoch']:.2f} {metrics} {known}scale {row['logit_scale']:.1f} "
-                f"lr {row['lr']:.1e} | {self.speed:.0f} images/s, {self.data_share:.0%} waiting for data")
-        if self.bar.disable and rank() == 0:
-            print(f"step {row['step']} {text}", flush=True)
-        elif rank() == 0:
-            self.bar.set_postfix_str(text) if not line else self.bar.write(text)
-        self.last_step, self.waited, self.since = row["step"], 0.0, time.perf_counter()
+    """The rows of a log.csv; what a power cut left of the last one is passed over."""
+    text = read_text(path, errors="replace").replace("\0", "")
+    rows = csv.DictReader(text.splitlines())
+    return [row for row in rows if (row["step"] or "").isdigit() and None not in row.values()]
 
 
 def environment():
@@ -653,8 +448,332 @@ def environment():
         commit = "not a git checkout"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"commit": commit, "python": platform.python_version(), "torch": torch.__version__,
-            "numpy": np.__version__, "platform": platform.platform(), "cpu_threads": torch.get_num_threads(),
-            "gpu": gpu, "processes": world_size(), "command": " ".join(sys.argv)}
+            "platform": platform.platform(), "cpu_threads": torch.get_num_threads(), "gpu": gpu,
+            "processes": world_size(), "command": " ".join(sys.argv)}
+
+
+class Run:
+    """A run folder: config.json, log.csv, last.pt, best.pt, results.json and pictures.
+
+    log.csv holds only what a rerun reproduces to the digit. Only rank 0 writes.
+    """
+
+    def __init__(self, folder, columns):
+        self.folder, self.columns = Path(folder), columns
+
+    def path(self, name):
+        return self.folder / name
+
+    def check_free(self, cfg):
+        """UserError when the folder holds a run that is not to be resumed."""
+        if self.path("log.csv").exists() and not cfg.resume:
+            raise UserError(f"{self.folder} holds a run: go on with --resume, or choose another "
+                            "--out")
+
+    def start(self, cfg, step):
+        """Write config.json at step 0; later rows of an interrupted run are dropped."""
+        if rank() > 0:
+            return
+        self.check_free(cfg)
+        if step == 0:
+            content = {"config": dataclasses.asdict(cfg), "environment": environment()}
+            self.write_json("config.json", content)
+        if self.path("log.csv").exists():
+            rows = [row for row in read_csv(self.path("log.csv")) if int(row["step"]) <= step]
+            self.path("log.csv").unlink()
+            for row in rows:
+                self.log(row)
+
+    def log(self, row):
+        """Append a row to log.csv; absent columns stay empty."""
+        if rank() > 0:
+            return
+        path = self.path("log.csv")
+        new = not path.exists()
+        shown = {name: f"{v:.8g}" if isinstance(v, float) else v for name, v in row.items()}
+        try:
+            with open(path, "a", newline="") as file:
+                writer = csv.DictWriter(file, self.columns, restval="", lineterminator="\n")
+                if new:
+                    writer.writeheader()
+                writer.writerow(shown)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror}") from error
+
+    def write_json(self, name, content):
+        if rank() == 0:
+            write_json(self.path(name), content)
+
+    def save(self, name, content):
+        """torch.save, atomic: a crash while writing leaves the previous checkpoint whole."""
+        if rank() == 0:
+            replace_file(self.path(name), lambda temporary: torch.save(content, temporary))
+
+    def load_state(self, cfg, samples, **parts):
+        """The loop's counters at the last checkpoint, its tensors loaded into the parts.
+
+        A run that starts, or whose first checkpoint is still to come, gets fresh counters. parts:
+        model, optimiser, scaler. UserError when the checkpoint is damaged, or when the training
+        set no longer has as many samples: its steps per epoch would be others.
+        """
+        path = self.path("last.pt")
+        if not (cfg.resume and path.exists()):
+            return {"step": 0, "best": -1.0, "best_step": 0, "bad": 0, "samples": samples}
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            state = saved["state"]
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+        except Exception as error:  # the reader raises errors of many types on damaged files
+            raise UserError(f"{path} is damaged or of another model ({type(error).__name__}): "
+                            "delete it, and this training starts anew") from error
+        if state["samples"] != samples:
+            raise UserError(f"--resume: the run in {self.folder} has {state['samples']:,} training "
+                            f"samples, now there are {samples:,}: take another --out")
+        if rank() > 0:
+            state["bad"] = 0  # rank 0 holds the sum
+        return state
+
+    def keep_best(self, score, state, model, cfg, size):
+        """best.pt: the model, where its validation score is the best so far."""
+        if score > state["best"]:
+            state["best"], state["best_step"] = score, state["step"]
+            self.save("best.pt", checkpoint(model, cfg, size))
+
+    def save_state(self, cfg, size, state, **parts):
+        """last.pt: the tensors of the parts, the loop's counters and the config.
+
+        Random numbers need no state: they are seeded by (seed, step, sample). Raises
+        FloatingPointError instead when a weight is not finite, so the last good one stays.
+        """
+        bad = total(state["bad"])
+        state["bad"] = bad if rank() == 0 else 0
+        tensors = [t for t in parts["model"].state_dict().values() if t.is_floating_point()]
+        if not torch.stack([t.sum() for t in tensors]).isfinite().all():
+            raise FloatingPointError(diverged("a weight is not finite", state["step"]))
+        states = {name: part.state_dict() for name, part in parts.items()}
+        self.save("last.pt", {**checkpoint(parts["model"], cfg, size), **states, "state": state})
+
+
+def checkpoint(model, cfg, size):
+    """What our checkpoint files hold."""
+    return {"model": model.state_dict(), "config": dataclasses.asdict(cfg),
+            "size": dataclasses.asdict(size)}
+
+
+def log_row(state, steps_per_epoch, now, terms, logit_scale):
+    """The row of log.csv: the one place where the host waits for the device.
+
+    now: the schedules' values; terms: {name: scalar tensor}; logit_scale: its logarithm, a
+    parameter. FloatingPointError when the loss is not finite.
+    """
+    row = {"step": state["step"], "epoch": state["step"] / steps_per_epoch, **now}
+    row.update(mean_over_processes(terms), logit_scale=logit_scale.exp().item())
+    if not math.isfinite(row["loss"]):
+        raise FloatingPointError(diverged(f"the loss is {row['loss']}", state["step"]))
+    return row
+
+
+def diverged(what, step):
+    return (f"{what} at step {step}: lower --lr or use --precision fp32 (a checkpoint saved before "
+            "it diverged is kept)")
+
+
+class Progress:
+    """A bar that shows every step on a terminal; elsewhere a line whenever a row is logged."""
+
+    def __init__(self, steps, step, batch_size):
+        self.batch_size, self.logged, self.since = batch_size, step, time.perf_counter()
+        hidden = None if rank() == 0 else True  # None: hidden unless on a terminal
+        self.bar = tqdm(total=steps, initial=step, unit="step", disable=hidden,
+                        dynamic_ncols=True, smoothing=0.05)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.bar.close()
+
+    def show(self, row, keep):
+        """Show a row of log.csv and the images/s since the last; keep: as a line of its own."""
+        speed = (row["step"] - self.logged) * self.batch_size / (time.perf_counter() - self.since)
+        metrics = " ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
+        text = f"{metrics} | {speed:.0f} images/s"
+        if rank() == 0 and self.bar.disable:
+            print(f"step {row['step']} {text}", flush=True)
+        elif keep:
+            self.bar.write(text)
+        else:
+            self.bar.set_postfix_str(text)
+        self.logged, self.since = row["step"], time.perf_counter()
+
+
+class StopRequest:
+    """A first Ctrl-C or SIGTERM is noted for the end of the step, a second interrupts at once."""
+
+    def __enter__(self):
+        self.asked, self.before = False, {}
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self.before[signum] = signal.signal(signum, self.note)
+        return self
+
+    def note(self, signum, frame):
+        if self.asked:
+            raise KeyboardInterrupt("interrupted; the run is as it was at its last checkpoint")
+        self.asked = True
+
+    def agreed(self, synchronise):
+        """Whether to stop now; several processes agree on it where `synchronise` is true."""
+        if world_size() == 1:
+            return self.asked
+        return synchronise and total(self.asked) > 0
+
+    def __exit__(self, *exception):
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+
+# ------------------------------------------------------------------------------------- ablation
+
+
+def run_arms(cfg, given, arms, baselines, first=()):
+    """--ablate: run each arm that is not done as a command of its own, then tabulate all that are.
+
+    given: the flags of this command; arms: {name: {field: value}}, what an arm changes in them;
+    cfg.ablate: names of arms, or "all"; first: [(folder, fields)] of commands whose work the arms
+    share; baselines: the arms that all are compared with, seed by seed. Arm and seed have a folder
+    of their own, so an interrupted ablation goes on. Returns {arm: [results.json of each seed]}.
+    """
+    unknown = set(cfg.ablate) - {"all", *arms}
+    if unknown:
+        raise UserError(f"--ablate {' '.join(sorted(unknown))}: no such arm; there are: all, "
+                        + ", ".join(map(repr, arms)))
+    folder = Path(cfg.out)
+    common = {name: v for name, v in given.items() if name not in ("ablate", "seeds", "jobs", "out")}
+    wanted = [name for name in arms if "all" in cfg.ablate or name in cfg.ablate]
+    commands = []
+    for seed in cfg.seeds:
+        for name in wanted:
+            out = arm_folder(folder, name, seed)
+            if not (out / "results.json").is_file():
+                commands.append((out, {**common, **arms[name], "seed": seed}))
+    if commands:
+        run_commands([(out, {**common, **fields}) for out, fields in first], cfg.jobs)
+        run_commands(commands, cfg.jobs)
+    found = {}
+    for name in arms:
+        results = sorted(arm_folder(folder, name, 0).parent.glob("seed*/results.json"))
+        if results:
+            found[name] = [read_json(path) for path in results]
+    tabulate(found, baselines, folder)
+    return found
+
+
+def arm_folder(folder, name, seed):
+    return folder / name.replace(" ", "_") / f"seed{seed}"
+
+
+def run_commands(commands, jobs):
+    """Run this script with each of [(out, {field: value})], `jobs` at a time.
+
+    One job a GPU, or an equal share of the CPU's threads a job: the printed command carries either,
+    so that typed alone it gives the same digits. UserError when a command fails, KeyboardInterrupt
+    after Ctrl-C, which the running commands get as well: they save and end first.
+    """
+    slots = queue.SimpleQueue()
+    for slot in range(jobs):
+        slots.put(slot)
+
+    def run(out, fields):
+        slot = slots.get()
+        try:
+            run_command(out, fields, slot, jobs)
+        finally:
+            slots.put(slot)
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        tasks = [pool.submit(run, *command) for command in commands]
+        try:
+            for task in concurrent.futures.as_completed(tasks):
+                task.result()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("stopped; the same command goes on") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def run_command(out, fields, slot, jobs):
+    """Print and run one command on a GPU or on its share of the CPU; its output in output.txt."""
+    gpus = torch.cuda.device_count()
+    variable, value = "OMP_NUM_THREADS", max(1, torch.get_num_threads() // jobs)
+    if gpus:
+        variable, value = "CUDA_VISIBLE_DEVICES", slot % gpus
+    words = [sys.argv[0], *to_flags(fields), "--out", str(out), "--resume"]
+    print(f"{variable}={value} {shlex.join(['python', *words])}", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "output.txt", "w") as output:
+        code = subprocess.call([sys.executable, *words], stdout=output, stderr=subprocess.STDOUT,
+                               env={**os.environ, variable: str(value)})
+    if code:
+        last = read_text(out / "output.txt", errors="replace").splitlines()[-1:]
+        raise UserError(f"{out} failed, the rest is not run: {' '.join(last)}")
+
+
+def to_flags(fields):
+    """{"keep_rate": 0.7, "fuse": False} -> ["--keep-rate", "0.7", "--no-fuse"]"""
+    words = []
+    for name, value in fields.items():
+        if isinstance(value, bool):
+            words.append(flag(name if value else f"no_{name}"))
+        elif isinstance(value, tuple):
+            words += [flag(name), *map(str, value)]
+        else:
+            words += [flag(name), str(value)]
+    return words
+
+
+def tabulate(found, baselines, folder):
+    """Print and write table.md, mean ± std of every cell, and a table of differences a baseline."""
+    table = {}
+    for name, runs in found.items():
+        for cell in runs[0]["cells"]:
+            values = mean_std([run["cells"][cell] for run in runs])
+            table[f"{name}: {cell}"] = {"seeds": str(len(runs)), **values}
+    print_table(table, folder / "table.md")
+    for baseline in baselines:
+        if baseline in found:
+            print(f"\ndifference to {baseline!r}, subtracted seed by seed, and in how many seeds "
+                  "it is positive")
+            path = folder / f"difference_to_{baseline.replace(' ', '_')}.md"
+            print_table(paired_differences(found, baseline), path)
+
+
+def paired_differences(found, baseline):
+    """{"arm: cell": {metric: "mean ± std (positive/seeds)"}} against the baseline's first cell.
+
+    found: {arm: [results.json]}, each with its seed; seeds that one of the two lacks are left out.
+    """
+    first = next(iter(found[baseline][0]["cells"]))
+    base = {run["seed"]: run["cells"][first] for run in found[baseline]}
+    table = {}
+    for name, runs in found.items():
+        for cell in runs[0]["cells"]:
+            pairs = [(run["cells"][cell], base[run["seed"]]) for run in runs if run["seed"] in base]
+            if (name, cell) == (baseline, first) or not pairs:
+                continue
+            metrics = [m for m in pairs[0][1] if m in pairs[0][0] and m != "images_per_second"]
+            gains = [{m: ours[m] - theirs[m] for m in metrics} for ours, theirs in pairs]
+            summary = mean_std(gains)
+            for metric in metrics:
+                positive = sum(gain[metric] > 0 for gain in gains)
+                summary[metric] += f" ({positive}/{len(gains)})"
+            table[f"{name}: {cell}"] = summary
+    return table
+
+
+# how the columns of log.csv that hold losses begin
+LOSSES = ("loss", "nce", "kd", "cluster", "instance", "mimicry", "itc", "itm", "lm", "hr", "at_")
 
 
 # ---------------------------------------------------------------------------------------------------- published weights
