@@ -600,7 +600,11 @@ class Progress:
         metrics = " ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
         text = f"{metrics} | {speed:.0f} images/s"
         if rank() == 0 and self.bar.disable:
-            print(f"step {row['step']} {text}", flush=True)
+            try:
+                print(f"step {row['step']} {text}", flush=True)
+            except BrokenPipeError:  # the reader of our output has gone: stop as after SIGTERM
+                silence_stdout()
+                signal.raise_signal(signal.SIGTERM)
         elif keep:
             self.bar.write(text)
         else:
