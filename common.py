@@ -3285,7 +3285,8 @@ BEGINNING = "|".join(BEGINNINGS.split())
 ALNUM, LETTER, CLITIC = "[^\\W_½¼¾⅓⅔]", r"[^\W\d_]", r"(?:s|m|d|re|ve|ll)\b"
 WORD = rf"(?:[dlo]['’](?!{CLITIC})(?={ALNUM}{{2}}))?{ALNUM}+"
 PTB_TOKEN = re.compile(rf"""
-      (?:https?://|www\.)\S*{ALNUM} | [\w.]+@[\w.]*{ALNUM} | [\#@][a-z]\w* | </?[a-z]+>  # markup
+      (?:https?://|www\.)\S*{ALNUM} | (?<![\w.])[\w.]+@[\w.]*{ALNUM}        # addresses
+    | [\#@][a-z]\w* | </?[a-z]+>                                            # tags, markup
     | \d{{1,2}}[-/]\d{{1,2}}[-/]\d{{2,4}} | \d{{1,4}}[ \xa0-]\d{{1,4}}/\d{{1,4}} | [½¼¾⅓⅔]  # 22 3/4
     | [a-z](?=\.\s*\Z|\.\s+(?-i:{BEGINNING})\b)                             # the letter A. The
     | (?:{ABBREVIATION}|[a-z](?:\.[a-z])*)\.(?!{ALNUM})                     # st. u.s.
@@ -3498,7 +3499,7 @@ def answer_questions(data, image_size, answer, workers=0):
                 accuracies["accuracy"].append(accuracy)
                 if kind:
                     accuracies["accuracy_" + kind].append(accuracy)
-    scores = {name: 100 * float(np.mean(accuracies[name])) for name in sorted(accuracies)}
+    scores = {name: 100 * sum(values) / len(values) for name, values in sorted(accuracies.items())}
     if len(results) < len(data):
         scores["unreadable"] = len(data) - len(results)
     return results, scores
