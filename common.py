@@ -11,6 +11,7 @@ Letters in shape comments: B batch, N images, T texts, D embedding width, K clas
 
 import argparse
 import collections
+import concurrent.futures
 import contextlib
 import csv
 import dataclasses
@@ -18,6 +19,7 @@ import datetime
 import functools
 import gzip
 import hashlib
+import heapq
 import html
 import io
 import itertools
@@ -25,7 +27,9 @@ import json
 import math
 import os
 import platform
+import queue
 import re
+import shlex
 import signal
 import string
 import struct
@@ -34,6 +38,7 @@ import sys
 import tarfile
 import tempfile
 import textwrap
+import threading
 import time
 import unicodedata
 import zipfile
@@ -52,7 +57,7 @@ from tqdm import tqdm
 DATA = Path(__file__).resolve().parent / "data"
 
 
-# --------------------------------------------------------------------------------------------------------------- errors
+# --------------------------------------------------------------------------------------- errors
 
 
 class UserError(Exception):
@@ -63,35 +68,47 @@ class BadSample(Exception):
     """One sample cannot be used (corrupt image, no caption): it is skipped, counted and reported."""
 
 
-def run_main(main):
-    """Call main(); a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
-    for stream in (sys.stdout, sys.stderr):  # κ and ± must not end a run on a console that lacks them
-        stream.reconfigure(errors="replace")
+def run_main(main, argv=None):
+    """Call main(argv) and return the exit code.
+
+    0: done. 1: diverged. 2: UserError, one line on stderr. 130: Ctrl-C or SIGTERM.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's stream has no such method
+            stream.reconfigure(errors="replace")  # a console without κ or ± must not end a run
+    code, message = 0, None
     try:
-        main()
+        main(argv)
     except UserError as error:
-        sys.exit(_fail(error, 2))
+        code, message = 2, error
     except FloatingPointError as error:
-        sys.exit(_fail(error, 1))
+        code, message = 1, error
     except KeyboardInterrupt as error:
-        sys.exit(_fail(str(error) or "interrupted", 130))
+        code, message = 130, str(error) or "interrupted"
+    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+        code = 1
+        silence_stdout()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _fail(message, code):
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    if message:
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     return code
+
+
+def silence_stdout():
+    """Nobody reads stdout any more: write to nowhere, so that no later print or flush fails."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 @functools.cache
 def import_torchvision():
     """The torchvision module, also where it is a CUDA build beside a CPU-only torch.
 
-    PyPI has no CPU build of torchvision. Beside a CPU-only torch its compiled operators do not load, and Python code
-    that only describes their shapes then fails with "operator torchvision::nms does not exist". Declaring the schemas
-    it looks for is enough: this project calls none of those operators.
+    PyPI has no CPU build of torchvision. Beside a CPU-only torch its compiled operators do not
+    load, and Python code that only describes their shapes then fails with "operator
+    torchvision::nms does not exist". Declaring the schemas it looks for is enough: this project
+    calls none of those operators.
     """
     try:
         import torchvision
@@ -108,38 +125,34 @@ def import_torchvision():
     return torchvision
 
 
-# --------------------------------------------------------------------------------------------------------- command line
-
-
-NOT_NEGATIVE = (lambda x: x >= 0, "must not be negative")
-BELOW_ONE = (lambda x: 0 <= x < 1, "must be from 0 to below 1")
-POSITIVE = (lambda x: x > 0, "must be above 0")
-SHARE = (lambda x: 0 <= x <= 1, "must be from 0 to 1")
-POSITIVE_SHARE = (lambda x: 0 < x <= 1, "must be above 0 and at most 1")
+# --------------------------------------------------------------------------------- command line
 
 
 def option(default, help, allowed=None, section=None):
     """A dataclass field that is also a command-line flag.
 
-    allowed: a list of choices, or (test, message) for a number. section: opens a new group in --help.
+    allowed: a list of choices, or (least, most) of a number, else from 0 on. section: opens a new
+    group in --help.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "allowed": allowed, "section": section})
+    metadata = {"help": help, "allowed": allowed, "section": section}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def flag(name):
     return "--" + name.replace("_", "-")
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
 def parse_command_line(config_class, description, argv=None):
     """The flags given on the command line, as {field: value}; those not given are absent.
 
-    Flags come from the fields of the dataclass: `keep_rate: float` is --keep-rate X, a bool is --fuse / --no-fuse, a
-    tuple takes several values. A wrong flag or value is one line and exit code 2.
+    Flags come from the fields of the dataclass: `keep_rate: float` is --keep-rate X, a bool is
+    --fuse / --no-fuse, a tuple takes several values. UserError for a wrong flag or value.
     """
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise UserError(f"{message} (see --help)")
-
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
     group = parser
@@ -148,80 +161,146 @@ def parse_command_line(config_class, description, argv=None):
         if field.metadata["section"]:
             group = parser.add_argument_group(field.metadata["section"])
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-        text = field.metadata["help"].replace("%", "%%") + ("" if shown in (None, "") else f" [{shown}]")
-        kind = getattr(field.type, "__args__", (field.type,))[0]  # float of `float | None` and of `tuple[float, ...]`
+        help = field.metadata["help"].replace("%", "%%")
+        if shown not in (None, ""):
+            help += f" [{shown}]"
+        # float of `float | None` and of `tuple[float, ...]`
+        kind = getattr(field.type, "__args__", (field.type,))[0]
         if kind is bool:
-            group.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, help=text)
-        elif isinstance(allowed, list):
-            group.add_argument(flag(field.name), choices=allowed, help=text)
+            settings = {"action": argparse.BooleanOptionalAction}
         else:
-            several = {"nargs": "+"} if isinstance(default, tuple) else {}
-            group.add_argument(flag(field.name), type=kind, metavar=kind.__name__.upper(), help=text, **several)
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(parser.parse_args(argv)).items()}
+            settings = {"type": kind, "metavar": kind.__name__.upper()}
+        if isinstance(allowed, list):
+            settings = {"choices": allowed}
+        if isinstance(default, tuple):
+            settings["nargs"] = "+"
+        group.add_argument(flag(field.name), help=help, **settings)
+    given = vars(parser.parse_args(argv))
     for field in dataclasses.fields(config_class):
-        allowed = field.metadata["allowed"]
-        if isinstance(allowed, tuple) and field.name in given:
-            value = given[field.name]
-            if not allowed[0](value) or not math.isfinite(value):
-                raise UserError(f"{flag(field.name)} {value:g}: {allowed[1]}")
-    return given
+        if isinstance(given.get(field.name), (int, float)):
+            check_range(field, given[field.name])
+    return as_fields(given)
 
 
-# ------------------------------------------------------------------------------------------------ devices and processes
+def check_range(field, value):
+    """UserError when a number is outside of field's range, by default from 0 on, or not finite."""
+    least, most = min(0, field.default or 0), math.inf
+    if isinstance(field.metadata["allowed"], tuple):
+        least, most = field.metadata["allowed"]
+    if not least <= value <= most or value == math.inf:
+        raise UserError(f"{flag(field.name)} {value:g}: must be from {least:g} to {most:g}")
+
+
+def as_fields(saved):
+    """Values from json or argparse, their lists tuples again."""
+    return {name: tuple(value) if isinstance(value, list) else value
+            for name, value in saved.items()}
+
+
+# Flags that may differ when a run goes on.
+FREE = {"out", "resume", "root", "cache", "device", "workers", "log_every", "seeds", "ablate",
+        "jobs"}
+
+
+def fill_config(config_class, recipe, given, stem):
+    """The Config: defaults <- recipe <- flags given; of a run that --resume continues, as saved.
+
+    recipe, given: {field: value}; stem: the default run folder, numbered when taken. UserError
+    when a flag contradicts the run being resumed.
+    """
+    out = given.get("out") or run_folder(stem, newest=given.get("resume", False))
+    values = {**recipe, **given, "out": out}
+    if given.get("resume"):
+        path = Path(out, "config.json")
+        if not path.is_file():
+            print(f"--resume: no run in {out} yet, starting one")
+            return config_class(**values)
+        saved = saved_config(config_class, path)
+        for name, value in given.items():
+            if name not in FREE and saved.get(name, value) != value:
+                raise UserError(f"{flag(name)} {value}: the run in {out} was started with "
+                                f"{saved[name]}; leave the flag out, or take another --out")
+        values = {**saved, **given, "out": out}
+    return config_class(**values)
+
+
+def saved_config(config_class, path):
+    """{field: value} of a run's config.json. UserError when the file is damaged."""
+    saved = read_json(path)
+    if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
+        raise UserError(f"{path} holds no config of a run: take another --out")
+    return known_fields(config_class, saved["config"])
+
+
+def known_fields(config_class, saved):
+    """Those of the saved values that are fields of the dataclass."""
+    names = {field.name for field in dataclasses.fields(config_class)}
+    return {name: value for name, value in as_fields(saved).items() if name in names}
+
+
+def run_folder(stem, newest):
+    """The default run folder: `stem`, stem-2, stem-3, ..., the first free or the newest taken."""
+    number = 1
+    name = stem
+    while Path(name).exists():
+        previous = name
+        number += 1
+        name = f"{stem}-{number}"
+    return previous if newest and number > 1 else name
+
+
+# ------------------------------------------------------------------------ devices and processes
+
+
+def launched():
+    """Whether torchrun started this process; some of its variables alone are leftovers."""
+    return all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
 
 
 def rank():
-    return int(os.environ.get("RANK", 0))  # set by torchrun
+    return int(os.environ["RANK"]) if launched() else 0
 
 
 def world_size():
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ["WORLD_SIZE"]) if launched() else 1
 
 
 def start_device(name, seed):
-    """Join the processes torchrun started, pick the device ("auto": CUDA, else MPS, else CPU), seed, allow TF32."""
+    """Join the processes torchrun started, pick the device ("auto": CUDA, else MPS, else CPU), seed.
+
+    Products of float32 matrices stay exact: nothing here allows TF32, so that the logits of every
+    loss are float32 also on CUDA, where the towers run in bf16 by default.
+    """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
-    if name.split(":")[0] not in available or not available[name.split(":")[0]]():
-        raise UserError(f"--device {name}: not available here; try --device auto")
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    if world_size() > 1 and not dist.is_initialized():
-        hours = datetime.timedelta(hours=3)  # the other processes wait while rank 0 evaluates
-        dist.init_process_group("nccl" if name.startswith("cuda") else "gloo", timeout=hours)
+        name = f"cuda:{os.environ.get('LOCAL_RANK') or 0}"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name}: not available here; try --device auto") from None
     if name.startswith("cuda"):
         torch.cuda.set_device(torch.device(name))
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.allow_tf32 = True
+    if world_size() > 1 and not dist.is_initialized():
+        backend = "nccl" if name.startswith("cuda") else "gloo"
+        hours = datetime.timedelta(hours=3)  # the other processes wait while rank 0 evaluates
+        dist.init_process_group(backend, timeout=hours)
     torch.manual_seed(seed)
     return torch.device(name)
 
 
-def mixed_precision(cfg, device):
+def mixed_precision(precision, device):
     """The autocast context of --precision and a GradScaler (idle except for fp16)."""
-    precision = cfg.precision if cfg.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    amp = torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
+    amp = torch.autocast(device.type, dtype, enabled=dtype is not None)
     return amp, torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
-def exact_products(function):
-    """Decorator: float32 matrix products in full precision, without TF32, while the function runs."""
-    @functools.wraps(function)
-    def exact(*args, **kwargs):
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            return function(*args, **kwargs)
-        finally:
-            torch.set_float32_matmul_precision(before)
-
-    return exact
-
-
 class Gather(torch.autograd.Function):
-    """(b, D) on each process -> (B, D) on all of them; the gradient is summed over the processes."""
+    """(b, D) on each process -> (B, D) on all; the gradient is summed over the processes."""
 
     @staticmethod
     def forward(ctx, x):
@@ -252,18 +331,10 @@ def average_gradients(parameters):
 
 
 def mean_over_processes(terms):
-    """{name: scalar tensor} -> {name: float}, averaged over the processes; waits for the device once."""
+    """{name: scalar tensor} -> {name: float}, their means; waits for the device once."""
     values = torch.stack([value.float() for value in terms.values()])
-    if world_size() > 1:
-        dist.all_reduce(values)
-        values /= world_size()
+    values = sum_over_processes(values) / world_size()
     return dict(zip(terms, values.tolist()))
-
-
-def total(count, device):
-    """The sum of an integer over the processes."""
-    mean = mean_over_processes({"count": torch.tensor(float(count), device=device)})["count"]
-    return round(mean * world_size())
 
 
 def sum_over_processes(x):
@@ -271,6 +342,11 @@ def sum_over_processes(x):
     if world_size() > 1:
         dist.all_reduce(x)
     return x
+
+
+def total(count):
+    """The sum of an integer over the processes."""
+    return sum(gather_objects(count))
 
 
 def of_first(x):
@@ -290,358 +366,78 @@ def gather_objects(thing):
 
 
 def on_first(work):
-    """work() on rank 0, while the other processes wait; returns what it returned. Its UserError ends them all."""
-    done = None
+    """work() on rank 0 while the others wait; all return its result. Its UserError ends them all."""
+    result = None
     if rank() == 0:
         try:
-            done = work()
+            result = work()
         except UserError as error:
-            done = error
-    done = gather_objects(done)[0]
-    if isinstance(done, UserError):
-        raise done
-    return done
+            result = error
+    result = gather_objects(result)[0]
+    if isinstance(result, UserError):
+        raise result
+    return result
 
 
-class StopRequest:
-    """`with StopRequest() as stop`: a first Ctrl-C or SIGTERM is noted for the end of the step, a second interrupts."""
+# ----------------------------------------------------------------------------------- run folder
 
-    def __enter__(self):
-        self.asked = False
-        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _note(self, signum, frame):
-        if self.asked:
-            raise KeyboardInterrupt("interrupted; the run is as it was at its last checkpoint")
-        self.asked = True
-
-    def agreed(self, synchronise):
-        """Whether to stop now; several processes agree on it where `synchronise` is true, so that none waits."""
-        if world_size() == 1:
-            return self.asked
-        return synchronise and total(self.asked, _device()) > 0
-
-    def __exit__(self, *exception):
-        for signum, handler in self.before.items():
-            signal.signal(signum, handler)
+SAVE_EVERY = 500  # steps between checkpoints; one is also saved after every epoch
 
 
-def _device():
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-
-
-# ----------------------------------------------------------------------------------------------------------- run folder
-
-
-def run_folder(stem, newest):
-    """The default run folder: `stem`, stem-2, stem-3, ... - the first that is free, or the newest that is not."""
-    taken = 0
-    while Path(stem if taken == 0 else f"{stem}-{taken + 1}").exists():
-        taken += 1
-    number = max(1, taken) if newest else taken + 1
-    return stem if number == 1 else f"{stem}-{number}"
-
-
-def as_fields(saved):
-    """A config read from json or a checkpoint, its lists tuples again."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-
-
-def read_config(path):
-    """The config in a run folder's config.json. UserError when the file is damaged."""
-    try:
-        return dict(read_json(path)["config"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is cut off or damaged ({type(error).__name__}): take another --out") from error
-
-
-# fields that may differ when a run goes on
-FREE = {"out", "resume", "root", "cache", "device", "workers", "log_every", "save_every", "seeds", "ablate"}
-
-
-def saved_values(values, given):
-    """The fields of the run being resumed. UserError when a flag given now differs from it, but for those in FREE."""
-    path = Path(values["out"]) / "config.json"
-    if not path.is_file():
-        print(f"--resume: no run in {values['out']} yet, starting one")
-        return values
-    saved = as_fields(read_config(path))
-    for name, value in given.items():
-        if name not in FREE and saved[name] != value:
-            raise UserError(f"{flag(name)} {value}: the run in {values['out']} was started with {saved[name]}; leave "
-                            "the flag out or start another run with --out")
-    return {**saved, "out": values["out"]}
-
-
-def is_done(config, free=()):
-    """Whether the run folder of a config holds its results. UserError when they are those of another config, in fields
-    other than those that are free to differ."""
-    folder = Path(config.out)
-    if not (folder / "config.json").is_file():
-        return False
-    saved, wanted = read_config(folder / "config.json"), json.loads(json.dumps(dataclasses.asdict(config)))
-    for name in [n for n in wanted if n not in FREE and n not in free and wanted[n] != saved.get(n)]:
-        raise UserError(f"{folder} has {flag(name)} {saved.get(name)}, not {wanted[name]}: take another --out")
-    return (folder / "results.json").is_file()
-
-
-TIMING_COLUMNS = ["step", "images_per_second", "data_share"]
-
-
-class Run:
-    """A run folder: config.json, log.csv, timing.csv, results.json, last.pt, best.pt and pictures.
-
-    log.csv holds only what a rerun reproduces to the digit; wall-clock figures go to timing.csv. Only rank 0 writes.
-    """
-
-    def __init__(self, folder, columns):
-        self.folder, self.columns = Path(folder), columns
-
-    def path(self, name):
-        return self.folder / name
-
-    def check_free(self, config):
-        """UserError when the folder holds a run that is not to be resumed."""
-        if self.path("log.csv").exists() and not config.resume:
-            raise UserError(f"{self.folder} holds a run: go on with --resume, or choose another --out")
-
-    def start(self, config, step):
-        """Begin at a step: at 0 the folder must hold no run; later rows of an interrupted run are dropped."""
-        if rank() > 0:
-            return
-        self.check_free(config)
-        make_folder(self.folder)
-        if step == 0:
-            self.write_json("config.json", {"config": dataclasses.asdict(config), "environment": environment()})
-        for name in self.columns:
-            if self.path(name).exists():
-                rows = [row for row in read_csv(self.path(name)) if int(row["step"]) <= step]
-                self.path(name).unlink()
-                for row in rows:
-                    self.log(name, row)
-
-    def write_json(self, name, content):
-        if rank() == 0:
-            write_json(self.path(name), content)
-
-    def log(self, name, row):
-        """Append a row to a csv file; absent columns stay empty."""
-        if rank() > 0:
-            return
-        new = not self.path(name).exists()
-        with open(self.path(name), "a", newline="") as file:
-            writer = csv.DictWriter(file, self.columns[name], restval="", lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow({key: f"{v:.8g}" if isinstance(v, float) else v for key, v in row.items()})
-
-    def save(self, name, content):
-        """torch.save, atomic: a crash while writing leaves the previous checkpoint whole."""
-        if rank() == 0:
-            _replace(self.path(name), lambda temporary: torch.save(content, temporary))
-
-
-    def save_state(self, config, state, model, **parts):
-        """last.pt: the tensors of model, optimiser and scaler, `state` (step, ...) and the config.
-
-        Random numbers need no state: they are seeded by (seed, step, sample). A model that has diverged is not saved,
-        so the last good checkpoint stays.
-        """
-        if torch.stack([p.sum() for p in model.parameters()]).isfinite().all():
-            self.save("last.pt", {"model": model.state_dict(), "state": state, "config": dataclasses.asdict(config),
-                                  **{name: part.state_dict() for name, part in parts.items()}})
-
-    def load_state(self, **parts):
-        """The `state` that save_state was given, its tensors loaded into the parts; None when nothing was saved yet."""
-        path = self.path("last.pt")
-        if not path.exists():
-            return None
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # the reader raises errors of many types on damaged files
-            raise UserError(f"{path} is cut off or damaged ({type(error).__name__}): delete it, and this training "
-                            "starts anew") from error
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-        return saved["state"]
-
-
-def _replace(path, write):
+def replace_file(path, write):
+    """write(temporary path), then rename: nobody ever reads half a file. UserError if it fails."""
+    path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"{path} cannot be written: {reason}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def make_folder(folder):
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"the folder {folder} cannot be made ({error.strerror})") from error
-
-
 def write_json(path, content):
-    _replace(path, lambda new: new.write_text(json.dumps(content, indent=2) + "\n", "utf-8"))
+    text = json.dumps(content, indent=2) + "\n"
+    replace_file(path, lambda temporary: temporary.write_text(text, "utf-8"))
 
 
 def write_keys(path, keys):
     """Sample keys, one a line."""
-    _replace(path, lambda new: new.write_text("\n".join(keys) + "\n", "utf-8", errors="surrogateescape"))
+    text = "\n".join(keys) + "\n"
+    replace_file(path, lambda new: new.write_text(text, "utf-8", errors="surrogateescape"))
 
 
-def write_arrays(path, **arrays):
-    """An .npz file, in one step, so that no process ever reads half of it."""
-    def write(temporary):
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)
+def read_text(path, **options):
+    """The text of a file in UTF-8. UserError, naming it, when it cannot be read."""
+    try:
+        return Path(path).read_text("utf-8-sig", **options)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is no text in UTF-8") from None
 
-    _replace(path, write)
+
+def read_json(path, **options):
+    """What a json file holds. UserError, naming the file, when it is absent or damaged."""
+    try:
+        return json.loads(read_text(path), **options)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no valid json: {error}") from None
 
 
-def read_json(path):
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+def read_keys(path):
+    """Sample keys, one a line."""
+    return read_text(path, errors="surrogateescape").rstrip("\n").split("\n")
 
 
 def read_csv(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-# Fields read off a checkpoint's tensors, and those that are not in them and that a flag may correct.
-SIZES = ("image_size", "patch_size", "vision_width", "vision_layers", "vision_mlp", "text_width", "text_layers",
-         "context_length", "vocab_size", "embed_dim")
-GUESSED = ("vision_heads", "text_heads", "act", "pixel_stats")
-
-
-def check_sizes(cfg, sizes):
-    """UserError when the sizes of a Config contradict each other, or those read off a checkpoint (`sizes`)."""
-    for name in [n for n in sizes if n != "image_size"]:
-        if getattr(cfg, name) != sizes[name]:
-            raise UserError(f"{flag(name)} {getattr(cfg, name)}: the checkpoint has {sizes[name]}")
-    for size, part in (("image_size", "patch_size"), ("vision_width", "vision_heads"), ("text_width", "text_heads")):
-        if getattr(cfg, size) % getattr(cfg, part):
-            raise UserError(f"{flag(size)} {getattr(cfg, size)} is no multiple of {flag(part)} {getattr(cfg, part)}")
-    if cfg.batch_size % (cfg.accum * world_size()):
-        raise UserError(f"--batch-size {cfg.batch_size} is no multiple of {world_size()} processes x --accum "
-                        f"{cfg.accum}")
-
-
-def run_arms(cfg, arms, train, baselines):
-    """--ablate: train each arm that is not done yet, seed by seed, then tabulate every arm that is, mean ± std.
-
-    arms: {name: fields that differ from cfg}; cfg.ablate holds names of arms, or "all"; baselines: the arms that all
-    are compared with, seed by seed. Arm and seed have a run folder of their own, so an interrupted ablation goes on
-    where it stopped. Returns {arm: [results.json]}.
-    """
-    names = [name for name in arms if "all" in cfg.ablate or name in cfg.ablate]
-    unknown = set(cfg.ablate) - {"all", *arms}
-    if unknown:
-        raise UserError(f"--ablate {' '.join(sorted(unknown))}: no such arm; there are: all, "
-                        + ", ".join(map(repr, arms)))
-    folder, found = Path(cfg.out), {}
-    for seed in cfg.seeds:
-        for name in names:
-            out = str(folder / name.replace(" ", "_") / f"seed{seed}")
-            arm = dataclasses.replace(cfg, **arms[name], ablate=(), seed=seed, resume=True, out=out)
-            if not is_done(arm):
-                print(f"\n{name}, seed {seed}")
-                try:
-                    train(arm)
-                except KeyboardInterrupt:
-                    raise KeyboardInterrupt(f"stopped in '{name}', seed {seed}; the same command goes on") from None
-    for name in arms:
-        results = sorted((folder / name.replace(" ", "_")).glob("seed*/results.json"))
-        if results:
-            found[name] = [read_json(path) for path in results]
-    table = {f"{name}: {cell}": {"seeds": str(len(runs)), **mean_std([run["cells"][cell] for run in runs])}
-             for name, runs in found.items() for cell in runs[0]["cells"]}
-    print_table(table, folder / "table.md")
-    for baseline in [name for name in baselines if name in found]:
-        print(f"\ndifference to {baseline!r}, subtracted seed by seed, and in how many seeds it is positive")
-        print_table(paired_differences(found, baseline), folder / f"difference_to_{baseline.replace(' ', '_')}.md")
-    return found
-
-
-def paired_differences(found, baseline):
-    """{"arm: cell": {metric: "mean ± std (positive/seeds)"}} against the first cell of the baseline, seed by seed.
-
-    found: {arm: [results.json]}, each with its seed; seeds that one of the two lacks are left out.
-    """
-    def by_seed(name, cell):
-        return {run["seed"]: run["cells"][cell] for run in found[name]}
-
-    own = by_seed(baseline, next(iter(found[baseline][0]["cells"])))
-    table = {}
-    for name in found:
-        for cell in found[name][0]["cells"]:
-            theirs = by_seed(name, cell)
-            seeds = [seed for seed in theirs if seed in own]
-            if seeds and theirs[seeds[0]] != own[seeds[0]]:
-                gains = [{m: theirs[seed][m] - own[seed][m] for m in own[seed] if m in theirs[seed]
-                          and m != "images_per_second"} for seed in seeds]
-                table[f"{name}: {cell}"] = {
-                    metric: f"{value} ({sum(gain[metric] > 0 for gain in gains)}/{len(gains)})"
-                    for metric, value in mean_std(gains).items()}
-    return table
-
-
-# how the columns of log.csv that hold losses begin
-LOSSES = ("loss", "nce", "kd", "cluster", "instance", "mimicry", "itc", "itm", "lm", "hr", "at_")
-
-
-class Progress:
-    """The progress bar, and the clock behind timing.csv and the log lines.
-
-    On a terminal a bar shows every step; elsewhere a line is printed whenever a row is logged.
-    """
-
-    def __init__(self, sampler, step, batch_size, device):
-        self.batch_size, self.device, self.steps_per_epoch = batch_size, device, sampler.steps_per_epoch
-        self.bar = tqdm(total=sampler.steps, initial=step, unit="step", disable=True if rank() > 0 else None,
-                        dynamic_ncols=True, smoothing=0.05)
-        self.step = self.last_step = step
-        self.waited, self.since = 0.0, time.perf_counter()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.bar.close()
-
-    def watch(self, loader):
-        """Iterate over the loader, noting how long each batch is waited for."""
-        batches = iter(loader)
-        while True:
-            before = time.perf_counter()
-            batch = next(batches, None)
-            self.waited += time.perf_counter() - before
-            if batch is None:
-                return
-            yield batch
-            self.step += 1
-            self.bar.update()
-
-    def lap(self, step):
-        """The row of timing.csv since the last one."""
-        seconds = time.perf_counter() - self.since
-        self.speed = (step - self.last_step) * self.batch_size / seconds
-        self.data_share = self.waited / seconds
-        return {"step": step, "images_per_second": self.speed, "data_share": self.data_share}
-
-    def show(self, row, chance, line):
-        """Show a row of log.csv, with the NCE of a model that knows nothing, if given; the clock starts anew."""
-        metrics = " ".join(f"{k} {v:.4g}" for k, v in row.items() if k.startswith((*LOSSES, "val_")))
-        known = f"(chance nce {chance:.2f}) " if chance else ""
-        text = (f"epoch {row['epoch']:.2f} {metrics} {known}scale {row['logit_scale']:.1f} "
-                f"lr {row['lr']:.1e} | {self.speed:.0f} images/s, {self.data_share:.0%} waiting for data")
-        if self.bar.disable and rank() == 0:
-            print(f"step {row['step']} {text}", flush=True)
-        elif rank() == 0:
-            self.bar.set_postfix_str(text) if not line else self.bar.write(text)
-        self.last_step, self.waited, self.since = row["step"], 0.0, time.perf_counter()
+    """The rows of a log.csv; what a power cut left of the last one is passed over."""
+    text = read_text(path, errors="replace").replace("\0", "")
+    rows = csv.DictReader(text.splitlines())
+    return [row for row in rows if (row["step"] or "").isdigit() and None not in row.values()]
 
 
 def environment():
@@ -653,8 +449,336 @@ def environment():
         commit = "not a git checkout"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"commit": commit, "python": platform.python_version(), "torch": torch.__version__,
-            "numpy": np.__version__, "platform": platform.platform(), "cpu_threads": torch.get_num_threads(),
-            "gpu": gpu, "processes": world_size(), "command": " ".join(sys.argv)}
+            "platform": platform.platform(), "cpu_threads": torch.get_num_threads(), "gpu": gpu,
+            "processes": world_size(), "command": " ".join(sys.argv)}
+
+
+class Run:
+    """A run folder: config.json, log.csv, last.pt, best.pt, results.json and pictures.
+
+    log.csv holds only what a rerun reproduces to the digit. Only rank 0 writes.
+    """
+
+    def __init__(self, folder, columns):
+        self.folder, self.columns = Path(folder), columns
+
+    def path(self, name):
+        return self.folder / name
+
+    def check_free(self, cfg):
+        """UserError when the folder holds a run that is not to be resumed."""
+        if self.path("log.csv").exists() and not cfg.resume:
+            raise UserError(f"{self.folder} holds a run: go on with --resume, or choose another "
+                            "--out")
+
+    def start(self, cfg, step):
+        """Write config.json at step 0; later rows of an interrupted run are dropped."""
+        if rank() > 0:
+            return
+        self.check_free(cfg)
+        if step == 0:
+            content = {"config": dataclasses.asdict(cfg), "environment": environment()}
+            self.write_json("config.json", content)
+        if self.path("log.csv").exists():
+            rows = [row for row in read_csv(self.path("log.csv")) if int(row["step"]) <= step]
+            self.path("log.csv").unlink()
+            for row in rows:
+                self.log(row)
+
+    def log(self, row):
+        """Append a row to log.csv; absent columns stay empty."""
+        if rank() > 0:
+            return
+        path = self.path("log.csv")
+        new = not path.exists()
+        shown = {name: f"{v:.8g}" if isinstance(v, float) else v for name, v in row.items()}
+        try:
+            with open(path, "a", newline="") as file:
+                writer = csv.DictWriter(file, self.columns, restval="", lineterminator="\n")
+                if new:
+                    writer.writeheader()
+                writer.writerow(shown)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror}") from error
+
+    def write_json(self, name, content):
+        if rank() == 0:
+            write_json(self.path(name), content)
+
+    def save(self, name, content):
+        """torch.save, atomic: a crash while writing leaves the previous checkpoint whole."""
+        if rank() == 0:
+            replace_file(self.path(name), lambda temporary: torch.save(content, temporary))
+
+    def load_state(self, cfg, samples, **parts):
+        """The loop's counters at the last checkpoint, its tensors loaded into the parts.
+
+        A run that starts, or whose first checkpoint is still to come, gets fresh counters. parts:
+        model, optimiser, scaler. UserError when the checkpoint is damaged, or when the training
+        set no longer has as many samples: its steps per epoch would be others.
+        """
+        path = self.path("last.pt")
+        if not (cfg.resume and path.exists()):
+            return {"step": 0, "best": -1.0, "best_step": 0, "bad": 0, "samples": samples}
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            state = saved["state"]
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+        except Exception as error:  # the reader raises errors of many types on damaged files
+            raise UserError(f"{path} is damaged or of another model ({type(error).__name__}): "
+                            "delete it, and this training starts anew") from error
+        if state["samples"] != samples:
+            raise UserError(f"--resume: the run in {self.folder} has {state['samples']:,} training "
+                            f"samples, now there are {samples:,}: take another --out")
+        if rank() > 0:
+            state["bad"] = 0  # rank 0 holds the sum
+        return state
+
+    def keep_best(self, score, state, model, cfg, size):
+        """best.pt: the model, where its validation score is the best so far."""
+        if score > state["best"]:
+            state["best"], state["best_step"] = score, state["step"]
+            self.save("best.pt", checkpoint(model, cfg, size))
+
+    def save_state(self, cfg, size, state, **parts):
+        """last.pt: the tensors of the parts, the loop's counters and the config.
+
+        Random numbers need no state: they are seeded by (seed, step, sample). Raises
+        FloatingPointError instead when a weight is not finite, so the last good one stays.
+        """
+        bad = total(state["bad"])
+        state["bad"] = bad if rank() == 0 else 0
+        tensors = [t for t in parts["model"].state_dict().values() if t.is_floating_point()]
+        if not torch.stack([t.sum() for t in tensors]).isfinite().all():
+            raise FloatingPointError(diverged("a weight is not finite", state["step"]))
+        states = {name: part.state_dict() for name, part in parts.items()}
+        self.save("last.pt", {**checkpoint(parts["model"], cfg, size), **states, "state": state})
+
+
+def checkpoint(model, cfg, size):
+    """What our checkpoint files hold."""
+    return {"model": model.state_dict(), "config": dataclasses.asdict(cfg),
+            "size": dataclasses.asdict(size)}
+
+
+def log_row(state, steps_per_epoch, now, terms, logit_scale):
+    """The row of log.csv: the one place where the host waits for the device.
+
+    now: the schedules' values; terms: {name: scalar tensor}; logit_scale: its logarithm, a
+    parameter. FloatingPointError when the loss is not finite.
+    """
+    row = {"step": state["step"], "epoch": state["step"] / steps_per_epoch, **now}
+    row.update(mean_over_processes(terms), logit_scale=logit_scale.exp().item())
+    if not math.isfinite(row["loss"]):
+        raise FloatingPointError(diverged(f"the loss is {row['loss']}", state["step"]))
+    return row
+
+
+def diverged(what, step):
+    return (f"{what} at step {step}: lower --lr or use --precision fp32 (a checkpoint saved before "
+            "it diverged is kept)")
+
+
+class Progress:
+    """A bar that shows every step on a terminal; elsewhere a line whenever a row is logged."""
+
+    def __init__(self, steps, step, batch_size):
+        self.batch_size, self.logged, self.since = batch_size, step, time.perf_counter()
+        hidden = None if rank() == 0 else True  # None: hidden unless on a terminal
+        self.bar = tqdm(total=steps, initial=step, unit="step", disable=hidden,
+                        dynamic_ncols=True, smoothing=0.05)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.bar.close()
+
+    def show(self, row, keep):
+        """Show a row of log.csv and the images/s since the last; keep: as a line of its own."""
+        speed = (row["step"] - self.logged) * self.batch_size / (time.perf_counter() - self.since)
+        metrics = " ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
+        text = f"{metrics} | {speed:.0f} images/s"
+        if rank() == 0 and self.bar.disable:
+            try:
+                print(f"step {row['step']} {text}", flush=True)
+            except BrokenPipeError:  # the reader of our output has gone: stop as after SIGTERM
+                silence_stdout()
+                signal.raise_signal(signal.SIGTERM)
+        elif keep:
+            self.bar.write(text)
+        else:
+            self.bar.set_postfix_str(text)
+        self.logged, self.since = row["step"], time.perf_counter()
+
+
+class StopRequest:
+    """A first Ctrl-C or SIGTERM is noted for the end of the step, a second interrupts at once."""
+
+    def __enter__(self):
+        self.asked, self.before = False, {}
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self.before[signum] = signal.signal(signum, self.note)
+        return self
+
+    def note(self, signum, frame):
+        if self.asked:
+            raise KeyboardInterrupt("interrupted; the run is as it was at its last checkpoint")
+        self.asked = True
+
+    def agreed(self, synchronise):
+        """Whether to stop now; several processes agree on it where `synchronise` is true."""
+        if world_size() == 1:
+            return self.asked
+        return synchronise and total(self.asked) > 0
+
+    def __exit__(self, *exception):
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+
+# ------------------------------------------------------------------------------------- ablation
+
+
+def run_arms(cfg, given, arms, baselines, first=()):
+    """--ablate: run each arm that is not done as a command of its own, then tabulate all that are.
+
+    given: the flags of this command; arms: {name: {field: value}}, what an arm changes in them;
+    cfg.ablate: names of arms, or "all"; first: [(folder, fields)] of commands whose work the arms
+    share; baselines: the arms that all are compared with, seed by seed. Arm and seed have a folder
+    of their own, so an interrupted ablation goes on. Returns {arm: [results.json of each seed]}.
+    """
+    unknown = set(cfg.ablate) - {"all", *arms}
+    if unknown:
+        raise UserError(f"--ablate {' '.join(sorted(unknown))}: no such arm; there are: all, "
+                        + ", ".join(map(repr, arms)))
+    folder = Path(cfg.out)
+    common = {name: v for name, v in given.items() if name not in ("ablate", "seeds", "jobs", "out")}
+    wanted = [name for name in arms if "all" in cfg.ablate or name in cfg.ablate]
+    commands = []
+    for seed in cfg.seeds:
+        for name in wanted:
+            out = arm_folder(folder, name, seed)
+            if not (out / "results.json").is_file():
+                commands.append((out, {**common, **arms[name], "seed": seed}))
+    if commands:
+        run_commands([(out, {**common, **fields}) for out, fields in first], cfg.jobs)
+        run_commands(commands, cfg.jobs)
+    found = {}
+    for name in arms:
+        results = sorted(arm_folder(folder, name, 0).parent.glob("seed*/results.json"))
+        if results:
+            found[name] = [read_json(path) for path in results]
+    tabulate(found, baselines, folder)
+    return found
+
+
+def arm_folder(folder, name, seed):
+    return folder / name.replace(" ", "_") / f"seed{seed}"
+
+
+def run_commands(commands, jobs):
+    """Run this script with each of [(out, {field: value})], `jobs` at a time.
+
+    One job a GPU, or an equal share of the CPU's threads a job: the printed command carries either,
+    so that typed alone it gives the same digits. UserError when a command fails, KeyboardInterrupt
+    after Ctrl-C, which the running commands get as well: they save and end first.
+    """
+    slots = queue.SimpleQueue()
+    for slot in range(jobs):
+        slots.put(slot)
+
+    def run(out, fields):
+        slot = slots.get()
+        try:
+            run_command(out, fields, slot, jobs)
+        finally:
+            slots.put(slot)
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        tasks = [pool.submit(run, *command) for command in commands]
+        try:
+            for task in concurrent.futures.as_completed(tasks):
+                task.result()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("stopped; the same command goes on") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def run_command(out, fields, slot, jobs):
+    """Print and run one command on a GPU or on its share of the CPU; its output in output.txt."""
+    gpus = torch.cuda.device_count()
+    variable, value = "OMP_NUM_THREADS", max(1, torch.get_num_threads() // jobs)
+    if gpus:
+        variable, value = "CUDA_VISIBLE_DEVICES", slot % gpus
+    words = [sys.argv[0], *to_flags(fields), "--out", str(out), "--resume"]
+    print(f"{variable}={value} {shlex.join(['python', *words])}", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "output.txt", "w") as output:
+        code = subprocess.call([sys.executable, *words], stdout=output, stderr=subprocess.STDOUT,
+                               env={**os.environ, variable: str(value)})
+    if code:
+        last = read_text(out / "output.txt", errors="replace").splitlines()[-1:]
+        raise UserError(f"{out} failed, the rest is not run: {' '.join(last)}")
+
+
+def to_flags(fields):
+    """{"keep_rate": 0.7, "fuse": False} -> ["--keep-rate", "0.7", "--no-fuse"]"""
+    words = []
+    for name, value in fields.items():
+        if isinstance(value, bool):
+            words.append(flag(name if value else f"no_{name}"))
+        elif isinstance(value, tuple):
+            words += [flag(name), *map(str, value)]
+        else:
+            words += [flag(name), str(value)]
+    return words
+
+
+def tabulate(found, baselines, folder):
+    """Print and write table.md, mean ± std of every cell, and a table of differences a baseline."""
+    table = {}
+    for name, runs in found.items():
+        for cell in runs[0]["cells"]:
+            values = mean_std([run["cells"][cell] for run in runs])
+            table[f"{name}: {cell}"] = {"seeds": str(len(runs)), **values}
+    print_table(table, folder / "table.md")
+    for baseline in baselines:
+        if baseline in found:
+            print(f"\ndifference to {baseline!r}, subtracted seed by seed, and in how many seeds "
+                  "it is positive")
+            path = folder / f"difference_to_{baseline.replace(' ', '_')}.md"
+            print_table(paired_differences(found, baseline), path)
+
+
+def paired_differences(found, baseline):
+    """{"arm: cell": {metric: "mean ± std (positive/seeds)"}} against the baseline's first cell.
+
+    found: {arm: [results.json]}, each with its seed; seeds that one of the two lacks are left out.
+    """
+    first = next(iter(found[baseline][0]["cells"]))
+    base = {run["seed"]: run["cells"][first] for run in found[baseline]}
+    table = {}
+    for name, runs in found.items():
+        for cell in runs[0]["cells"]:
+            pairs = [(run["cells"][cell], base[run["seed"]]) for run in runs if run["seed"] in base]
+            if (name, cell) == (baseline, first) or not pairs:
+                continue
+            metrics = [m for m in pairs[0][1] if m in pairs[0][0] and m != "images_per_second"]
+            gains = [{m: ours[m] - theirs[m] for m in metrics} for ours, theirs in pairs]
+            summary = mean_std(gains)
+            for metric in metrics:
+                positive = sum(gain[metric] > 0 for gain in gains)
+                summary[metric] += f" ({positive}/{len(gains)})"
+            table[f"{name}: {cell}"] = summary
+    return table
+
+
+# how the columns of log.csv that hold losses begin
+LOSSES = ("loss", "nce", "kd", "cluster", "instance", "mimicry", "itc", "itm", "lm", "hr", "at_")
 
 
 # ---------------------------------------------------------------------------------------------------- published weights
@@ -827,191 +951,228 @@ def load_weights(module, weights):
     module.load_state_dict(weights, assign=any(p.is_meta for p in module.parameters()))  # meta: made without memory
 
 
-# ----------------------------------------------------------------------------------------------------------- tokenizer
+# ---------------------------------------------------------------------------------------- tokenizer
 
-# The runs that byte pairs are merged in. `re` has no class for letters alone, but [^\W_] is exactly the Unicode letters
-# and numbers: the numbers are split off later. Two quirks of CLIP's pattern, which ignores case in the `regex` module:
-# the long s counts as s, and U+0345, a mark that folds to a letter, matches nothing.
-RUNS = re.compile(r"<[sſ]tart_of_text>|<end_of_text>|'[sſtmd]|'re|'ve|'ll|[^\W_]+|(?:[^\w\s\u0345]|_)+")
-SPECIALS = "<start_of_text>", "<end_of_text>"
-# GPT-2's order of the 256 bytes: the 188 that print as Latin-1, then the others. A byte's place here is its token id.
+# The runs that byte pairs are merged in. `re` has no class for letters alone, but [^\W_] is exactly
+# the Unicode letters and numbers: the numbers are split off later. Two quirks of CLIP's pattern,
+# which ignores case in the `regex` module: the long s counts as s, and U+0345, a mark that folds to
+# a letter, matches nothing.
+RUNS = re.compile(
+    r"<[sſ]tart_of_text>|<end_of_text>|'[sſtmd]|'re|'ve|'ll|[^\W_]+|(?:[^\w\s\u0345]|_)+"
+)
+SPECIALS = ["<start_of_text>", "<end_of_text>"]
+
+# GPT-2's order of the 256 bytes: the 188 that print as Latin-1, then the others.
+# A byte's place here is its token id.
 BYTES = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
 BYTES += [b for b in range(256) if b not in BYTES]
 
 
+def read_lines(name: str, count: int) -> list[str]:
+    """The first lines of a compressed text in data/. UserError where it is missing or damaged."""
+    path = DATA / name
+    try:
+        lines = gzip.decompress(path.read_bytes()).decode().split("\n")
+        if len(lines) < count:
+            raise EOFError
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise UserError(f"{path} is missing or damaged ({type(error).__name__}): "
+                        "data/README.md tells its source") from error
+    return lines[:count]
+
+
 @functools.lru_cache(maxsize=4)
-def load_merges(n_merges: int) -> tuple[dict[tuple[int, int], int], list[bytes]]:
+def load_merges(n_merges: int) -> tuple[dict, list[bytes]]:
     """The first n_merges byte pairs of data/bpe_simple_vocab_16e6.txt.gz, in order of rank.
 
-    Returns {(left id, right id): id of the merged token} and each id's bytes, with a space where the token ends a word.
-    Ids: 0..255 a byte, 256..511 a byte that ends a word, from 512 the merges.
+    Returns {(left id, right id): id of the merged token} and each id's bytes, with a space where
+    the token ends a word. Ids: 0..255 a byte, 256..511 a byte that ends a word, from 512 the
+    merges, then the two specials.
     """
-    # The file writes a byte as one printable character: itself where it prints, else the next one from U+0100 on.
-    symbols = [chr(b) if i < 188 else chr(256 + i - 188) for i, b in enumerate(BYTES)]
-    ids = {symbol: i for i, symbol in enumerate(symbols + [s + "</w>" for s in symbols])}
-    texts = [bytes([b]) for b in BYTES] + [bytes([b]) + b" " for b in BYTES]
+    # The file writes a byte as one printable character: itself where it prints, else the next one
+    # from U+0100 on.
+    symbols = [chr(b) for b in BYTES[:188]] + [chr(i) for i in range(256, 324)]
+    symbols += [symbol + "</w>" for symbol in symbols]
+    ids = {symbol: i for i, symbol in enumerate(symbols)}
+    texts = [bytes([b]) for b in BYTES]
+    texts += [text + b" " for text in texts]
     merges = {}
-    with gzip.open(DATA / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8") as file:
-        for line in itertools.islice(file, 1, n_merges + 1):  # line 0 names the format's version
-            left, right = line.split()
-            pair = ids[left], ids[right]
-            merges[pair] = ids[left + right] = len(texts)
-            texts.append(texts[pair[0]] + texts[pair[1]])
-    return merges, texts
+    for line in read_lines("bpe_simple_vocab_16e6.txt.gz", n_merges + 1)[1:]:  # 0: version
+        left, right = line.split()
+        ids[left + right] = merges[ids[left], ids[right]] = len(texts)
+        texts.append(texts[ids[left]] + texts[ids[right]])
+    return merges, texts + [special.encode() for special in SPECIALS]
+
+
+def merge_bytes(word: bytes, merges: dict) -> list[int]:
+    """Token ids of one word by byte-pair encoding, in O(n log n) for n bytes.
+
+    The pair of lowest rank, of equal ones the leftmost, becomes one token, until no pair is in
+    `merges`. The id of a merged token grows with its rank and stands for it here.
+    """
+    ids = [BYTES.index(b) for b in word]
+    ids[-1] += 256
+
+    # A linked list: a merged token takes its left part's place, and its right part's holds None.
+    # Place n, which is also place -1, is an end that merges with nothing.
+    n = len(ids)
+    ids.append(None)
+    before = list(range(-1, n))
+    after = [*range(1, n + 1), n]
+    queue = []
+
+    def push(place):
+        pair = ids[place], ids[after[place]]
+        if pair in merges:
+            heapq.heappush(queue, (merges[pair], place))
+
+    for place in range(n):
+        push(place)
+    while queue:
+        merged, left = heapq.heappop(queue)
+        right = after[left]
+        if merges.get((ids[left], ids[right])) != merged:
+            continue  # one of the two has become part of another token since
+        ids[left], ids[right] = merged, None
+        after[left] = after[right]
+        before[after[left]] = left
+        push(before[left])
+        push(left)
+    return [i for i in ids if i is not None]
+
+
+@functools.lru_cache(maxsize=2**16)  # web captions never stop bringing new words
+def encode_run(run: str, vocab_size: int) -> list[int]:
+    """Token ids of one match of RUNS: a special, or words, of which each number is one."""
+    if run in SPECIALS:
+        return [vocab_size - 2 + SPECIALS.index(run)]
+    merges, _ = load_merges(vocab_size - 514)
+    chars = [f" {c} " if c.isnumeric() and not c.isalpha() else c for c in run]
+    ids = []
+    for word in "".join(chars).split():
+        ids += merge_bytes(word.encode(), merges)
+    return ids
+
+
+def token_rows(texts, encode, length, first, last):
+    """Long tensor (B, length): first, the text's ids, last, zeros; a long text keeps its last."""
+    texts = [texts] if isinstance(texts, str) else texts
+    rows = [[first, *encode(text)[:length - 2], last] for text in texts]
+    rows = [row + [0] * (length - len(row)) for row in rows]
+    return torch.tensor(rows, dtype=torch.long).view(len(rows), length)
 
 
 class CLIPTokenizer:
-    """CLIP's byte-pair encoding (Radford et al. 2021, section 2.4), token for token as in openai/CLIP and open_clip.
+    """CLIP's byte-pair encoding (Radford et al. 2021, section 2.4), id for id as in open_clip.
 
-    One step is left out: both first run ftfy, which repairs mis-decoded text and also rewrites curly quotes, ligatures,
-    full-width forms, control characters and decomposed accents. Of that only surrogates are treated here. What is a
-    letter or a number is what Python's own Unicode tables say; a newer `regex` knows some more scripts.
+    One step is left out: OpenAI and open_clip first run ftfy, which repairs mis-decoded text and
+    also rewrites curly quotes, ligatures, full-width forms, control characters and decomposed
+    accents. Of that only surrogates are treated here. What is a letter or a number is what Python's
+    own Unicode tables say; a newer `regex` knows some more scripts.
 
-    context_length: tokens per text, start and end included. vocab_size: 49408 gives CLIP's ids; a smaller one keeps
-    only the first merges (vocabulary: 512 bytes, merges, 2 specials), for a small embedding table.
-    Raises UserError for a context_length below 2 or a vocab_size outside 514..49408.
+    context_length: tokens per text, start and end included. vocab_size: 49408 gives CLIP's ids; a
+    smaller one keeps only the first merges (vocabulary: 512 bytes, merges, 2 specials), for a small
+    embedding table. UserError for a vocab_size outside 514..49408: another tokenizer's.
     """
 
     def __init__(self, context_length: int = 77, vocab_size: int = 49408):
-        if context_length < 2:
-            raise UserError(f"--context-length {context_length}: at least 2, the start and the end token")
         if not 514 <= vocab_size <= 49408:
-            raise UserError(f"--vocab-size {vocab_size}: 514 to 49408 (512 bytes, merges, 2 specials)")
+            raise UserError(f"a vocabulary of {vocab_size} tokens is not CLIP's: 514 to 49408")
         self.context_length, self.vocab_size = context_length, vocab_size
         self.sot, self.eot = vocab_size - 2, vocab_size - 1
-        self._merges, texts = load_merges(vocab_size - 514)
-        self._texts = texts + [special.encode() for special in SPECIALS]
-        self._byte_ids = {b: i for i, b in enumerate(BYTES)}
-        self._cache: dict[str, list[int]] = {}
 
     def __call__(self, texts: str | list[str]) -> torch.Tensor:
-        """Long tensor (B, context_length): start, text, end, zeros. A text that is too long keeps its end token."""
-        texts = [texts] if isinstance(texts, str) else texts
-        rows = [[self.sot, *self.encode(text)[:self.context_length - 2], self.eot] for text in texts]
-        rows = [row + [0] * (self.context_length - len(row)) for row in rows]
-        return torch.tensor(rows, dtype=torch.long).view(len(rows), self.context_length)
+        """Long tensor (B, context_length): start, text, end, zeros. A long text keeps its end."""
+        return token_rows(texts, self.encode, self.context_length, self.sot, self.eot)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text of any length, without start and end token."""
-        # A surrogate has no UTF-8: a pair becomes its character, a lone one U+FFFD, as ftfy has it.
+        # A surrogate has no UTF-8: a pair becomes its character, a lone one U+FFFD, as in ftfy.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         text = " ".join(html.unescape(html.unescape(text)).split()).lower()
         ids = []
         for run in RUNS.findall(text):
-            run_ids = self._cache.get(run)
-            if run_ids is None:
-                if len(self._cache) >= 2**16:  # web captions never stop bringing new words
-                    self._cache.clear()
-                run_ids = self._cache[run] = self._encode_run(run)
-            ids += run_ids
+            cached = encode_run if len(run) <= 100 else encode_run.__wrapped__
+            ids += cached(run, self.vocab_size)
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids: a space after each word, specials by name, padding (id 0) as "!", broken UTF-8 as U+FFFD."""
-        return b"".join(self._texts[i] for i in ids).decode("utf-8", "replace")
-
-    def _encode_run(self, run: str) -> list[int]:
-        """Token ids of one match of RUNS: a special, or words, of which each number is one by itself."""
-        if run in SPECIALS:
-            return [self.sot + SPECIALS.index(run)]
-        words = "".join(f" {c} " if c.isnumeric() and not c.isalpha() else c for c in run).split()
-        return [i for word in words for i in self._merge(word.encode())]
-
-    def _merge(self, word: bytes) -> list[int]:
-        """Token ids of one word: merges the pair of lowest rank, wherever it stands, until none is in the table."""
-        ids = [self._byte_ids[b] for b in word]
-        ids[-1] += 256
-        while len(ids) > 1:
-            # A merged token's id grows with its rank and stands for it here; sot is above them all.
-            pair = min(set(zip(ids, ids[1:])), key=lambda p: self._merges.get(p, self.sot))
-            if pair not in self._merges:
-                break
-            merged: list[int] = []
-            for i in ids:
-                if merged and (merged[-1], i) == pair:
-                    merged[-1] = self._merges[pair]
-                else:
-                    merged.append(i)
-            ids = merged
-        return ids
+        """Text of ids: a space after each word, padding (id 0) as "!", broken UTF-8 as U+FFFD."""
+        _, texts = load_merges(self.vocab_size - 514)
+        return b"".join(texts[i] for i in ids).decode("utf-8", "replace")
 
 
-# ----------------------------------------------------------------------------------------------------- BERT's tokenizer
+# --------------------------------------------------------------------------------- BERT's tokenizer
 
-BERT_SPECIALS = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"
-BERT_SPECIAL = re.compile("(" + "|".join(map(re.escape, BERT_SPECIALS)) + ")")
-CJK = re.compile("([\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf"
-                 "\U0002f800-\U0002fa1f])")
+BERT_SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"]
+BERT_SPECIAL = re.compile(r"(\[(?:PAD|UNK|CLS|SEP|MASK|DEC|ENC)\])")
+IDEOGRAPH = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df"
+                       "\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]")
 BLIP_SYMBOLS = '.!"()*#:;~'  # what BLIP takes out of captions and questions
 
 
 @functools.lru_cache(maxsize=1)
 def load_vocabulary() -> tuple[str, ...]:
-    """The 30522 tokens of bert-base-uncased in order of their ids, from data/bert_base_uncased_vocab.txt.gz."""
-    path = DATA / "bert_base_uncased_vocab.txt.gz"
-    try:
-        tokens = tuple(gzip.decompress(path.read_bytes()).decode().split("\n")[:-1])
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise UserError(f"no vocabulary in {path} ({type(error).__name__}): data/README.md tells its source") from error
-    if len(tokens) != 30522:
-        raise UserError(f"{path} holds {len(tokens)} tokens, not the 30522 of bert-base-uncased")
-    return tokens
+    """The 30522 tokens of bert-base-uncased in order of their ids, from data/."""
+    return tuple(read_lines("bert_base_uncased_vocab.txt.gz", 30522))
 
 
 def split_words(text: str) -> list[str]:
-    """Lower-cased words and single punctuation marks of a text, without accents: BERT's "basic tokenization".
+    """Lower-cased words and single punctuation marks, without accents: BERT's basic tokenization.
 
-    Control, format, private and unassigned characters vanish; each CJK ideograph is a word by itself.
+    Control, format, private and unassigned characters vanish; each CJK ideograph is a word.
     """
-    text = "".join(map(str.lower, text))  # one by one, so that a final Σ becomes σ and not ς, as in transformers
-    text = "".join(c for c in text if c in "\t\n\r" or unicodedata.category(c)[0] != "C" and c != "\ufffd")
-    text = unicodedata.normalize("NFD", CJK.sub(r" \1 ", text))
+    # One character at a time: a final Σ becomes σ and not ς, as in transformers, and the marks on
+    # a letter, of which none is kept, are not sorted, which would take quadratic time.
     chars = []
-    for c in text:
-        kind = unicodedata.category(c)
-        if c in string.punctuation or kind[0] == "P":
-            chars.append(f" {c} ")
-        elif kind != "Mn":  # a combining mark, such as an accent
-            chars.append(c)
+    for decomposed in (unicodedata.normalize("NFD", c.lower()) for c in text):
+        for c in decomposed:
+            kind = unicodedata.category(c)
+            if c in "\t\n\r":
+                chars.append(" ")
+            elif kind[0] == "C" or kind == "Mn" or c == "\ufffd":  # Mn: an accent
+                continue
+            elif kind[0] == "P" or c in string.punctuation or IDEOGRAPH.match(c):
+                chars.append(f" {c} ")
+            else:
+                chars.append(c)
     return "".join(chars).split()
 
 
 class BertTokenizer:
-    """WordPiece of bert-base-uncased (Devlin et al. 2019), token for token as transformers' BertTokenizer.
+    """WordPiece of bert-base-uncased (Devlin et al. 2019), id for id as in transformers.
 
-    As in BLIP (Li et al. 2022), [DEC] and [ENC] follow the vocabulary as ids 30522 and 30523: the first token of a text
-    that is decoded, or encoded with an image. What is punctuation or an accent is what Python's Unicode tables say.
-    A special token written in a text becomes that token, as in transformers; lower case, as in clean_blip_caption,
-    prevents it.
+    As in BLIP (Li et al. 2022), [DEC] and [ENC] follow the vocabulary as ids 30522 and 30523: the
+    first token of a text that is decoded, or encoded with an image. What is punctuation or an
+    accent is what Python's Unicode tables say. A special token written in a text becomes that
+    token, as in transformers; lower case, as in clean_blip_caption, prevents it.
 
-    context_length: tokens per text, first and [SEP] included. words: texts whose tokens and characters make up a small
-    vocabulary, for a small embedding table: they are encoded as with the full one, other texts into smaller pieces or
-    [UNK]; its ids count from 0 in the same order. Raises UserError for a context_length below 3 or a vocabulary file
-    that is missing or not whole.
+    context_length: tokens per text, first and [SEP] included. words: texts whose tokens and
+    characters make up a small vocabulary, for a small embedding table: they are encoded as with the
+    full one, other texts into smaller pieces or [UNK]; its ids count from 0 in the same order.
+    UserError for a vocabulary file that is missing or not whole.
     """
 
     def __init__(self, context_length: int = 30, words: Iterable[str] | None = None):
-        if context_length < 3:
-            raise UserError(f"--context-length {context_length}: at least 3, the first token, a piece and [SEP]")
         self.context_length = context_length
         self._set_tokens([*load_vocabulary(), "[DEC]", "[ENC]"])
         if words is not None:
             kept = set(BERT_SPECIALS)
-            for word in {word for text in words for word in split_words(text)}:
-                kept.update(word, ("##" + c for c in word), (self._tokens[i] for i in self._pieces(word)))
+            for word in split_words(" ".join(words)):
+                kept.add(word)
+                kept.update("##" + c for c in word)
+                kept.update(self._tokens[i] for i in self._pieces(word))
             self._set_tokens([token for token in self._tokens if token in kept])
 
     def _set_tokens(self, tokens: list[str]) -> None:
         self._tokens, self.vocab_size = tokens, len(tokens)
         self._ids = {token: i for i, token in enumerate(tokens)}
-        self.pad, self.unk, self.cls, self.sep, self.mask, self.dec, self.enc = (self._ids[s] for s in BERT_SPECIALS)
+        specials = [self._ids[token] for token in BERT_SPECIALS]
+        self.pad, self.unk, self.cls, self.sep, self.mask, self.dec, self.enc = specials
 
     def __call__(self, texts: str | list[str], first: str = "[CLS]") -> torch.Tensor:
-        """Long tensor (B, context_length): first, text, [SEP], [PAD] ... A text that is too long keeps its [SEP]."""
-        texts = [texts] if isinstance(texts, str) else texts
-        rows = [[self._ids[first], *self.encode(text)[:self.context_length - 2], self.sep] for text in texts]
-        rows = [row + [self.pad] * (self.context_length - len(row)) for row in rows]
-        return torch.tensor(rows, dtype=torch.long).view(len(rows), self.context_length)
+        """Long tensor (B, context_length): first, text, [SEP], padding. A long text keeps [SEP]."""
+        return token_rows(texts, self.encode, self.context_length, self._ids[first], self.sep)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text of any length, without first token and [SEP]."""
@@ -1019,40 +1180,44 @@ class BertTokenizer:
         for part in BERT_SPECIAL.split(text):
             if part in BERT_SPECIALS:
                 ids.append(self._ids[part])
-            else:
-                ids += [i for word in split_words(part) for i in self._pieces(word)]
+                continue
+            for word in split_words(part):
+                ids += self._pieces(word)
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids without special tokens, as transformers' decode with clean_up_tokenization_spaces."""
-        text = " ".join(token for token in (self._tokens[i] for i in ids) if token not in BERT_SPECIALS)
+        """Text without specials, as transformers' decode with clean_up_tokenization_spaces."""
+        tokens = [self._tokens[i] for i in ids]
+        text = " ".join(token for token in tokens if token not in BERT_SPECIALS)
         text = text.replace(" ##", "").strip()
         for spaced in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
             text = text.replace(spaced, spaced.strip())
         return text
 
     def _pieces(self, word: str) -> list[int]:
-        """Token ids of one word: the longest piece that fits, again and again; [UNK] if none fits, or above 100."""
+        """Token ids of a word: the longest piece that fits, repeated; [UNK] if none or too long."""
         ids, start = [], 0
         while start < len(word) <= 100:
-            prefix = "##" if start else ""
-            end = next((end for end in range(len(word), start, -1) if prefix + word[start:end] in self._ids), None)
-            if end is None:
+            for end in range(len(word), start, -1):
+                piece = word[:end] if start == 0 else "##" + word[start:end]
+                if piece in self._ids:
+                    break
+            else:
                 return [self.unk]
-            ids.append(self._ids[prefix + word[start:end]])
+            ids.append(self._ids[piece])
             start = end
         return ids or [self.unk]
 
 
 def clean_blip_caption(text: str, max_words: int = 30) -> str:
-    """A caption as BLIP reads it: lower case, a space for each of .!"()*#:;~, at most max_words words."""
+    """A caption as BLIP reads it: lower case, a space for .!"()*#:;~, at most max_words words."""
     text = text.lower().translate(dict.fromkeys(map(ord, BLIP_SYMBOLS), " "))
     text = re.sub(r"\s\s+", " ", text).rstrip("\n").strip(" ")
     return " ".join(text.split(" ")[:max_words])
 
 
 def clean_blip_question(text: str, max_words: int = 50) -> str:
-    """A question as BLIP reads it: lower case, .!"()*#:;~ removed without a trace, at most max_words words.
+    """A question as BLIP reads it: lower case, .!"()*#:;~ removed, at most max_words words.
 
     BLIP's own limit is 50 words, then 35 tokens.
     """
@@ -2897,148 +3062,184 @@ def probe(encoders, cfg):
     return scores
 
 
-# ------------------------------------------------------------------------------------------------- captions and answers
+# ----------------------------------------------------------------------------- captions and answers
 
-# Captions are strings of tokens separated by spaces, such as ptb_tokenize returns; R: references of an image.
+# Captions are strings of tokens separated by spaces, as ptb_tokenize returns them.
 
-# What COCO's tokenizer (Stanford's PTBTokenizer 3.4.1, then a list of punctuation to drop) does, found by trying it.
-ABBREVIATIONS = """adm adv al ala alex apr ariz assn assoc asst atty aug ave bancorp bhd bldg blvd brig bros calif capt
-    cf cie cmdr co col colo comdr conn corp cos cpl ct dak dec dept det dr drs elec ens esq est etc ext feb fla fri ft
-    ga gen gov govs hon inc ind insp intl invt jan jos jr jul jun kan kans ky lieut lt ltd maj mar md messrs mfg mich
-    minn mlle mme mo mon mont mr mrs ms msgr mt mtg natl neb nev nov oct okla penn pfc ph plc pres prof profs pte pty
-    pvt rd rep reps rev rt sen sens sep sept seq sfc sgt spc sq sr st ste supt sys tel tenn thu thurs treas tue tues
+# What COCO's tokenizer (Stanford's PTBTokenizer 3.4.1, then a list of punctuation to drop) does,
+# found by trying it.
+ABBREVIATIONS = """adm adv al ala alex apr ariz assn assoc asst atty aug ave bancorp bhd bldg blvd
+    brig bros calif capt cf cie cmdr co col colo comdr conn corp cos cpl ct dak dec dept det dr drs
+    elec ens esq est etc ext feb fla fri ft ga gen gov govs hon inc ind insp intl invt jan jos jr
+    jul jun kan kans ky lieut lt ltd maj mar md messrs mfg mich minn mlle mme mo mon mont mr mrs ms
+    msgr mt mtg natl neb nev nov oct okla penn pfc ph plc pres prof profs pte pty pvt rd rep reps
+    rev rt sen sens sep sept seq sfc sgt spc sq sr st ste supt sys tel tenn thu thurs treas tue tues
     univ va vs vt wed wis wisc wm wyo"""
 ABBREVIATION = "|".join(ABBREVIATIONS.split())
-ALNUM, LETTER = r"[^\W_]", r"[^\W\d_]"
-WORD = rf"(?:(?:[cdlno]|qu)['’](?={LETTER}{{2}}))?{ALNUM}+"
+# After these, and at the end of a caption, since the next one mostly begins with "A" or "The", the
+# period behind a single letter ends the sentence and goes: "the letter A."
+BEGINNINGS = """A About According Additionally After An As At But Earlier He Her Here However If In
+    It Last Many More Mr Ms Now Once One Other Our She Since So Some Such That The Their Then There
+    These They This We When While What Yet You"""
+BEGINNING = "|".join(BEGINNINGS.split())
+ALNUM, LETTER, CLITIC = "[^\\W_½¼¾⅓⅔]", r"[^\W\d_]", r"(?:s|m|d|re|ve|ll)\b"
+WORD = rf"(?:[dlo]['’](?!{CLITIC})(?={ALNUM}{{2}}))?{ALNUM}+"
 PTB_TOKEN = re.compile(rf"""
-      (?:https?://|www\.)\S*{ALNUM} | [\w.]+@[\w.]*{ALNUM} | [\#@][a-z]\w* | </?[a-z]+>  # address, tag, markup
+      (?:https?://|www\.)\S*{ALNUM} | (?<![\w.])[\w.]+@[\w.]*{ALNUM}        # addresses
+    | [\#@][a-z]\w* | </?[a-z]+>                                            # tags, markup
+    | \d{{1,2}}[-/]\d{{1,2}}[-/]\d{{2,4}} | \d{{1,4}}[ \xa0-]\d{{1,4}}/\d{{1,4}} | [½¼¾⅓⅔]  # 22 3/4
+    | [a-z](?=\.\s*\Z|\.\s+(?-i:{BEGINNING})\b)                             # the letter A. The
     | (?:{ABBREVIATION}|[a-z](?:\.[a-z])*)\.(?!{ALNUM})                     # st. u.s.
     | (?:no|nos|fig|art|pp|op|ca|prop)\.(?=\s*\d) | {LETTER}+\.(?=[,;:])    # no. 5
     | can(?=not\b) | (?:gon|wan)(?=na\b) | got(?=ta\b) | (?:gim|lem)(?=me\b) | 't(?=is\b|was\b)
-    | {LETTER}+?(?=n't\b) | n't\b | '(?:s|m|d|re|ve|ll)\b                   # do n't, dog 's
+    | {LETTER}+?(?=n't) | n't{LETTER}* | '{CLITIC}                          # do n't, dog 's
+    | {LETTER}+[aeiou]['’][aeiou]{LETTER}* | n?e['’]er | ma['’]ams?         # hawai'i
+    | c['’](?:est|mon)\b | cap['’]n\b | nor['’]easter | s['’]mores | qu['’]il\b
+    | (?:dunk|someth)in['’]
+    | (?:n|(?-i:[A-CE-KMNP-XZ]))['’](?!{CLITIC}){LETTER}{{2,}}              # M'lady
+    | (?-i:[A-Z][a-z]['’][A-Z][a-z]+)                                       # Po'Boy
     | ['’](?:em|till?|cause|n)\b['’]? | ['’]\d\ds?\b(?!['’"”])              # 'em, '80s
-    | [jy]['’](?={LETTER}{{2}}) | ol'\B | ma['’]ams? | hallowe['’]en | n?e['’]er
     | \d+(?:[.,]\d+)*(?:[-/]{ALNUM}+)+                                      # 3.5-inch
     | (?:(?<!-)[-+])?\d*(?:[.,:]\d+)+ | (?<!-)[-+]\d+                       # 1,000 12:30 -5
     | (?-i:[A-Z]+(?:&[A-Z]+)+)                                              # B&W
     | {LETTER}{ALNUM}*(?:[.!?]{LETTER}{ALNUM}*)+                            # the.end
-    | {WORD}(?:[-/_‐‑]{WORD})*                                              # black-and-white, and/or
+    | (?:j|ol|y(?=['’]{LETTER}))['’](?!{CLITIC})                   # y' all
+    | [dl]['’](?!{CLITIC}|{ALNUM}{{2}})
+    | {WORD}(?:[-/_‐‑]{WORD})*                                              # black-and-white
     | [:;=][-o]?[()] | [!?]{{2,}} | \*+ | _+                                # emoticons, runs
     | [^\w\s.?!,:;'`"“”‘’«»‹›—–―…\u200b-\u200d\ufe0f\U00010000-\U0010ffff-]
     """, re.VERBOSE | re.IGNORECASE)
-SPELLED = str.maketrans({"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-",
-                         "€": "$", "£": "#", "¢": "cents"})
-FRACTIONS = str.maketrans({"½": " 1/2 ", "¼": " 1/4 ", "¾": " 3/4 ", "⅓": " 1/3 ", "⅔": " 2/3 "})
+SPELLED = str.maketrans({
+    "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-",
+    "½": "1/2", "¼": "1/4", "¾": "3/4", "⅓": "1/3", "⅔": "2/3",
+    "€": "$", "£": "#", "¢": "cents", " ": "\xa0",
+})
 
 
 def ptb_tokenize(text: str) -> str:
-    """Lower-cased tokens of a caption without punctuation, joined by spaces: "A dog's bowl." -> "a dog 's bowl".
+    """Lower-cased tokens of a caption without punctuation: "A dog's bowl." -> "a dog 's bowl".
 
-    An approximation, without Java, of COCO's caption tokenizer: equal to it on all 795 captions of coco_mini. Like it,
-    it splits contractions (do n't, can not), keeps compounds (black-and-white, and/or), abbreviations (st.), symbols
-    and runs such as !!, and writes brackets as -lrb-. Not treated: HTML entities, phone numbers, rare contractions.
+    An approximation, without Java, of COCO's caption tokenizer: equal to it on all 795 captions of
+    coco_mini. Like it, it splits contractions (do n't, can not), keeps compounds (black-and-white,
+    and/or), abbreviations (st.), symbols and runs such as !!, writes brackets as -lrb-, and joins
+    "22 3/4" by a no-break space. Not treated: HTML entities, phone numbers, rare contractions.
     """
-    text = re.sub(r"’(?=(?:s|m|d|t|re|ve|ll)\b)", "'", text.translate(FRACTIONS), flags=re.IGNORECASE)
+    text = re.sub(rf"’(?=(?:n’)?t\b|{CLITIC})", "'", text, flags=re.IGNORECASE)
     return " ".join(token.lower().translate(SPELLED) for token in PTB_TOKEN.findall(text))
 
 
-def _ngram_counts(sentence: str) -> list[collections.Counter]:
+def count_ngrams(sentence: str) -> list[collections.Counter]:
     """How often each n-gram occurs in a sentence, for n = 1, 2, 3, 4."""
     words = sentence.split()
-    return [collections.Counter(tuple(words[i:i + n]) for i in range(len(words) - n + 1)) for n in (1, 2, 3, 4)]
+    shifted = [words[i:] for i in range(4)]
+    return [collections.Counter(zip(*shifted[:n])) for n in (1, 2, 3, 4)]
 
 
 def bleu(references: list[list[str]], hypotheses: list[str]) -> list[float]:
-    """BLEU-1, -2, -3 and -4 of a corpus (Papineni et al. 2002, section 2), in 0..1, as in pycocoevalcap.
+    """BLEU-1, -2, -3 and -4 of a corpus (Papineni et al. 2002, section 2), as in pycocoevalcap.
 
-    BLEU-n = exp(min(0, 1 - r/c)) (p_1 ... p_n)^(1/n). p_n: n-grams of the hypotheses that a reference has, each counted
-    at most as often as in one reference, over all n-grams of the hypotheses. c: words of the hypotheses; r: words of
-    the references closest in length, the shorter one of two. references: N lists of R strings; hypotheses: N strings.
+    BLEU-n = exp(min(0, 1 - r/c)) (p_1 ... p_n)^(1/n), in 0..1. p_n: n-grams of the hypotheses that
+    a reference has, each counted at most as often as in one reference, over all n-grams of the
+    hypotheses. c: words of the hypotheses; r: words of the references closest in length, the
+    shorter one of two. references: N lists of R strings; hypotheses: N strings.
     """
     matched, total = np.zeros(4), np.zeros(4)
     length = closest = 0
     for refs, hypothesis in zip(references, hypotheses, strict=True):
         words = len(hypothesis.split())
         length += words
-        closest += min((len(ref.split()) for ref in refs), key=lambda r: (abs(r - words), r))
-        counted = [_ngram_counts(ref) for ref in refs]
-        for n, counts in enumerate(_ngram_counts(hypothesis)):
-            matched[n] += sum(min(count, max(c[n][gram] for c in counted)) for gram, count in counts.items())
+        distances = [(abs(len(ref.split()) - words), len(ref.split())) for ref in refs]
+        closest += min(distances)[1]
+        ref_counts = [count_ngrams(ref) for ref in refs]
+        for n, counts in enumerate(count_ngrams(hypothesis)):
             total[n] += counts.total()
+            for gram, count in counts.items():
+                matched[n] += min(count, max(c[n][gram] for c in ref_counts))
+
     # pycocoevalcap's 1e-15 and 1e-9 stand for zeros: nothing matched gives a score close to 0.
     precisions = (matched + 1e-15) / (total + 1e-9)
     ratio = (length + 1e-15) / (closest + 1e-9)
-    return [float(np.prod(precisions[:n]) ** (1 / n) * np.exp(min(0, 1 - 1 / ratio))) for n in (1, 2, 3, 4)]
+    means = np.cumprod(precisions) ** (1 / np.arange(1, 5))
+    return (means * np.exp(min(0, 1 - 1 / ratio))).tolist()
 
 
-def cider_d(references: list[list[str]], hypotheses: list[str], sigma: float = 6) -> tuple[float, np.ndarray]:
-    """CIDEr-D (Vedantam et al. 2015, section 6) as in pycocoevalcap's Cider: mean over images, and (N,), in 0..10.
+def cider_d(references: list[list[str]], hypotheses: list[str]) -> tuple[float, np.ndarray]:
+    """CIDEr-D (Vedantam et al. 2015, section 6) as in pycocoevalcap: mean over images, and (N,).
 
-    Mean over n = 1..4 and the references of 10 exp(-(difference in words)^2 / 2 sigma^2) min(h, r).r / (|h||r|), where
-    h and r weigh each n-gram by its count times log(I / images with the n-gram in a reference, at least 1). An n-gram
-    in every image's references weighs nothing, so a single image scores 0.
+    In 0..10. Mean over n = 1..4 and the references of
+    10 exp(-(difference in words)^2 / 2 sigma^2) min(h, r).r / (|h||r|), sigma = 6, where h and r
+    weigh each n-gram by its count times log(N / images with the n-gram in a reference, at least 1).
+    An n-gram in every image's references weighs nothing, so a single image scores 0.
     references: N lists of R strings; hypotheses: N strings.
     """
-    images = [[_ngram_counts(ref) for ref in refs] for refs in references]
-    seen = [collections.Counter(gram for refs in images for gram in {g for counts in refs for g in counts[n]})
-            for n in range(4)]
+    images = [[count_ngrams(ref) for ref in refs] for refs in references]
+    frequency = collections.Counter()  # images with the n-gram in a reference
+    for refs in images:
+        frequency.update(set().union(*itertools.chain(*refs)))
 
     def weigh(counts):
-        vectors = [{gram: count * math.log(len(images) / max(1, frequency[gram]))
-                    for gram, count in grams.items()} for grams, frequency in zip(counts, seen)]
-        return vectors, [sum(w * w for w in vector.values()) ** 0.5 for vector in vectors], counts[0].total()
+        rarity = {gram: math.log(len(images) / max(1, frequency[gram])) for gram in counts}
+        return {gram: count * rarity[gram] for gram, count in counts.items()}
 
     scores = np.zeros(len(images))
     for i, (refs, hypothesis) in enumerate(zip(images, hypotheses, strict=True)):
-        vectors, norms, length = weigh(_ngram_counts(hypothesis))
-        for counts in refs:
-            ref_vectors, ref_norms, ref_length = weigh(counts)
-            penalty = math.exp(-(length - ref_length) ** 2 / (2 * sigma ** 2))
-            for h, r, h_norm, r_norm in zip(vectors, ref_vectors, norms, ref_norms):
-                if h_norm and r_norm:
-                    dot = sum(min(weight, r[gram]) * r[gram] for gram, weight in h.items() if gram in r)
-                    scores[i] += 10 * penalty * dot / (h_norm * r_norm) / (4 * len(refs))
+        counts = count_ngrams(hypothesis)
+        for ref in refs:
+            difference = counts[0].total() - ref[0].total()
+            for n in range(4):
+                h, r = weigh(counts[n]), weigh(ref[n])
+                dot = sum(min(h[gram], r[gram]) * r[gram] for gram in h if gram in r)
+                norms = math.hypot(*h.values()) * math.hypot(*r.values())
+                if norms:
+                    scores[i] += dot / norms * math.exp(-difference ** 2 / 72)
+        scores[i] *= 10 / (4 * len(refs))
     return float(scores.mean()), scores
 
 
-# VQA answers in which an apostrophe is missing get it back: each of these words is found with any one of its own left
-# out. Left as they are: I'm, I've, I'd've (answers are lower case by then), and what the official table does not hold.
-CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't
-    he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've
-    needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll
-    somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd
-    there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
-    what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't
-    would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"""
-RESTORED = {word[:i] + word[i + 1:]: word for word in CONTRACTIONS.split() for i, c in enumerate(word) if c == "'"}
-RESTORED["somebody'd"] = "somebodyd"  # the wrong way round in the official table
-NUMBERS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
-NUMBERS["none"] = "0"
+# VQA answers in which an apostrophe is missing get it back: each of these words is found with any
+# one of its own left out. Left as they are: I'm, I've, I'd've (answers are lower case by then), and
+# what the official table does not hold.
+CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't
+    hadn't've hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am
+    mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't
+    she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
+    someone'd've someone'll someone's something'd something'd've something'll that's there'd
+    there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've
+    weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll
+    who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've
+    you'd you'd've you'll you're you've"""
+RESTORED = {"somebody'd": "somebodyd"}  # the wrong way round in the official table
+for word in CONTRACTIONS.split():
+    for i, char in enumerate(word):
+        if char == "'":
+            RESTORED[word[:i] + word[i + 1:]] = word
+NUMBER_WORDS = "zero one two three four five six seven eight nine ten".split()
+NUMBERS = {"none": "0"} | {word: str(i) for i, word in enumerate(NUMBER_WORDS)}
 
 
 def normalize_answer(answer: str) -> str:
-    """An answer as VQA's official evaluation compares it: without punctuation and articles, numbers in digits.
+    """An answer as VQA's official evaluation compares it: no punctuation, no articles, digits.
 
-    A mark goes without a trace where it stands beside a space, or everywhere if the answer has a comma between digits;
-    else a space takes its place. A period goes unless a digit follows.
+    A mark goes without a trace where it stands beside a space, or everywhere if the answer has a
+    comma between digits; else a space takes its place. A period goes unless a digit follows.
     """
     thousands = re.search(r"\d,\d", answer)
     text = answer
     for mark in ";/[]\"{}()=+\\_-><@`,?!":
-        text = text.replace(mark, "" if thousands or mark + " " in answer or " " + mark in answer else " ")
+        beside_space = mark + " " in answer or " " + mark in answer
+        text = text.replace(mark, "" if thousands or beside_space else " ")
     words = re.sub(r"\.(?!\d)", "", text).lower().split()
-    words = [NUMBERS.get(word, word) for word in words]
-    return " ".join(RESTORED.get(word, word) for word in words if word not in ("a", "an", "the"))
+    words = [NUMBERS.get(word, word) for word in words if word not in ("a", "an", "the")]
+    return " ".join(RESTORED.get(word, word) for word in words)
 
 
 def vqa_accuracy(answer: str, human_answers: Iterable[str]) -> float:
-    """Accuracy of one answer (Antol et al. 2015, section 3), in 0..1: min(people who gave it / 3, 1).
+    """Accuracy of one answer (Antol et al. 2015, section 3), 0..1: min(people who gave it / 3, 1).
 
-    As in the official evaluation, averaged over leaving out each of the human answers (10 in VQA, at least one here:
-    fewer than 4 cannot reach 1), and answers are normalised only where the humans disagree.
+    As in the official evaluation, averaged over leaving out each of the human answers (10 in VQA,
+    at least one here: fewer than 4 cannot reach 1); normalised only where the humans disagree.
     """
-    answer, *humans = (re.sub(r"[\n\t]", " ", a).strip() for a in (answer, *human_answers))
+    answer, *humans = [re.sub(r"[\n\t]", " ", a).strip() for a in (answer, *human_answers)]
     if len(set(humans)) > 1:
         answer, *humans = map(normalize_answer, (answer, *humans))
     same = humans.count(answer)
@@ -3047,7 +3248,7 @@ def vqa_accuracy(answer: str, human_answers: Iterable[str]) -> float:
 
 @torch.no_grad()
 def caption_images(data, image_size, generate, workers=0):
-    """(captions, references, indices): what generate says of each image, its own captions, and its place in data.
+    """(captions, references, indices): what generate says of each image, its captions, its place.
 
     generate: (B, 3, S, S) uint8 -> list of B strings. Images that cannot be read are left out.
     """
@@ -3060,11 +3261,12 @@ def caption_images(data, image_size, generate, workers=0):
 
 
 def caption_scores(references, captions, domains=None):
-    """{"bleu1", ..., "bleu4" in percent, "cider": 100 x CIDEr-D} of N captions, tokenised here, by COCO's formulas.
+    """{"bleu1" ... "bleu4" in percent, "cider": 100 x CIDEr-D} of N captions, by COCO's formulas.
 
-    references: N lists of R strings; without any (a test split) there is nothing to score: {}. domains (NoCaps): N of
-    "in-domain", "near-domain" and "out-domain", which adds "cider_in", "cider_near" and "cider_out": each domain is
-    scored as a set of its own, with its own document frequencies, as is usual for NoCaps. So "cider" is not their mean.
+    references: N lists of R strings; without any (a test split) nothing is scored: {}. Both are
+    tokenised here. domains (nocaps): N of "in-domain", "near-domain" and "out-domain", which adds
+    "cider_in", "cider_near" and "cider_out": each is scored as a set of its own, with its own
+    document frequencies, as is usual for nocaps. So "cider" is not their mean.
     """
     if not any(references):
         return {}
@@ -3072,31 +3274,35 @@ def caption_scores(references, captions, domains=None):
     captions = [ptb_tokenize(text) for text in captions]
     scores = {f"bleu{n}": 100 * value for n, value in enumerate(bleu(references, captions), 1)}
     scores["cider"] = 100 * cider_d(references, captions)[0]
-    for domain in sorted(set(domains or ())):
-        part = [i for i, found in enumerate(domains) if found == domain]
-        score, _ = cider_d([references[i] for i in part], [captions[i] for i in part])
-        scores[f"cider_{domain.removesuffix('-domain')}"] = 100 * score
+    for domain in sorted(set(domains or [])):
+        part = [i for i, d in enumerate(domains) if d == domain]
+        mean, _ = cider_d([references[i] for i in part], [captions[i] for i in part])
+        scores["cider_" + domain.removesuffix("-domain")] = 100 * mean
     return scores
 
 
 @torch.no_grad()
 def answer_questions(data, image_size, answer, workers=0):
-    """([{"question_id", "answer"}] in order, as VQA's server takes them, and {"accuracy": percent}).
+    """([{"question_id", "answer"}] in order, as VQA's server takes them, {"accuracy": percent}).
 
-    data: key(i) identifies question i and read(i) gives (image, (question, human answers)). With data.kinds, the kind
-    of each question, also {"accuracy_<kind>"}. Questions without human answers (a test split) are not scored.
-    answer: (B, 3, S, S) uint8, list of B questions -> list of B strings. Questions whose image cannot be read are left
-    out and counted as "unreadable".
+    data: a set of questions; with question_kinds also {"accuracy_<kind>"}. Questions without human
+    answers (a test split) are not scored. answer: (B, 3, S, S) uint8, list of B questions -> list
+    of B strings. Questions whose image cannot be read are left out and counted as "unreadable".
     """
-    results, kinds, found = [], getattr(data, "kinds", None), collections.defaultdict(list)
+    results, accuracies = [], collections.defaultdict(list)
     for images, places, targets in batches(data, image_size, workers, "answering"):
-        given = answer(images, [question for question, _ in targets])
-        for i, text, (_, humans) in zip(places, given, targets, strict=True):
+        answers = answer(images, [question for question, _ in targets])
+        for i, text, (_, humans) in zip(places, answers, targets, strict=True):
             results.append({"question_id": data.key(i), "answer": text})
-            for name in ["accuracy"] + ([f"accuracy_{kinds[i]}"] if kinds else []) if humans else []:
-                found[name].append(vqa_accuracy(text, humans))
-    scores = {name: 100 * sum(found[name]) / len(found[name]) for name in sorted(found)}
-    return results, {**scores, **({"unreadable": len(data) - len(results)} if len(results) < len(data) else {})}
+            if humans:
+                kind, accuracy = data.question_kinds[i], vqa_accuracy(text, humans)
+                accuracies["accuracy"].append(accuracy)
+                if kind:
+                    accuracies["accuracy_" + kind].append(accuracy)
+    scores = {name: 100 * sum(values) / len(values) for name, values in sorted(accuracies.items())}
+    if len(results) < len(data):
+        scores["unreadable"] = len(data) - len(results)
+    return results, scores
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
