@@ -43,6 +43,7 @@ import unicodedata
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -776,133 +777,259 @@ def paired_differences(found, baseline):
 LOSSES = ("loss", "nce", "kd", "cluster", "instance", "mimicry", "itc", "itm", "lm", "hr", "at_")
 
 
-# ---------------------------------------------------------------------------------------------------- published weights
+# ---------------------------------------------------------------------------------- checkpoints
+
+IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))  # SLIP's too
+OPENAI = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
 
 
-def read_weights(path):
-    """({name: tensor}, config or None) of a .pt, .bin or .safetensors file, untouched.
+@dataclass(frozen=True)
+class Size:
+    """What a CLIP's tensors and inputs look like: all that a model is built from."""
 
-    config is what this project's checkpoints store beside the weights. Pickles are read with weights_only, so nothing
-    in the file is executed; OpenAI's archives are TorchScript and are read by torch.jit. UserError when the file is
-    missing or is no checkpoint.
+    image_size: int  # pixels, as patch_size
+    patch_size: int
+    vision_width: int
+    vision_layers: int
+    vision_heads: int
+    vision_mlp: int  # hidden width of the MLPs
+    text_width: int
+    text_layers: int
+    text_heads: int
+    context_length: int  # tokens of a text, start and end included
+    vocab_size: int
+    embed_dim: int  # width of the joint embedding
+    act: str  # "gelu" or "quick_gelu"
+    mean: tuple  # of the channels of pixels from 0 to 1, as std
+    std: tuple
+
+    def pixel_statistics(self, device):
+        """Mean and standard deviation of pixels from 0 to 255, (2, 3, 1, 1)."""
+        return 255 * torch.tensor([self.mean, self.std], device=device).view(2, 3, 1, 1)
+
+
+DEMO = Size(image_size=40, patch_size=8, vision_width=96, vision_layers=4, vision_heads=4,
+            vision_mlp=384, text_width=64, text_layers=2, text_heads=4, context_length=24,
+            vocab_size=4096, embed_dim=64, act="gelu", **IMAGENET)
+VIT_B32 = Size(image_size=224, patch_size=32, vision_width=768, vision_layers=12, vision_heads=12,
+               vision_mlp=3072, text_width=512, text_layers=12, text_heads=8, context_length=77,
+               vocab_size=49408, embed_dim=512, act="quick_gelu", **IMAGENET)
+PRESETS = {
+    "tiny": replace(DEMO, image_size=16, vision_width=16, vision_layers=2,
+                                vision_heads=2, vision_mlp=32, text_width=16, text_layers=1,
+                                text_heads=2, embed_dim=16),  # for tests
+    "demo": DEMO,
+    "demo64": replace(DEMO, image_size=64),
+    # 0.7 of the demo's multiply-adds: the rival, not pruned, of a pruned demo
+    "slim": replace(DEMO, vision_width=80, vision_mlp=320),
+    "vit_b32": VIT_B32,
+    "vit_b16": replace(VIT_B32, patch_size=16),
+}
+
+
+@dataclass
+class Checkpoint:
+    """A file of weights. Only a file of this project has config and size."""
+
+    path: Path
+    weights: dict  # {name: tensor}
+    config: dict  # the run's Config as saved, else {}
+    size: Size | dict | None  # of a CLIP a Size, of a BLIP a dict
+
+
+WRAPPERS = ("model", "state_dict", "model_state_dict")
+
+
+def read_checkpoint(path):
+    """The Checkpoint in a .pt, .bin or .safetensors file, or in one of OpenAI's archives.
+
+    Nothing in the file is executed. The weights are as stored, but out of their wrapper and
+    without what DataParallel and torch.compile put into names. UserError: no checkpoint.
     """
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: name the checkpoint file in it, such as {path / 'last.pt'}")
     if not path.is_file():
-        raise UserError(f"no checkpoint at {path}")
+        kind = "a folder" if path.is_dir() else "not there"
+        raise UserError(f"{path} is {kind}: name a checkpoint file, such as RUN/last.pt")
     try:
-        if path.suffix == ".safetensors":
-            return _read_safetensors(path), None
-        if zipfile.is_zipfile(path) and any(n.endswith("constants.pkl") for n in zipfile.ZipFile(path).namelist()):
-            return torch.jit.load(path, map_location="cpu").state_dict(), {"act": "quick_gelu"}
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except Exception as error:  # the readers raise errors of many types on damaged files
-        raise UserError(f"{path} is no checkpoint, or is cut off or damaged ({type(error).__name__})") from error
-    config = content.get("config") if isinstance(content, dict) else None
-    for wrapper in ("model", "state_dict"):
-        content = content.get(wrapper, content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise UserError(f"{path} holds no table of weights")
-    return {name.removeprefix("module."): tensor for name, tensor in content.items()}, config
+        content = weights = read_content(path)
+        for wrapper in WRAPPERS:
+            weights = weights.get(wrapper, weights)
+        plain = {}
+        for name, tensor in weights.items():
+            name = name.replace("_orig_mod.", "").removeprefix("module.")
+            plain[name] = tensor.detach()
+        config, size = {}, content.get("size")
+        if isinstance(size, dict):
+            config = content["config"]
+            if size.keys() == Size.__annotations__.keys():
+                size = Size(**size)
+        else:
+            size = None
+    except Exception as error:  # what is damaged or no table of tensors raises many types
+        reason = f"it is no table of weights, or cut off or damaged ({type(error).__name__})"
+        python_object = re.search(r"GLOBAL (\S+)", str(error))
+        if python_object:
+            reason = (f"it also holds a {python_object[1]}, and reading that could run any code. "
+                      "If you trust it, re-save the weights alone: torch.save(torch.load(FILE, "
+                      "weights_only=False)['state_dict'], NEW_FILE)")
+        raise UserError(f"{path} is not read: {reason}") from error
+    return Checkpoint(path, plain, config, size)
 
 
-def _read_safetensors(path):
-    """The format: 8 bytes little-endian header length, a json header with dtype, shape and offsets, then the data."""
-    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-              "I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-    content = path.read_bytes()
-    start = 8 + struct.unpack("<Q", content[:8])[0]
-    header, tensors = json.loads(content[8:start]), {}
+def read_content(path):
+    """What a file of weights holds, read without executing any of it."""
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    if zipfile.is_zipfile(path) and "constants.pkl" in str(zipfile.ZipFile(path).namelist()):
+        return torch.jit.load(path, map_location="cpu").state_dict()  # TorchScript: OpenAI's
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+               "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "I8": torch.int8,
+               "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def read_safetensors(path):
+    """{name: tensor}. The format: the length of the header in 8 bytes, the header, a json with
+    dtype, shape and place of each tensor, then the data."""
+    content = torch.from_numpy(np.fromfile(path, np.uint8))
+    start = 8 + content[:8].view(torch.int64).item()
+    header = json.loads(bytes(content[8:start].numpy()))
+    header.pop("__metadata__", None)
+    tensors = {}
     for name, entry in header.items():
-        if name != "__metadata__":
-            if entry["dtype"] not in dtypes:
-                raise UserError(f"{path}: tensors of type {entry['dtype']} are not read here")
-            begin, end = (start + offset for offset in entry["data_offsets"])
-            flat = torch.frombuffer(bytearray(content[begin:end]), dtype=dtypes[entry["dtype"]]) if end > begin \
-                else torch.empty(0, dtype=dtypes[entry["dtype"]])
-            tensors[name] = flat.reshape(entry["shape"])
+        begin, end = entry["data_offsets"]
+        data = content[start + begin:start + end].clone()  # aligned
+        tensors[name] = data.view(SAFETENSORS[entry["dtype"]]).reshape(entry["shape"])
     return tensors
 
 
-# ----------------------------------------------------------------------------------- published CLIP weights, one naming
-
-VISION_HEADS = {1280: 16, 1408: 16, 1664: 16}  # ViT-H, g and bigG; every other published CLIP ViT has width / 64 heads
-
-
 def read_clip(path, act=None):
-    """clip_weights() of a file."""
-    return clip_weights(*read_weights(path), path, act)
+    """clip_weights of a file."""
+    return clip_weights(read_checkpoint(path), act)
 
 
-def clip_weights(weights, config, path, act=None):
-    """(weights under OpenAI's parameter names, {config field: value}) of an OpenAI, OpenCLIP or Hugging Face CLIP ViT.
-
-    The sizes are read off the tensors. The activation is not in them: it comes from `act`, else from a config.json or
-    open_clip_config.json beside the file, else OpenAI's TorchScript archives mean QuickGELU and anything else GELU.
-    """
-    for prefix in ("online.", "student."):  # a checkpoint of this project: the trained towers
+def clip_weights(checkpoint, act=None):
+    """(float32 weights in OpenAI's names, Size, config) of a CLIP ViT: ours (its trained towers),
+    OpenAI's, OpenCLIP's or Hugging Face's. A file of ours tells its Size; act goes before all."""
+    path, weights, size = checkpoint.path, checkpoint.weights, checkpoint.size
+    for prefix in ("online.", "student."):
         if prefix + "logit_scale" in weights:
-            weights = {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
+            weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()
+                       if name.startswith(prefix)}
     if "vision_model.embeddings.class_embedding" in weights:
-        weights = _from_hugging_face(weights)
-    missing = [n for n in ("visual.conv1.weight", "visual.proj", "token_embedding.weight") if n not in weights]
-    if missing:
-        raise UserError(f"{path} is no CLIP ViT: it has no {missing[0]}")
-    extras = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's archives, no parameters
-    weights = {name: tensor.float() for name, tensor in weights.items() if name not in extras}
-    sizes = clip_sizes(weights)
-    config = config or config_beside(Path(path)) or {}
-    sizes["act"] = act or config.get("act", "gelu")
-    if sizes["act"] not in ("gelu", "quick_gelu"):
-        raise UserError(f"{path} wants the activation {sizes['act']}, not gelu or quick_gelu: choose with --act")
-    sizes["pixel_stats"] = config.get("pixel_stats", "clip")
-    for field in ("vision_heads", "text_heads"):
-        sizes[field] = config.get(field, sizes[field])
-    return weights, sizes
+        weights = from_hugging_face(weights)
+    if not isinstance(size, Size):
+        size = foreign_size(path, weights, act)
+    size = replace(size, act=act or size.act)
+    if size.act not in ("gelu", "quick_gelu"):
+        raise UserError(f"{path} wants the activation {size.act}: --act gelu or quick_gelu")
+    weights = {name: tensor.float() for name, tensor in weights.items()
+               if name not in ("input_resolution", "context_length", "vocab_size")}  # OpenAI's
+    return weights, size, checkpoint.config
 
 
-def clip_sizes(weights):
-    """The sizes of a CLIP ViT, as config fields, read off its tensors."""
-    width, _, _, patch = weights["visual.conv1.weight"].shape
-    grid = round((weights["visual.positional_embedding"].shape[0] - 1) ** 0.5)
-    vocab, text_width = weights["token_embedding.weight"].shape
-    layers = {stem: 1 + max(int(n[len(stem):].split(".")[0]) for n in weights if n.startswith(stem))
-              for stem in ("visual.transformer.resblocks.", "transformer.resblocks.")}
-    return {
-        "image_size": grid * patch, "patch_size": patch, "vision_width": width,
-        "vision_layers": layers["visual.transformer.resblocks."], "vision_heads": VISION_HEADS.get(width, width // 64),
-        "vision_mlp": weights["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
-        "text_width": text_width, "text_layers": layers["transformer.resblocks."], "text_heads": text_width // 64,
-        "context_length": weights["positional_embedding"].shape[0], "vocab_size": vocab,
-        "embed_dim": weights["visual.proj"].shape[1],
-    }
+VISION_HEADS = {1280: 16, 1408: 16, 1664: 16}  # ViT-H, g, bigG; other CLIPs have width / 64
 
 
-def _from_hugging_face(weights):
-    """Rename Hugging Face CLIPModel's tensors; q, k and v become one in_proj, projections are transposed."""
-    renames = [("vision_model.encoder.layers.", "visual.transformer.resblocks."),
-               ("text_model.encoder.layers.", "transformer.resblocks."),
-               ("self_attn.out_proj", "attn.out_proj"), ("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"),
-               ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"),
-               ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
-               ("vision_model.embeddings.patch_embedding", "visual.conv1"),
-               ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
-               ("vision_model.pre_layrnorm", "visual.ln_pre"), ("vision_model.post_layernorm", "visual.ln_post"),
-               ("text_model.embeddings.token_embedding", "token_embedding"),
-               ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
-               ("text_model.final_layer_norm", "ln_final"), ("visual_projection.weight", "visual.proj"),
-               ("text_projection.weight", "text_projection")]
+def foreign_size(path, weights, act):
+    """The Size of published weights in OpenAI's names: the tensors tell the sizes, the json files
+    that a hub keeps beside them heads, activation, mean and std."""
+    try:
+        width, _, _, patch = weights["visual.conv1.weight"].shape
+        vocab, text_width = weights["token_embedding.weight"].shape
+        positions = weights["visual.positional_embedding"]
+        size = Size(
+            image_size=grid_side(positions, path) * patch, patch_size=patch, vision_width=width,
+            vision_layers=count_blocks(weights, "visual.transformer."),
+            vision_heads=VISION_HEADS.get(width, width // 64),
+            vision_mlp=len(weights["visual.transformer.resblocks.0.mlp.c_fc.weight"]),
+            text_width=text_width, text_layers=count_blocks(weights, "transformer."),
+            text_heads=text_width // 64, context_length=len(weights["positional_embedding"]),
+            vocab_size=vocab, embed_dim=weights["visual.proj"].shape[1], act="gelu", **OPENAI)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path} is no CLIP ViT, it lacks or bends {error}") from None
+    told = {}
+    if "input_resolution" in weights:  # only OpenAI's archives have it
+        told["act"] = "quick_gelu"
+    for name in ("config.json", "preprocessor_config.json", "open_clip_config.json"):
+        file = path.with_name(name)
+        content = read_json(file) if file.is_file() else {}
+        try:
+            told.update(told_by(content, width))
+        except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
+            raise UserError(f"{file} does not describe a CLIP: {error}") from None
+    if "act" not in told:
+        half = weights["visual.conv1.weight"].dtype == torch.float16  # so OpenAI publishes
+        told["act"] = "quick_gelu" if half else "gelu"
+        if not act and rank() == 0:
+            print(f"{path}: nothing tells the activation, {told['act']} is assumed; --act changes "
+                  "it (OpenAI's weights need quick_gelu)")
+    size = replace(size, **told)
+    for width, heads in (size.vision_width, size.vision_heads), (size.text_width, size.text_heads):
+        if heads < 1 or width % heads:
+            raise UserError(f"{path}: {heads} attention heads in a width of {width}")
+    return size
+
+
+def count_blocks(weights, tower):
+    return sum(f"{tower}resblocks.{i}.ln_1.weight" in weights for i in range(len(weights)))
+
+
+def told_by(content, width):
+    """Fields of Size that a json beside weights tells, with what its library leaves out."""
+    told, pixels = {}, content
+    vision, text = content.get("vision_config"), content.get("text_config") or {}
+    if vision:  # Hugging Face's config.json
+        told["act"] = vision.get("hidden_act", "quick_gelu")
+        told["vision_heads"] = int(vision.get("num_attention_heads", 12))
+        told["text_heads"] = int(text.get("num_attention_heads", 8))
+    model = content.get("model_cfg")
+    if model:  # open_clip_config.json
+        told["act"] = "quick_gelu" if model.get("quick_gelu") else "gelu"
+        if "vision_cfg" in model:
+            told["vision_heads"] = width // model["vision_cfg"].get("head_width", 64)
+        if "text_cfg" in model:
+            told["text_heads"] = int(model["text_cfg"].get("heads", 8))
+        pixels = content.get("preprocess_cfg") or {}
+    for field in ("mean", "std"):
+        values = pixels.get(field) or pixels.get(f"image_{field}")
+        if values:
+            told[field] = tuple(np.broadcast_to(np.asarray(values, float), 3).tolist())
+    return told
+
+
+def from_hugging_face(weights):
+    """Hugging Face CLIPModel's tensors in OpenAI's names: q, k, v become one in_proj."""
+    renames = [
+        ("vision_model.encoder.layers.", "visual.transformer.resblocks."),
+        ("text_model.encoder.layers.", "transformer.resblocks."),
+        ("self_attn.q_proj.", "attn.in_proj_"),
+        ("self_attn.out_proj", "attn.out_proj"),
+        ("layer_norm1", "ln_1"),
+        ("layer_norm2", "ln_2"),
+        ("mlp.fc1", "mlp.c_fc"),
+        ("mlp.fc2", "mlp.c_proj"),
+        ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
+        ("vision_model.embeddings.patch_embedding", "visual.conv1"),
+        ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
+        ("vision_model.pre_layrnorm", "visual.ln_pre"),
+        ("vision_model.post_layernorm", "visual.ln_post"),
+        ("text_model.embeddings.token_embedding", "token_embedding"),
+        ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
+        ("text_model.final_layer_norm", "ln_final"),
+        ("visual_projection.weight", "visual.proj"),
+        ("text_projection.weight", "text_projection"),
+    ]
     renamed = {}
     for name, tensor in weights.items():
-        if name.endswith("position_ids") or ".self_attn.k_proj." in name or ".self_attn.v_proj." in name:
+        if name.endswith("position_ids") or ".k_proj." in name or ".v_proj." in name:
             continue
-        if ".self_attn.q_proj." in name:
-            tensor = torch.cat([weights[name.replace("q_proj", p)] for p in ("q_proj", "k_proj", "v_proj")])
-            name = name.replace("self_attn.q_proj.", "attn.in_proj_")
-        if name in ("visual_projection.weight", "text_projection.weight"):
+        if ".q_proj." in name:
+            parts = [name.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
+            tensor = torch.cat([weights[part] for part in parts])
+        if name.endswith("projection.weight"):
             tensor = tensor.T.contiguous()
         for theirs, ours in renames:
             name = name.replace(theirs, ours)
@@ -910,40 +1037,52 @@ def _from_hugging_face(weights):
     return renamed
 
 
-def config_beside(path):
-    """{"act": ...} from the config a hub repository keeps beside its weights, None when there is none."""
-    if (path.parent / "open_clip_config.json").is_file():
-        model = read_json(path.parent / "open_clip_config.json")["model_cfg"]
-        return {"act": "quick_gelu" if model.get("quick_gelu") else "gelu"}
-    if (path.parent / "config.json").is_file():
-        config = read_json(path.parent / "config.json")
-        if "vision_config" in config:  # transformers leaves out what equals its defaults: those of ViT-B/32
-            vision, text = config["vision_config"], config.get("text_config") or {}
-            return {"act": vision.get("hidden_act", "quick_gelu"),
-                    "vision_heads": vision.get("num_attention_heads", 12),
-                    "text_heads": text.get("num_attention_heads", 8)}
-    return None
+def grid_side(positions, where="a model"):
+    """g of position embeddings (1 + g*g, D). UserError when they are no square with its CLS."""
+    side = math.isqrt(len(positions) - 1)
+    if side ** 2 != len(positions) - 1:
+        raise UserError(f"{where}: visual.positional_embedding {tuple(positions.shape)} is no "
+                        "square grid and CLS")
+    return side
 
 
 def resize_positions(positions, count):
-    """Position embeddings (1 + g*g, D) of a square grid with its CLS, bicubically resized to `count` rows."""
-    if positions.shape[0] == count:
+    """(1 + g*g, D), a square grid with its CLS, bicubically resized to `count` rows."""
+    if len(positions) == count:
         return positions
-    old, new = (round((n - 1) ** 0.5) for n in (positions.shape[0], count))
-    grid = positions[1:].float().T.reshape(1, -1, old, old)
+    old, new = grid_side(positions), math.isqrt(count - 1)
+    grid = positions[1:].float().T.unflatten(1, (old, old)).unsqueeze(0)
     grid = F.interpolate(grid, (new, new), mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([positions[:1], grid.reshape(-1, new * new).T.to(positions.dtype)])
+    return torch.cat([positions[:1], grid[0].flatten(1).T.to(positions.dtype)])
 
 
-def load_weights(module, weights):
-    """load_state_dict, with one line that names what does not fit."""
-    own = module.state_dict()
-    wrong = [n for n in own if n not in weights] + [n for n in weights if n not in own] + \
-            [n for n in own if n in weights and own[n].shape != weights[n].shape]
-    if wrong:
-        raise UserError(f"the checkpoint does not fit the model: {wrong[0]} and {len(wrong) - 1} more "
-                        "are missing, unknown or of another shape")
-    module.load_state_dict(weights, assign=any(p.is_meta for p in module.parameters()))  # meta: made without memory
+def clip_size(cfg, loaded=None):
+    """(Size, weights or None): of the Checkpoint if there is one, else of the preset; then
+    --image-size and --act. UserError when the patches do not fill the image."""
+    size, weights = PRESETS[cfg.preset], None
+    if loaded:
+        weights, size, _ = clip_weights(loaded, cfg.act)
+    size = replace(size, image_size=cfg.image_size or size.image_size, act=cfg.act or size.act)
+    if size.image_size % size.patch_size:
+        raise UserError(f"--image-size {size.image_size} is no multiple of the patches' "
+                        f"{size.patch_size} px")
+    if loaded:
+        key = "visual.positional_embedding"
+        patches = (size.image_size // size.patch_size) ** 2
+        weights[key] = resize_positions(weights[key], 1 + patches)
+    return size, weights
+
+
+def load_weights(module, weights, path):
+    """load_state_dict. UserError in one line that names the tensor and both shapes."""
+    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for name in {**own, **found}:
+        if own.get(name) != found.get(name):
+            raise UserError(f"{path} does not fit: {name} is {found.get(name, 'absent')} in it, "
+                            f"{own.get(name, 'absent')} in the model")
+    meta = any(p.is_meta for p in module.parameters())  # made without memory
+    module.load_state_dict(weights, assign=meta)
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizer
