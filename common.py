@@ -848,8 +848,7 @@ def read_checkpoint(path):
     """
     path = Path(path)
     if not path.is_file():
-        kind = "a folder" if path.is_dir() else "not there"
-        raise UserError(f"{path} is {kind}: name a checkpoint file, such as RUN/last.pt")
+        raise UserError(f"{path} is no file: name a checkpoint, such as RUN/last.pt")
     try:
         content = weights = read_content(path)
         for wrapper in WRAPPERS:
@@ -918,15 +917,18 @@ def clip_weights(checkpoint, act=None):
         if prefix + "logit_scale" in weights:
             weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()
                        if name.startswith(prefix)}
-    if "vision_model.embeddings.class_embedding" in weights:
-        weights = from_hugging_face(weights)
-    if not isinstance(size, Size):
-        size = foreign_size(path, weights, act)
+    try:
+        if "vision_model.embeddings.class_embedding" in weights:
+            weights = from_hugging_face(weights)
+        if not isinstance(size, Size):
+            size = foreign_size(path, weights, act)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path} is no CLIP ViT ({type(error).__name__}: {error})") from None
     size = replace(size, act=act or size.act)
     if size.act not in ("gelu", "quick_gelu"):
         raise UserError(f"{path} wants the activation {size.act}: --act gelu or quick_gelu")
     weights = {name: tensor.float() for name, tensor in weights.items()
-               if name not in ("input_resolution", "context_length", "vocab_size")}  # OpenAI's
+               if tensor.is_floating_point()}  # integers beside them are no parameters
     return weights, size, checkpoint.config
 
 
@@ -936,23 +938,21 @@ VISION_HEADS = {1280: 16, 1408: 16, 1664: 16}  # ViT-H, g, bigG; other CLIPs hav
 def foreign_size(path, weights, act):
     """The Size of published weights in OpenAI's names: the tensors tell the sizes, the json files
     that a hub keeps beside them heads, activation, mean and std."""
-    try:
-        width, _, _, patch = weights["visual.conv1.weight"].shape
-        vocab, text_width = weights["token_embedding.weight"].shape
-        positions = weights["visual.positional_embedding"]
-        size = Size(
-            image_size=grid_side(positions, path) * patch, patch_size=patch, vision_width=width,
-            vision_layers=count_blocks(weights, "visual.transformer."),
-            vision_heads=VISION_HEADS.get(width, width // 64),
-            vision_mlp=len(weights["visual.transformer.resblocks.0.mlp.c_fc.weight"]),
-            text_width=text_width, text_layers=count_blocks(weights, "transformer."),
-            text_heads=text_width // 64, context_length=len(weights["positional_embedding"]),
-            vocab_size=vocab, embed_dim=weights["visual.proj"].shape[1], act="gelu", **OPENAI)
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{path} is no CLIP ViT, it lacks or bends {error}") from None
+    width, _, _, patch = weights["visual.conv1.weight"].shape
+    vocab, text_width = weights["token_embedding.weight"].shape
+    grid = grid_side(weights["visual.positional_embedding"], path)
+    archive = "input_resolution" in weights  # only OpenAI's have it
+    half = weights["visual.conv1.weight"].dtype == torch.float16  # as OpenAI publishes
+    size = Size(
+        image_size=grid * patch, patch_size=patch, vision_width=width,
+        vision_layers=count_blocks(weights, "visual.transformer."),
+        vision_heads=VISION_HEADS.get(width, width // 64),
+        vision_mlp=len(weights["visual.transformer.resblocks.0.mlp.c_fc.weight"]),
+        text_width=text_width, text_layers=count_blocks(weights, "transformer."),
+        text_heads=text_width // 64, context_length=len(weights["positional_embedding"]),
+        vocab_size=vocab, embed_dim=weights["visual.proj"].shape[1],
+        act="quick_gelu" if archive or half else "gelu", **OPENAI)
     told = {}
-    if "input_resolution" in weights:  # only OpenAI's archives have it
-        told["act"] = "quick_gelu"
     for name in ("config.json", "preprocessor_config.json", "open_clip_config.json"):
         file = path.with_name(name)
         content = read_json(file) if file.is_file() else {}
@@ -960,12 +960,9 @@ def foreign_size(path, weights, act):
             told.update(told_by(content, width))
         except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
             raise UserError(f"{file} does not describe a CLIP: {error}") from None
-    if "act" not in told:
-        half = weights["visual.conv1.weight"].dtype == torch.float16  # so OpenAI publishes
-        told["act"] = "quick_gelu" if half else "gelu"
-        if not act and rank() == 0:
-            print(f"{path}: nothing tells the activation, {told['act']} is assumed; --act changes "
-                  "it (OpenAI's weights need quick_gelu)")
+    if not archive and not act and "act" not in told and rank() == 0:
+        print(f"{path}: nothing tells the activation, {size.act} is assumed; --act changes it "
+              "(OpenAI's weights need quick_gelu)")
     size = replace(size, **told)
     for width, heads in (size.vision_width, size.vision_heads), (size.text_width, size.text_heads):
         if heads < 1 or width % heads:
@@ -996,35 +993,34 @@ def told_by(content, width):
     for field in ("mean", "std"):
         values = pixels.get(field) or pixels.get(f"image_{field}")
         if values:
-            told[field] = tuple(np.broadcast_to(np.asarray(values, float), 3).tolist())
+            red, green, blue = map(float, values)
+            told[field] = red, green, blue
     return told
 
 
 def from_hugging_face(weights):
     """Hugging Face CLIPModel's tensors in OpenAI's names: q, k, v become one in_proj."""
     renames = [
-        ("vision_model.encoder.layers.", "visual.transformer.resblocks."),
-        ("text_model.encoder.layers.", "transformer.resblocks."),
-        ("self_attn.q_proj.", "attn.in_proj_"),
-        ("self_attn.out_proj", "attn.out_proj"),
-        ("layer_norm1", "ln_1"),
-        ("layer_norm2", "ln_2"),
+        ("encoder.layers.", "transformer.resblocks."),
+        ("embeddings.", ""),
+        ("vision_model.", "visual."),
+        ("text_model.", ""),
+        ("patch_embedding", "conv1"),
+        ("position_embedding.weight", "positional_embedding"),
+        ("pre_layrnorm", "ln_pre"),
+        ("post_layernorm", "ln_post"),
+        ("final_layer_norm", "ln_final"),
+        ("layer_norm", "ln_"),
+        ("self_attn.", "attn."),
+        ("q_proj.", "in_proj_"),
         ("mlp.fc1", "mlp.c_fc"),
         ("mlp.fc2", "mlp.c_proj"),
-        ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
-        ("vision_model.embeddings.patch_embedding", "visual.conv1"),
-        ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
-        ("vision_model.pre_layrnorm", "visual.ln_pre"),
-        ("vision_model.post_layernorm", "visual.ln_post"),
-        ("text_model.embeddings.token_embedding", "token_embedding"),
-        ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
-        ("text_model.final_layer_norm", "ln_final"),
         ("visual_projection.weight", "visual.proj"),
         ("text_projection.weight", "text_projection"),
     ]
     renamed = {}
     for name, tensor in weights.items():
-        if name.endswith("position_ids") or ".k_proj." in name or ".v_proj." in name:
+        if ".k_proj." in name or ".v_proj." in name:
             continue
         if ".q_proj." in name:
             parts = [name.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
@@ -1051,9 +1047,9 @@ def resize_positions(positions, count):
     if len(positions) == count:
         return positions
     old, new = grid_side(positions), math.isqrt(count - 1)
-    grid = positions[1:].float().T.unflatten(1, (old, old)).unsqueeze(0)
+    grid = positions[1:].T.unflatten(1, (old, old)).unsqueeze(0)
     grid = F.interpolate(grid, (new, new), mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([positions[:1], grid[0].flatten(1).T.to(positions.dtype)])
+    return torch.cat([positions[:1], grid[0].flatten(1).T])
 
 
 def clip_size(cfg, loaded=None):
@@ -1066,8 +1062,8 @@ def clip_size(cfg, loaded=None):
     if size.image_size % size.patch_size:
         raise UserError(f"--image-size {size.image_size} is no multiple of the patches' "
                         f"{size.patch_size} px")
-    if loaded:
-        key = "visual.positional_embedding"
+    key = "visual.positional_embedding"
+    if loaded and key in weights:
         patches = (size.image_size // size.patch_size) ** 2
         weights[key] = resize_positions(weights[key], 1 + patches)
     return size, weights

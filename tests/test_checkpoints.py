@@ -266,7 +266,7 @@ def write_faulty(path, weights):
         path.write_bytes(path.read_bytes()[:-1000])
 
 
-FAULTS = {"absent.pt": "not there", "folder.pt": "a folder", "text.pt": "damaged",
+FAULTS = {"absent.pt": "no file", "folder.pt": "no file", "text.pt": "damaged",
           "text.safetensors": "damaged", "truncated.pt": "damaged", "table.pt": "no table",
           "namespace.pt": "argparse.Namespace.*re-save", "scalar.pt": "scalar.*re-save",
           "resnet.pt": "token_embedding", "positions.pt": r"positional_embedding \(7, 16\)",
