@@ -32,7 +32,6 @@ import re
 import shlex
 import signal
 import string
-import struct
 import subprocess
 import sys
 import tarfile
