@@ -19,6 +19,7 @@ import datetime
 import functools
 import gzip
 import hashlib
+import heapq
 import html
 import io
 import itertools
@@ -601,7 +602,11 @@ class Progress:
         metrics = " ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
         text = f"{metrics} | {speed:.0f} images/s"
         if rank() == 0 and self.bar.disable:
-            print(f"step {row['step']} {text}", flush=True)
+            try:
+                print(f"step {row['step']} {text}", flush=True)
+            except BrokenPipeError:  # the reader of our output has gone: stop as after SIGTERM
+                silence_stdout()
+                signal.raise_signal(signal.SIGTERM)
         elif keep:
             self.bar.write(text)
         else:
@@ -947,191 +952,228 @@ def load_weights(module, weights):
     module.load_state_dict(weights, assign=any(p.is_meta for p in module.parameters()))  # meta: made without memory
 
 
-# ----------------------------------------------------------------------------------------------------------- tokenizer
+# ---------------------------------------------------------------------------------------- tokenizer
 
-# The runs that byte pairs are merged in. `re` has no class for letters alone, but [^\W_] is exactly the Unicode letters
-# and numbers: the numbers are split off later. Two quirks of CLIP's pattern, which ignores case in the `regex` module:
-# the long s counts as s, and U+0345, a mark that folds to a letter, matches nothing.
-RUNS = re.compile(r"<[sſ]tart_of_text>|<end_of_text>|'[sſtmd]|'re|'ve|'ll|[^\W_]+|(?:[^\w\s\u0345]|_)+")
-SPECIALS = "<start_of_text>", "<end_of_text>"
-# GPT-2's order of the 256 bytes: the 188 that print as Latin-1, then the others. A byte's place here is its token id.
+# The runs that byte pairs are merged in. `re` has no class for letters alone, but [^\W_] is exactly
+# the Unicode letters and numbers: the numbers are split off later. Two quirks of CLIP's pattern,
+# which ignores case in the `regex` module: the long s counts as s, and U+0345, a mark that folds to
+# a letter, matches nothing.
+RUNS = re.compile(
+    r"<[sſ]tart_of_text>|<end_of_text>|'[sſtmd]|'re|'ve|'ll|[^\W_]+|(?:[^\w\s\u0345]|_)+"
+)
+SPECIALS = ["<start_of_text>", "<end_of_text>"]
+
+# GPT-2's order of the 256 bytes: the 188 that print as Latin-1, then the others.
+# A byte's place here is its token id.
 BYTES = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
 BYTES += [b for b in range(256) if b not in BYTES]
 
 
+def read_lines(name: str, count: int) -> list[str]:
+    """The first lines of a compressed text in data/. UserError where it is missing or damaged."""
+    path = DATA / name
+    try:
+        lines = gzip.decompress(path.read_bytes()).decode().split("\n")
+        if len(lines) < count:
+            raise EOFError
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise UserError(f"{path} is missing or damaged ({type(error).__name__}): "
+                        "data/README.md tells its source") from error
+    return lines[:count]
+
+
 @functools.lru_cache(maxsize=4)
-def load_merges(n_merges: int) -> tuple[dict[tuple[int, int], int], list[bytes]]:
+def load_merges(n_merges: int) -> tuple[dict, list[bytes]]:
     """The first n_merges byte pairs of data/bpe_simple_vocab_16e6.txt.gz, in order of rank.
 
-    Returns {(left id, right id): id of the merged token} and each id's bytes, with a space where the token ends a word.
-    Ids: 0..255 a byte, 256..511 a byte that ends a word, from 512 the merges.
+    Returns {(left id, right id): id of the merged token} and each id's bytes, with a space where
+    the token ends a word. Ids: 0..255 a byte, 256..511 a byte that ends a word, from 512 the
+    merges, then the two specials.
     """
-    # The file writes a byte as one printable character: itself where it prints, else the next one from U+0100 on.
-    symbols = [chr(b) if i < 188 else chr(256 + i - 188) for i, b in enumerate(BYTES)]
-    ids = {symbol: i for i, symbol in enumerate(symbols + [s + "</w>" for s in symbols])}
-    texts = [bytes([b]) for b in BYTES] + [bytes([b]) + b" " for b in BYTES]
+    # The file writes a byte as one printable character: itself where it prints, else the next one
+    # from U+0100 on.
+    symbols = [chr(b) for b in BYTES[:188]] + [chr(i) for i in range(256, 324)]
+    symbols += [symbol + "</w>" for symbol in symbols]
+    ids = {symbol: i for i, symbol in enumerate(symbols)}
+    texts = [bytes([b]) for b in BYTES]
+    texts += [text + b" " for text in texts]
     merges = {}
-    with gzip.open(DATA / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8") as file:
-        for line in itertools.islice(file, 1, n_merges + 1):  # line 0 names the format's version
-            left, right = line.split()
-            pair = ids[left], ids[right]
-            merges[pair] = ids[left + right] = len(texts)
-            texts.append(texts[pair[0]] + texts[pair[1]])
-    return merges, texts
+    for line in read_lines("bpe_simple_vocab_16e6.txt.gz", n_merges + 1)[1:]:  # 0: version
+        left, right = line.split()
+        ids[left + right] = merges[ids[left], ids[right]] = len(texts)
+        texts.append(texts[ids[left]] + texts[ids[right]])
+    return merges, texts + [special.encode() for special in SPECIALS]
+
+
+def merge_bytes(word: bytes, merges: dict) -> list[int]:
+    """Token ids of one word by byte-pair encoding, in O(n log n) for n bytes.
+
+    The pair of lowest rank, of equal ones the leftmost, becomes one token, until no pair is in
+    `merges`. The id of a merged token grows with its rank and stands for it here.
+    """
+    ids = [BYTES.index(b) for b in word]
+    ids[-1] += 256
+
+    # A linked list: a merged token takes its left part's place, and its right part's holds None.
+    # Place n, which is also place -1, is an end that merges with nothing.
+    n = len(ids)
+    ids.append(None)
+    before = list(range(-1, n))
+    after = [*range(1, n + 1), n]
+    queue = []
+
+    def push(place):
+        pair = ids[place], ids[after[place]]
+        if pair in merges:
+            heapq.heappush(queue, (merges[pair], place))
+
+    for place in range(n):
+        push(place)
+    while queue:
+        merged, left = heapq.heappop(queue)
+        right = after[left]
+        if merges.get((ids[left], ids[right])) != merged:
+            continue  # one of the two has become part of another token since
+        ids[left], ids[right] = merged, None
+        after[left] = after[right]
+        before[after[left]] = left
+        push(before[left])
+        push(left)
+    return [i for i in ids if i is not None]
+
+
+@functools.lru_cache(maxsize=2**16)  # web captions never stop bringing new words
+def encode_run(run: str, vocab_size: int) -> list[int]:
+    """Token ids of one match of RUNS: a special, or words, of which each number is one."""
+    if run in SPECIALS:
+        return [vocab_size - 2 + SPECIALS.index(run)]
+    merges, _ = load_merges(vocab_size - 514)
+    chars = [f" {c} " if c.isnumeric() and not c.isalpha() else c for c in run]
+    ids = []
+    for word in "".join(chars).split():
+        ids += merge_bytes(word.encode(), merges)
+    return ids
+
+
+def token_rows(texts, encode, length, first, last):
+    """Long tensor (B, length): first, the text's ids, last, zeros; a long text keeps its last."""
+    texts = [texts] if isinstance(texts, str) else texts
+    rows = [[first, *encode(text)[:length - 2], last] for text in texts]
+    rows = [row + [0] * (length - len(row)) for row in rows]
+    return torch.tensor(rows, dtype=torch.long).view(len(rows), length)
 
 
 class CLIPTokenizer:
-    """CLIP's byte-pair encoding (Radford et al. 2021, section 2.4), token for token as in openai/CLIP and open_clip.
+    """CLIP's byte-pair encoding (Radford et al. 2021, section 2.4), id for id as in open_clip.
 
-    One step is left out: both first run ftfy, which repairs mis-decoded text and also rewrites curly quotes, ligatures,
-    full-width forms, control characters and decomposed accents. Of that only surrogates are treated here. What is a
-    letter or a number is what Python's own Unicode tables say; a newer `regex` knows some more scripts.
+    One step is left out: OpenAI and open_clip first run ftfy, which repairs mis-decoded text and
+    also rewrites curly quotes, ligatures, full-width forms, control characters and decomposed
+    accents. Of that only surrogates are treated here. What is a letter or a number is what Python's
+    own Unicode tables say; a newer `regex` knows some more scripts.
 
-    context_length: tokens per text, start and end included. vocab_size: 49408 gives CLIP's ids; a smaller one keeps
-    only the first merges (vocabulary: 512 bytes, merges, 2 specials), for a small embedding table.
-    Raises UserError for a context_length below 2 or a vocab_size outside 514..49408.
+    context_length: tokens per text, start and end included. vocab_size: 49408 gives CLIP's ids; a
+    smaller one keeps only the first merges (vocabulary: 512 bytes, merges, 2 specials), for a small
+    embedding table. UserError for a vocab_size outside 514..49408: another tokenizer's.
     """
 
     def __init__(self, context_length: int = 77, vocab_size: int = 49408):
-        if context_length < 2:
-            raise UserError(f"--context-length {context_length}: at least 2, the start and the end token")
         if not 514 <= vocab_size <= 49408:
-            raise UserError(f"--vocab-size {vocab_size}: 514 to 49408 (512 bytes, merges, 2 specials)")
+            raise UserError(f"a vocabulary of {vocab_size} tokens is not CLIP's: 514 to 49408")
         self.context_length, self.vocab_size = context_length, vocab_size
         self.sot, self.eot = vocab_size - 2, vocab_size - 1
-        self._merges, texts = load_merges(vocab_size - 514)
-        self._texts = texts + [special.encode() for special in SPECIALS]
-        self._byte_ids = {b: i for i, b in enumerate(BYTES)}
-        self._cache: dict[str, list[int]] = {}
 
     def __call__(self, texts: str | list[str]) -> torch.Tensor:
-        """Long tensor (B, context_length): start, text, end, zeros. A text that is too long keeps its end token."""
-        texts = [texts] if isinstance(texts, str) else texts
-        rows = [[self.sot, *self.encode(text)[:self.context_length - 2], self.eot] for text in texts]
-        rows = [row + [0] * (self.context_length - len(row)) for row in rows]
-        return torch.tensor(rows, dtype=torch.long).view(len(rows), self.context_length)
+        """Long tensor (B, context_length): start, text, end, zeros. A long text keeps its end."""
+        return token_rows(texts, self.encode, self.context_length, self.sot, self.eot)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text of any length, without start and end token."""
-        # A surrogate has no UTF-8: a pair becomes its character, a lone one U+FFFD, as ftfy has it.
+        # A surrogate has no UTF-8: a pair becomes its character, a lone one U+FFFD, as in ftfy.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         text = " ".join(html.unescape(html.unescape(text)).split()).lower()
         ids = []
         for run in RUNS.findall(text):
-            run_ids = self._cache.get(run)
-            if run_ids is None:
-                if len(self._cache) >= 2**16:  # web captions never stop bringing new words
-                    self._cache.clear()
-                run_ids = self._cache[run] = self._encode_run(run)
-            ids += run_ids
+            cached = encode_run if len(run) <= 100 else encode_run.__wrapped__
+            ids += cached(run, self.vocab_size)
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids: a space after each word, specials by name, padding (id 0) as "!", broken UTF-8 as U+FFFD."""
-        return b"".join(self._texts[i] for i in ids).decode("utf-8", "replace")
-
-    def _encode_run(self, run: str) -> list[int]:
-        """Token ids of one match of RUNS: a special, or words, of which each number is one by itself."""
-        if run in SPECIALS:
-            return [self.sot + SPECIALS.index(run)]
-        words = "".join(f" {c} " if c.isnumeric() and not c.isalpha() else c for c in run).split()
-        return [i for word in words for i in self._merge(word.encode())]
-
-    def _merge(self, word: bytes) -> list[int]:
-        """Token ids of one word: merges the pair of lowest rank, wherever it stands, until none is in the table."""
-        ids = [self._byte_ids[b] for b in word]
-        ids[-1] += 256
-        while len(ids) > 1:
-            # A merged token's id grows with its rank and stands for it here; sot is above them all.
-            pair = min(set(zip(ids, ids[1:])), key=lambda p: self._merges.get(p, self.sot))
-            if pair not in self._merges:
-                break
-            merged: list[int] = []
-            for i in ids:
-                if merged and (merged[-1], i) == pair:
-                    merged[-1] = self._merges[pair]
-                else:
-                    merged.append(i)
-            ids = merged
-        return ids
+        """Text of ids: a space after each word, padding (id 0) as "!", broken UTF-8 as U+FFFD."""
+        _, texts = load_merges(self.vocab_size - 514)
+        return b"".join(texts[i] for i in ids).decode("utf-8", "replace")
 
 
-# ----------------------------------------------------------------------------------------------------- BERT's tokenizer
+# --------------------------------------------------------------------------------- BERT's tokenizer
 
-BERT_SPECIALS = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"
-BERT_SPECIAL = re.compile("(" + "|".join(map(re.escape, BERT_SPECIALS)) + ")")
-CJK = re.compile("([\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf"
-                 "\U0002f800-\U0002fa1f])")
+BERT_SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"]
+BERT_SPECIAL = re.compile(r"(\[(?:PAD|UNK|CLS|SEP|MASK|DEC|ENC)\])")
+IDEOGRAPH = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df"
+                       "\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]")
 BLIP_SYMBOLS = '.!"()*#:;~'  # what BLIP takes out of captions and questions
 
 
 @functools.lru_cache(maxsize=1)
 def load_vocabulary() -> tuple[str, ...]:
-    """The 30522 tokens of bert-base-uncased in order of their ids, from data/bert_base_uncased_vocab.txt.gz."""
-    path = DATA / "bert_base_uncased_vocab.txt.gz"
-    try:
-        tokens = tuple(gzip.decompress(path.read_bytes()).decode().split("\n")[:-1])
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise UserError(f"no vocabulary in {path} ({type(error).__name__}): data/README.md tells its source") from error
-    if len(tokens) != 30522:
-        raise UserError(f"{path} holds {len(tokens)} tokens, not the 30522 of bert-base-uncased")
-    return tokens
+    """The 30522 tokens of bert-base-uncased in order of their ids, from data/."""
+    return tuple(read_lines("bert_base_uncased_vocab.txt.gz", 30522))
 
 
 def split_words(text: str) -> list[str]:
-    """Lower-cased words and single punctuation marks of a text, without accents: BERT's "basic tokenization".
+    """Lower-cased words and single punctuation marks, without accents: BERT's basic tokenization.
 
-    Control, format, private and unassigned characters vanish; each CJK ideograph is a word by itself.
+    Control, format, private and unassigned characters vanish; each CJK ideograph is a word.
     """
-    text = "".join(map(str.lower, text))  # one by one, so that a final Σ becomes σ and not ς, as in transformers
-    text = "".join(c for c in text if c in "\t\n\r" or unicodedata.category(c)[0] != "C" and c != "\ufffd")
-    text = unicodedata.normalize("NFD", CJK.sub(r" \1 ", text))
+    # One character at a time: a final Σ becomes σ and not ς, as in transformers, and the marks on
+    # a letter, of which none is kept, are not sorted, which would take quadratic time.
     chars = []
-    for c in text:
-        kind = unicodedata.category(c)
-        if c in string.punctuation or kind[0] == "P":
-            chars.append(f" {c} ")
-        elif kind != "Mn":  # a combining mark, such as an accent
-            chars.append(c)
+    for decomposed in (unicodedata.normalize("NFD", c.lower()) for c in text):
+        for c in decomposed:
+            kind = unicodedata.category(c)
+            if c in "\t\n\r":
+                chars.append(" ")
+            elif kind[0] == "C" or kind == "Mn" or c == "\ufffd":  # Mn: an accent
+                continue
+            elif kind[0] == "P" or c in string.punctuation or IDEOGRAPH.match(c):
+                chars.append(f" {c} ")
+            else:
+                chars.append(c)
     return "".join(chars).split()
 
 
 class BertTokenizer:
-    """WordPiece of bert-base-uncased (Devlin et al. 2019), token for token as transformers' BertTokenizer.
+    """WordPiece of bert-base-uncased (Devlin et al. 2019), id for id as in transformers.
 
-    As in BLIP (Li et al. 2022), [DEC] and [ENC] follow the vocabulary as ids 30522 and 30523: the first token of a text
-    that is decoded, or encoded with an image. What is punctuation or an accent is what Python's Unicode tables say.
-    A special token written in a text becomes that token, as in transformers; lower case, as in clean_blip_caption,
-    prevents it.
+    As in BLIP (Li et al. 2022), [DEC] and [ENC] follow the vocabulary as ids 30522 and 30523: the
+    first token of a text that is decoded, or encoded with an image. What is punctuation or an
+    accent is what Python's Unicode tables say. A special token written in a text becomes that
+    token, as in transformers; lower case, as in clean_blip_caption, prevents it.
 
-    context_length: tokens per text, first and [SEP] included. words: texts whose tokens and characters make up a small
-    vocabulary, for a small embedding table: they are encoded as with the full one, other texts into smaller pieces or
-    [UNK]; its ids count from 0 in the same order. Raises UserError for a context_length below 3 or a vocabulary file
-    that is missing or not whole.
+    context_length: tokens per text, first and [SEP] included. words: texts whose tokens and
+    characters make up a small vocabulary, for a small embedding table: they are encoded as with the
+    full one, other texts into smaller pieces or [UNK]; its ids count from 0 in the same order.
+    UserError for a vocabulary file that is missing or not whole.
     """
 
     def __init__(self, context_length: int = 30, words: Iterable[str] | None = None):
-        if context_length < 3:
-            raise UserError(f"--context-length {context_length}: at least 3, the first token, a piece and [SEP]")
         self.context_length = context_length
         self._set_tokens([*load_vocabulary(), "[DEC]", "[ENC]"])
         if words is not None:
             kept = set(BERT_SPECIALS)
-            for word in {word for text in words for word in split_words(text)}:
-                kept.update(word, ("##" + c for c in word), (self._tokens[i] for i in self._pieces(word)))
+            for word in split_words(" ".join(words)):
+                kept.add(word)
+                kept.update("##" + c for c in word)
+                kept.update(self._tokens[i] for i in self._pieces(word))
             self._set_tokens([token for token in self._tokens if token in kept])
 
     def _set_tokens(self, tokens: list[str]) -> None:
         self._tokens, self.vocab_size = tokens, len(tokens)
         self._ids = {token: i for i, token in enumerate(tokens)}
-        self.pad, self.unk, self.cls, self.sep, self.mask, self.dec, self.enc = (self._ids[s] for s in BERT_SPECIALS)
+        specials = [self._ids[token] for token in BERT_SPECIALS]
+        self.pad, self.unk, self.cls, self.sep, self.mask, self.dec, self.enc = specials
 
     def __call__(self, texts: str | list[str], first: str = "[CLS]") -> torch.Tensor:
-        """Long tensor (B, context_length): first, text, [SEP], [PAD] ... A text that is too long keeps its [SEP]."""
-        texts = [texts] if isinstance(texts, str) else texts
-        rows = [[self._ids[first], *self.encode(text)[:self.context_length - 2], self.sep] for text in texts]
-        rows = [row + [self.pad] * (self.context_length - len(row)) for row in rows]
-        return torch.tensor(rows, dtype=torch.long).view(len(rows), self.context_length)
+        """Long tensor (B, context_length): first, text, [SEP], padding. A long text keeps [SEP]."""
+        return token_rows(texts, self.encode, self.context_length, self._ids[first], self.sep)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text of any length, without first token and [SEP]."""
@@ -1139,40 +1181,44 @@ class BertTokenizer:
         for part in BERT_SPECIAL.split(text):
             if part in BERT_SPECIALS:
                 ids.append(self._ids[part])
-            else:
-                ids += [i for word in split_words(part) for i in self._pieces(word)]
+                continue
+            for word in split_words(part):
+                ids += self._pieces(word)
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids without special tokens, as transformers' decode with clean_up_tokenization_spaces."""
-        text = " ".join(token for token in (self._tokens[i] for i in ids) if token not in BERT_SPECIALS)
+        """Text without specials, as transformers' decode with clean_up_tokenization_spaces."""
+        tokens = [self._tokens[i] for i in ids]
+        text = " ".join(token for token in tokens if token not in BERT_SPECIALS)
         text = text.replace(" ##", "").strip()
         for spaced in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
             text = text.replace(spaced, spaced.strip())
         return text
 
     def _pieces(self, word: str) -> list[int]:
-        """Token ids of one word: the longest piece that fits, again and again; [UNK] if none fits, or above 100."""
+        """Token ids of a word: the longest piece that fits, repeated; [UNK] if none or too long."""
         ids, start = [], 0
         while start < len(word) <= 100:
-            prefix = "##" if start else ""
-            end = next((end for end in range(len(word), start, -1) if prefix + word[start:end] in self._ids), None)
-            if end is None:
+            for end in range(len(word), start, -1):
+                piece = word[:end] if start == 0 else "##" + word[start:end]
+                if piece in self._ids:
+                    break
+            else:
                 return [self.unk]
-            ids.append(self._ids[prefix + word[start:end]])
+            ids.append(self._ids[piece])
             start = end
         return ids or [self.unk]
 
 
 def clean_blip_caption(text: str, max_words: int = 30) -> str:
-    """A caption as BLIP reads it: lower case, a space for each of .!"()*#:;~, at most max_words words."""
+    """A caption as BLIP reads it: lower case, a space for .!"()*#:;~, at most max_words words."""
     text = text.lower().translate(dict.fromkeys(map(ord, BLIP_SYMBOLS), " "))
     text = re.sub(r"\s\s+", " ", text).rstrip("\n").strip(" ")
     return " ".join(text.split(" ")[:max_words])
 
 
 def clean_blip_question(text: str, max_words: int = 50) -> str:
-    """A question as BLIP reads it: lower case, .!"()*#:;~ removed without a trace, at most max_words words.
+    """A question as BLIP reads it: lower case, .!"()*#:;~ removed, at most max_words words.
 
     BLIP's own limit is 50 words, then 35 tokens.
     """
@@ -3369,148 +3415,184 @@ def multiply_adds(function, *inputs):
     return counter.get_total_flops() / 2
 
 
-# ------------------------------------------------------------------------------------------------- captions and answers
+# ----------------------------------------------------------------------------- captions and answers
 
-# Captions are strings of tokens separated by spaces, such as ptb_tokenize returns; R: references of an image.
+# Captions are strings of tokens separated by spaces, as ptb_tokenize returns them.
 
-# What COCO's tokenizer (Stanford's PTBTokenizer 3.4.1, then a list of punctuation to drop) does, found by trying it.
-ABBREVIATIONS = """adm adv al ala alex apr ariz assn assoc asst atty aug ave bancorp bhd bldg blvd brig bros calif capt
-    cf cie cmdr co col colo comdr conn corp cos cpl ct dak dec dept det dr drs elec ens esq est etc ext feb fla fri ft
-    ga gen gov govs hon inc ind insp intl invt jan jos jr jul jun kan kans ky lieut lt ltd maj mar md messrs mfg mich
-    minn mlle mme mo mon mont mr mrs ms msgr mt mtg natl neb nev nov oct okla penn pfc ph plc pres prof profs pte pty
-    pvt rd rep reps rev rt sen sens sep sept seq sfc sgt spc sq sr st ste supt sys tel tenn thu thurs treas tue tues
+# What COCO's tokenizer (Stanford's PTBTokenizer 3.4.1, then a list of punctuation to drop) does,
+# found by trying it.
+ABBREVIATIONS = """adm adv al ala alex apr ariz assn assoc asst atty aug ave bancorp bhd bldg blvd
+    brig bros calif capt cf cie cmdr co col colo comdr conn corp cos cpl ct dak dec dept det dr drs
+    elec ens esq est etc ext feb fla fri ft ga gen gov govs hon inc ind insp intl invt jan jos jr
+    jul jun kan kans ky lieut lt ltd maj mar md messrs mfg mich minn mlle mme mo mon mont mr mrs ms
+    msgr mt mtg natl neb nev nov oct okla penn pfc ph plc pres prof profs pte pty pvt rd rep reps
+    rev rt sen sens sep sept seq sfc sgt spc sq sr st ste supt sys tel tenn thu thurs treas tue tues
     univ va vs vt wed wis wisc wm wyo"""
 ABBREVIATION = "|".join(ABBREVIATIONS.split())
-ALNUM, LETTER = r"[^\W_]", r"[^\W\d_]"
-WORD = rf"(?:(?:[cdlno]|qu)['’](?={LETTER}{{2}}))?{ALNUM}+"
+# After these, and at the end of a caption, since the next one mostly begins with "A" or "The", the
+# period behind a single letter ends the sentence and goes: "the letter A."
+BEGINNINGS = """A About According Additionally After An As At But Earlier He Her Here However If In
+    It Last Many More Mr Ms Now Once One Other Our She Since So Some Such That The Their Then There
+    These They This We When While What Yet You"""
+BEGINNING = "|".join(BEGINNINGS.split())
+ALNUM, LETTER, CLITIC = "[^\\W_½¼¾⅓⅔]", r"[^\W\d_]", r"(?:s|m|d|re|ve|ll)\b"
+WORD = rf"(?:[dlo]['’](?!{CLITIC})(?={ALNUM}{{2}}))?{ALNUM}+"
 PTB_TOKEN = re.compile(rf"""
-      (?:https?://|www\.)\S*{ALNUM} | [\w.]+@[\w.]*{ALNUM} | [\#@][a-z]\w* | </?[a-z]+>  # address, tag, markup
+      (?:https?://|www\.)\S*{ALNUM} | (?<![\w.])[\w.]+@[\w.]*{ALNUM}        # addresses
+    | [\#@][a-z]\w* | </?[a-z]+>                                            # tags, markup
+    | \d{{1,2}}[-/]\d{{1,2}}[-/]\d{{2,4}} | \d{{1,4}}[ \xa0-]\d{{1,4}}/\d{{1,4}} | [½¼¾⅓⅔]  # 22 3/4
+    | [a-z](?=\.\s*\Z|\.\s+(?-i:{BEGINNING})\b)                             # the letter A. The
     | (?:{ABBREVIATION}|[a-z](?:\.[a-z])*)\.(?!{ALNUM})                     # st. u.s.
     | (?:no|nos|fig|art|pp|op|ca|prop)\.(?=\s*\d) | {LETTER}+\.(?=[,;:])    # no. 5
     | can(?=not\b) | (?:gon|wan)(?=na\b) | got(?=ta\b) | (?:gim|lem)(?=me\b) | 't(?=is\b|was\b)
-    | {LETTER}+?(?=n't\b) | n't\b | '(?:s|m|d|re|ve|ll)\b                   # do n't, dog 's
+    | {LETTER}+?(?=n't) | n't{LETTER}* | '{CLITIC}                          # do n't, dog 's
+    | {LETTER}+[aeiou]['’][aeiou]{LETTER}* | n?e['’]er | ma['’]ams?         # hawai'i
+    | c['’](?:est|mon)\b | cap['’]n\b | nor['’]easter | s['’]mores | qu['’]il\b
+    | (?:dunk|someth)in['’]
+    | (?:n|(?-i:[A-CE-KMNP-XZ]))['’](?!{CLITIC}){LETTER}{{2,}}              # M'lady
+    | (?-i:[A-Z][a-z]['’][A-Z][a-z]+)                                       # Po'Boy
     | ['’](?:em|till?|cause|n)\b['’]? | ['’]\d\ds?\b(?!['’"”])              # 'em, '80s
-    | [jy]['’](?={LETTER}{{2}}) | ol'\B | ma['’]ams? | hallowe['’]en | n?e['’]er
     | \d+(?:[.,]\d+)*(?:[-/]{ALNUM}+)+                                      # 3.5-inch
     | (?:(?<!-)[-+])?\d*(?:[.,:]\d+)+ | (?<!-)[-+]\d+                       # 1,000 12:30 -5
     | (?-i:[A-Z]+(?:&[A-Z]+)+)                                              # B&W
     | {LETTER}{ALNUM}*(?:[.!?]{LETTER}{ALNUM}*)+                            # the.end
-    | {WORD}(?:[-/_‐‑]{WORD})*                                              # black-and-white, and/or
+    | (?:j|ol|y(?=['’]{LETTER}))['’](?!{CLITIC})                   # y' all
+    | [dl]['’](?!{CLITIC}|{ALNUM}{{2}})
+    | {WORD}(?:[-/_‐‑]{WORD})*                                              # black-and-white
     | [:;=][-o]?[()] | [!?]{{2,}} | \*+ | _+                                # emoticons, runs
     | [^\w\s.?!,:;'`"“”‘’«»‹›—–―…\u200b-\u200d\ufe0f\U00010000-\U0010ffff-]
     """, re.VERBOSE | re.IGNORECASE)
-SPELLED = str.maketrans({"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-",
-                         "€": "$", "£": "#", "¢": "cents"})
-FRACTIONS = str.maketrans({"½": " 1/2 ", "¼": " 1/4 ", "¾": " 3/4 ", "⅓": " 1/3 ", "⅔": " 2/3 "})
+SPELLED = str.maketrans({
+    "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-",
+    "½": "1/2", "¼": "1/4", "¾": "3/4", "⅓": "1/3", "⅔": "2/3",
+    "€": "$", "£": "#", "¢": "cents", " ": "\xa0",
+})
 
 
 def ptb_tokenize(text: str) -> str:
-    """Lower-cased tokens of a caption without punctuation, joined by spaces: "A dog's bowl." -> "a dog 's bowl".
+    """Lower-cased tokens of a caption without punctuation: "A dog's bowl." -> "a dog 's bowl".
 
-    An approximation, without Java, of COCO's caption tokenizer: equal to it on all 795 captions of coco_mini. Like it,
-    it splits contractions (do n't, can not), keeps compounds (black-and-white, and/or), abbreviations (st.), symbols
-    and runs such as !!, and writes brackets as -lrb-. Not treated: HTML entities, phone numbers, rare contractions.
+    An approximation, without Java, of COCO's caption tokenizer: equal to it on all 795 captions of
+    coco_mini. Like it, it splits contractions (do n't, can not), keeps compounds (black-and-white,
+    and/or), abbreviations (st.), symbols and runs such as !!, writes brackets as -lrb-, and joins
+    "22 3/4" by a no-break space. Not treated: HTML entities, phone numbers, rare contractions.
     """
-    text = re.sub(r"’(?=(?:s|m|d|t|re|ve|ll)\b)", "'", text.translate(FRACTIONS), flags=re.IGNORECASE)
+    text = re.sub(rf"’(?=(?:n’)?t\b|{CLITIC})", "'", text, flags=re.IGNORECASE)
     return " ".join(token.lower().translate(SPELLED) for token in PTB_TOKEN.findall(text))
 
 
-def _ngram_counts(sentence: str) -> list[collections.Counter]:
+def count_ngrams(sentence: str) -> list[collections.Counter]:
     """How often each n-gram occurs in a sentence, for n = 1, 2, 3, 4."""
     words = sentence.split()
-    return [collections.Counter(tuple(words[i:i + n]) for i in range(len(words) - n + 1)) for n in (1, 2, 3, 4)]
+    shifted = [words[i:] for i in range(4)]
+    return [collections.Counter(zip(*shifted[:n])) for n in (1, 2, 3, 4)]
 
 
 def bleu(references: list[list[str]], hypotheses: list[str]) -> list[float]:
-    """BLEU-1, -2, -3 and -4 of a corpus (Papineni et al. 2002, section 2), in 0..1, as in pycocoevalcap.
+    """BLEU-1, -2, -3 and -4 of a corpus (Papineni et al. 2002, section 2), as in pycocoevalcap.
 
-    BLEU-n = exp(min(0, 1 - r/c)) (p_1 ... p_n)^(1/n). p_n: n-grams of the hypotheses that a reference has, each counted
-    at most as often as in one reference, over all n-grams of the hypotheses. c: words of the hypotheses; r: words of
-    the references closest in length, the shorter one of two. references: N lists of R strings; hypotheses: N strings.
+    BLEU-n = exp(min(0, 1 - r/c)) (p_1 ... p_n)^(1/n), in 0..1. p_n: n-grams of the hypotheses that
+    a reference has, each counted at most as often as in one reference, over all n-grams of the
+    hypotheses. c: words of the hypotheses; r: words of the references closest in length, the
+    shorter one of two. references: N lists of R strings; hypotheses: N strings.
     """
     matched, total = np.zeros(4), np.zeros(4)
     length = closest = 0
     for refs, hypothesis in zip(references, hypotheses, strict=True):
         words = len(hypothesis.split())
         length += words
-        closest += min((len(ref.split()) for ref in refs), key=lambda r: (abs(r - words), r))
-        counted = [_ngram_counts(ref) for ref in refs]
-        for n, counts in enumerate(_ngram_counts(hypothesis)):
-            matched[n] += sum(min(count, max(c[n][gram] for c in counted)) for gram, count in counts.items())
+        distances = [(abs(len(ref.split()) - words), len(ref.split())) for ref in refs]
+        closest += min(distances)[1]
+        ref_counts = [count_ngrams(ref) for ref in refs]
+        for n, counts in enumerate(count_ngrams(hypothesis)):
             total[n] += counts.total()
+            for gram, count in counts.items():
+                matched[n] += min(count, max(c[n][gram] for c in ref_counts))
+
     # pycocoevalcap's 1e-15 and 1e-9 stand for zeros: nothing matched gives a score close to 0.
     precisions = (matched + 1e-15) / (total + 1e-9)
     ratio = (length + 1e-15) / (closest + 1e-9)
-    return [float(np.prod(precisions[:n]) ** (1 / n) * np.exp(min(0, 1 - 1 / ratio))) for n in (1, 2, 3, 4)]
+    means = np.cumprod(precisions) ** (1 / np.arange(1, 5))
+    return (means * np.exp(min(0, 1 - 1 / ratio))).tolist()
 
 
-def cider_d(references: list[list[str]], hypotheses: list[str], sigma: float = 6) -> tuple[float, np.ndarray]:
-    """CIDEr-D (Vedantam et al. 2015, section 6) as in pycocoevalcap's Cider: mean over images, and (N,), in 0..10.
+def cider_d(references: list[list[str]], hypotheses: list[str]) -> tuple[float, np.ndarray]:
+    """CIDEr-D (Vedantam et al. 2015, section 6) as in pycocoevalcap: mean over images, and (N,).
 
-    Mean over n = 1..4 and the references of 10 exp(-(difference in words)^2 / 2 sigma^2) min(h, r).r / (|h||r|), where
-    h and r weigh each n-gram by its count times log(I / images with the n-gram in a reference, at least 1). An n-gram
-    in every image's references weighs nothing, so a single image scores 0.
+    In 0..10. Mean over n = 1..4 and the references of
+    10 exp(-(difference in words)^2 / 2 sigma^2) min(h, r).r / (|h||r|), sigma = 6, where h and r
+    weigh each n-gram by its count times log(N / images with the n-gram in a reference, at least 1).
+    An n-gram in every image's references weighs nothing, so a single image scores 0.
     references: N lists of R strings; hypotheses: N strings.
     """
-    images = [[_ngram_counts(ref) for ref in refs] for refs in references]
-    seen = [collections.Counter(gram for refs in images for gram in {g for counts in refs for g in counts[n]})
-            for n in range(4)]
+    images = [[count_ngrams(ref) for ref in refs] for refs in references]
+    frequency = collections.Counter()  # images with the n-gram in a reference
+    for refs in images:
+        frequency.update(set().union(*itertools.chain(*refs)))
 
     def weigh(counts):
-        vectors = [{gram: count * math.log(len(images) / max(1, frequency[gram]))
-                    for gram, count in grams.items()} for grams, frequency in zip(counts, seen)]
-        return vectors, [sum(w * w for w in vector.values()) ** 0.5 for vector in vectors], counts[0].total()
+        rarity = {gram: math.log(len(images) / max(1, frequency[gram])) for gram in counts}
+        return {gram: count * rarity[gram] for gram, count in counts.items()}
 
     scores = np.zeros(len(images))
     for i, (refs, hypothesis) in enumerate(zip(images, hypotheses, strict=True)):
-        vectors, norms, length = weigh(_ngram_counts(hypothesis))
-        for counts in refs:
-            ref_vectors, ref_norms, ref_length = weigh(counts)
-            penalty = math.exp(-(length - ref_length) ** 2 / (2 * sigma ** 2))
-            for h, r, h_norm, r_norm in zip(vectors, ref_vectors, norms, ref_norms):
-                if h_norm and r_norm:
-                    dot = sum(min(weight, r[gram]) * r[gram] for gram, weight in h.items() if gram in r)
-                    scores[i] += 10 * penalty * dot / (h_norm * r_norm) / (4 * len(refs))
+        counts = count_ngrams(hypothesis)
+        for ref in refs:
+            difference = counts[0].total() - ref[0].total()
+            for n in range(4):
+                h, r = weigh(counts[n]), weigh(ref[n])
+                dot = sum(min(h[gram], r[gram]) * r[gram] for gram in h if gram in r)
+                norms = math.hypot(*h.values()) * math.hypot(*r.values())
+                if norms:
+                    scores[i] += dot / norms * math.exp(-difference ** 2 / 72)
+        scores[i] *= 10 / (4 * len(refs))
     return float(scores.mean()), scores
 
 
-# VQA answers in which an apostrophe is missing get it back: each of these words is found with any one of its own left
-# out. Left as they are: I'm, I've, I'd've (answers are lower case by then), and what the official table does not hold.
-CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't
-    he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've
-    needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll
-    somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd
-    there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
-    what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't
-    would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"""
-RESTORED = {word[:i] + word[i + 1:]: word for word in CONTRACTIONS.split() for i, c in enumerate(word) if c == "'"}
-RESTORED["somebody'd"] = "somebodyd"  # the wrong way round in the official table
-NUMBERS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
-NUMBERS["none"] = "0"
+# VQA answers in which an apostrophe is missing get it back: each of these words is found with any
+# one of its own left out. Left as they are: I'm, I've, I'd've (answers are lower case by then), and
+# what the official table does not hold.
+CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't
+    hadn't've hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am
+    mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't
+    she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
+    someone'd've someone'll someone's something'd something'd've something'll that's there'd
+    there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've
+    weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll
+    who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've
+    you'd you'd've you'll you're you've"""
+RESTORED = {"somebody'd": "somebodyd"}  # the wrong way round in the official table
+for word in CONTRACTIONS.split():
+    for i, char in enumerate(word):
+        if char == "'":
+            RESTORED[word[:i] + word[i + 1:]] = word
+NUMBER_WORDS = "zero one two three four five six seven eight nine ten".split()
+NUMBERS = {"none": "0"} | {word: str(i) for i, word in enumerate(NUMBER_WORDS)}
 
 
 def normalize_answer(answer: str) -> str:
-    """An answer as VQA's official evaluation compares it: without punctuation and articles, numbers in digits.
+    """An answer as VQA's official evaluation compares it: no punctuation, no articles, digits.
 
-    A mark goes without a trace where it stands beside a space, or everywhere if the answer has a comma between digits;
-    else a space takes its place. A period goes unless a digit follows.
+    A mark goes without a trace where it stands beside a space, or everywhere if the answer has a
+    comma between digits; else a space takes its place. A period goes unless a digit follows.
     """
     thousands = re.search(r"\d,\d", answer)
     text = answer
     for mark in ";/[]\"{}()=+\\_-><@`,?!":
-        text = text.replace(mark, "" if thousands or mark + " " in answer or " " + mark in answer else " ")
+        beside_space = mark + " " in answer or " " + mark in answer
+        text = text.replace(mark, "" if thousands or beside_space else " ")
     words = re.sub(r"\.(?!\d)", "", text).lower().split()
-    words = [NUMBERS.get(word, word) for word in words]
-    return " ".join(RESTORED.get(word, word) for word in words if word not in ("a", "an", "the"))
+    words = [NUMBERS.get(word, word) for word in words if word not in ("a", "an", "the")]
+    return " ".join(RESTORED.get(word, word) for word in words)
 
 
 def vqa_accuracy(answer: str, human_answers: Iterable[str]) -> float:
-    """Accuracy of one answer (Antol et al. 2015, section 3), in 0..1: min(people who gave it / 3, 1).
+    """Accuracy of one answer (Antol et al. 2015, section 3), 0..1: min(people who gave it / 3, 1).
 
-    As in the official evaluation, averaged over leaving out each of the human answers (10 in VQA, at least one here:
-    fewer than 4 cannot reach 1), and answers are normalised only where the humans disagree.
+    As in the official evaluation, averaged over leaving out each of the human answers (10 in VQA,
+    at least one here: fewer than 4 cannot reach 1); normalised only where the humans disagree.
     """
-    answer, *humans = (re.sub(r"[\n\t]", " ", a).strip() for a in (answer, *human_answers))
+    answer, *humans = [re.sub(r"[\n\t]", " ", a).strip() for a in (answer, *human_answers)]
     if len(set(humans)) > 1:
         answer, *humans = map(normalize_answer, (answer, *humans))
     same = humans.count(answer)
@@ -3519,7 +3601,7 @@ def vqa_accuracy(answer: str, human_answers: Iterable[str]) -> float:
 
 @torch.no_grad()
 def caption_images(data, image_size, generate, workers=0):
-    """(captions, references, indices): what generate says of each image, its own captions, and its place in data.
+    """(captions, references, indices): what generate says of each image, its captions, its place.
 
     generate: (B, 3, S, S) uint8 -> list of B strings. Images that cannot be read are left out.
     """
@@ -3532,11 +3614,12 @@ def caption_images(data, image_size, generate, workers=0):
 
 
 def caption_scores(references, captions, domains=None):
-    """{"bleu1", ..., "bleu4" in percent, "cider": 100 x CIDEr-D} of N captions, tokenised here, by COCO's formulas.
+    """{"bleu1" ... "bleu4" in percent, "cider": 100 x CIDEr-D} of N captions, by COCO's formulas.
 
-    references: N lists of R strings; without any (a test split) there is nothing to score: {}. domains (NoCaps): N of
-    "in-domain", "near-domain" and "out-domain", which adds "cider_in", "cider_near" and "cider_out": each domain is
-    scored as a set of its own, with its own document frequencies, as is usual for NoCaps. So "cider" is not their mean.
+    references: N lists of R strings; without any (a test split) nothing is scored: {}. Both are
+    tokenised here. domains (nocaps): N of "in-domain", "near-domain" and "out-domain", which adds
+    "cider_in", "cider_near" and "cider_out": each is scored as a set of its own, with its own
+    document frequencies, as is usual for nocaps. So "cider" is not their mean.
     """
     if not any(references):
         return {}
@@ -3544,31 +3627,35 @@ def caption_scores(references, captions, domains=None):
     captions = [ptb_tokenize(text) for text in captions]
     scores = {f"bleu{n}": 100 * value for n, value in enumerate(bleu(references, captions), 1)}
     scores["cider"] = 100 * cider_d(references, captions)[0]
-    for domain in sorted(set(domains or ())):
-        part = [i for i, found in enumerate(domains) if found == domain]
-        score, _ = cider_d([references[i] for i in part], [captions[i] for i in part])
-        scores[f"cider_{domain.removesuffix('-domain')}"] = 100 * score
+    for domain in sorted(set(domains or [])):
+        part = [i for i, d in enumerate(domains) if d == domain]
+        mean, _ = cider_d([references[i] for i in part], [captions[i] for i in part])
+        scores["cider_" + domain.removesuffix("-domain")] = 100 * mean
     return scores
 
 
 @torch.no_grad()
 def answer_questions(data, image_size, answer, workers=0):
-    """([{"question_id", "answer"}] in order, as VQA's server takes them, and {"accuracy": percent}).
+    """([{"question_id", "answer"}] in order, as VQA's server takes them, {"accuracy": percent}).
 
-    data: key(i) identifies question i and read(i) gives (image, (question, human answers)). With data.kinds, the kind
-    of each question, also {"accuracy_<kind>"}. Questions without human answers (a test split) are not scored.
-    answer: (B, 3, S, S) uint8, list of B questions -> list of B strings. Questions whose image cannot be read are left
-    out and counted as "unreadable".
+    data: a set of questions; with question_kinds also {"accuracy_<kind>"}. Questions without human
+    answers (a test split) are not scored. answer: (B, 3, S, S) uint8, list of B questions -> list
+    of B strings. Questions whose image cannot be read are left out and counted as "unreadable".
     """
-    results, kinds, found = [], getattr(data, "kinds", None), collections.defaultdict(list)
+    results, accuracies = [], collections.defaultdict(list)
     for images, places, targets in batches(data, image_size, workers, "answering"):
-        given = answer(images, [question for question, _ in targets])
-        for i, text, (_, humans) in zip(places, given, targets, strict=True):
+        answers = answer(images, [question for question, _ in targets])
+        for i, text, (_, humans) in zip(places, answers, targets, strict=True):
             results.append({"question_id": data.key(i), "answer": text})
-            for name in ["accuracy"] + ([f"accuracy_{kinds[i]}"] if kinds else []) if humans else []:
-                found[name].append(vqa_accuracy(text, humans))
-    scores = {name: 100 * sum(found[name]) / len(found[name]) for name in sorted(found)}
-    return results, {**scores, **({"unreadable": len(data) - len(results)} if len(results) < len(data) else {})}
+            if humans:
+                kind, accuracy = data.question_kinds[i], vqa_accuracy(text, humans)
+                accuracies["accuracy"].append(accuracy)
+                if kind:
+                    accuracies["accuracy_" + kind].append(accuracy)
+    scores = {name: 100 * sum(values) / len(values) for name, values in sorted(accuracies.items())}
+    if len(results) < len(data):
+        scores["unreadable"] = len(data) - len(results)
+    return results, scores
 
 
 # --------------------------------------------------------------------------------------- pictures
