@@ -32,7 +32,6 @@ import re
 import shlex
 import signal
 import string
-import struct
 import subprocess
 import sys
 import tarfile
@@ -41,9 +40,11 @@ import textwrap
 import threading
 import time
 import unicodedata
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -781,133 +782,255 @@ def paired_differences(found, baseline):
 LOSSES = ("loss", "nce", "kd", "cluster", "instance", "mimicry", "itc", "itm", "lm", "hr", "at_")
 
 
-# ---------------------------------------------------------------------------------------------------- published weights
+# ---------------------------------------------------------------------------------- checkpoints
+
+IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))  # SLIP's too
+OPENAI = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
 
 
-def read_weights(path):
-    """({name: tensor}, config or None) of a .pt, .bin or .safetensors file, untouched.
+@dataclass(frozen=True)
+class Size:
+    """What a CLIP's tensors and inputs look like: all that a model is built from."""
 
-    config is what this project's checkpoints store beside the weights. Pickles are read with weights_only, so nothing
-    in the file is executed; OpenAI's archives are TorchScript and are read by torch.jit. UserError when the file is
-    missing or is no checkpoint.
+    image_size: int  # pixels, as patch_size
+    patch_size: int
+    vision_width: int
+    vision_layers: int
+    vision_heads: int
+    vision_mlp: int  # hidden width of the MLPs
+    text_width: int
+    text_layers: int
+    text_heads: int
+    context_length: int  # tokens of a text, start and end included
+    vocab_size: int
+    embed_dim: int  # width of the joint embedding
+    act: str  # "gelu" or "quick_gelu"
+    mean: tuple  # of the channels of pixels from 0 to 1, as std
+    std: tuple
+
+    def pixel_statistics(self, device):
+        """Mean and standard deviation of pixels from 0 to 255, (2, 3, 1, 1)."""
+        return 255 * torch.tensor([self.mean, self.std], device=device).view(2, 3, 1, 1)
+
+
+DEMO = Size(image_size=40, patch_size=8, vision_width=96, vision_layers=4, vision_heads=4,
+            vision_mlp=384, text_width=64, text_layers=2, text_heads=4, context_length=24,
+            vocab_size=4096, embed_dim=64, act="gelu", **IMAGENET)
+VIT_B32 = Size(image_size=224, patch_size=32, vision_width=768, vision_layers=12, vision_heads=12,
+               vision_mlp=3072, text_width=512, text_layers=12, text_heads=8, context_length=77,
+               vocab_size=49408, embed_dim=512, act="quick_gelu", **IMAGENET)
+PRESETS = {
+    "tiny": replace(DEMO, image_size=16, vision_width=16, vision_layers=2,
+                                vision_heads=2, vision_mlp=32, text_width=16, text_layers=1,
+                                text_heads=2, embed_dim=16),  # for tests
+    "demo": DEMO,
+    "demo64": replace(DEMO, image_size=64),
+    # 0.7 of the demo's multiply-adds: the rival, not pruned, of a pruned demo
+    "slim": replace(DEMO, vision_width=80, vision_mlp=320),
+    "vit_b32": VIT_B32,
+    "vit_b16": replace(VIT_B32, patch_size=16),
+}
+
+
+@dataclass
+class Checkpoint:
+    """A file of weights. Only a file of this project has config and size."""
+
+    path: Path
+    weights: dict  # {name: tensor}
+    config: dict  # the run's Config as saved, else {}
+    size: Size | dict | None  # of a CLIP a Size, of a BLIP a dict
+
+
+WRAPPERS = ("model", "state_dict", "model_state_dict")
+
+
+def read_checkpoint(path):
+    """The Checkpoint in a .pt, .bin or .safetensors file, or in one of OpenAI's archives.
+
+    Nothing in the file is executed. The weights are as stored, but out of their wrapper and
+    without what DataParallel and torch.compile put into names. UserError: no checkpoint.
     """
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: name the checkpoint file in it, such as {path / 'last.pt'}")
     if not path.is_file():
-        raise UserError(f"no checkpoint at {path}")
+        raise UserError(f"{path} is no file: name a checkpoint, such as RUN/last.pt")
     try:
-        if path.suffix == ".safetensors":
-            return _read_safetensors(path), None
-        if zipfile.is_zipfile(path) and any(n.endswith("constants.pkl") for n in zipfile.ZipFile(path).namelist()):
-            return torch.jit.load(path, map_location="cpu").state_dict(), {"act": "quick_gelu"}
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except Exception as error:  # the readers raise errors of many types on damaged files
-        raise UserError(f"{path} is no checkpoint, or is cut off or damaged ({type(error).__name__})") from error
-    config = content.get("config") if isinstance(content, dict) else None
-    for wrapper in ("model", "state_dict"):
-        content = content.get(wrapper, content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise UserError(f"{path} holds no table of weights")
-    return {name.removeprefix("module."): tensor for name, tensor in content.items()}, config
+        content = weights = read_content(path)
+        for wrapper in WRAPPERS:
+            weights = weights.get(wrapper, weights)
+        plain = {}
+        for name, tensor in weights.items():
+            name = name.replace("_orig_mod.", "").removeprefix("module.")
+            plain[name] = tensor.detach()
+        config, size = {}, content.get("size")
+        if isinstance(size, dict):
+            config = content["config"]
+            if size.keys() == Size.__annotations__.keys():
+                size = Size(**size)
+        else:
+            size = None
+    except Exception as error:  # what is damaged or no table of tensors raises many types
+        reason = f"it is no table of weights, or cut off or damaged ({type(error).__name__})"
+        python_object = re.search(r"GLOBAL (\S+)", str(error))
+        if python_object:
+            reason = (f"it also holds a {python_object[1]}, and reading that could run any code. "
+                      "If you trust it, re-save the weights alone: torch.save(torch.load(FILE, "
+                      "weights_only=False)['state_dict'], NEW_FILE)")
+        raise UserError(f"{path} is not read: {reason}") from error
+    return Checkpoint(path, plain, config, size)
 
 
-def _read_safetensors(path):
-    """The format: 8 bytes little-endian header length, a json header with dtype, shape and offsets, then the data."""
-    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-              "I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-    content = path.read_bytes()
-    start = 8 + struct.unpack("<Q", content[:8])[0]
-    header, tensors = json.loads(content[8:start]), {}
+def read_content(path):
+    """What a file of weights holds, read without executing any of it."""
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    if zipfile.is_zipfile(path) and "constants.pkl" in str(zipfile.ZipFile(path).namelist()):
+        return torch.jit.load(path, map_location="cpu").state_dict()  # TorchScript: OpenAI's
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+               "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "I8": torch.int8,
+               "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def read_safetensors(path):
+    """{name: tensor}. The format: the length of the header in 8 bytes, the header, a json with
+    dtype, shape and place of each tensor, then the data."""
+    content = torch.from_numpy(np.fromfile(path, np.uint8))
+    start = 8 + content[:8].view(torch.int64).item()
+    header = json.loads(bytes(content[8:start].numpy()))
+    header.pop("__metadata__", None)
+    tensors = {}
     for name, entry in header.items():
-        if name != "__metadata__":
-            if entry["dtype"] not in dtypes:
-                raise UserError(f"{path}: tensors of type {entry['dtype']} are not read here")
-            begin, end = (start + offset for offset in entry["data_offsets"])
-            flat = torch.frombuffer(bytearray(content[begin:end]), dtype=dtypes[entry["dtype"]]) if end > begin \
-                else torch.empty(0, dtype=dtypes[entry["dtype"]])
-            tensors[name] = flat.reshape(entry["shape"])
+        begin, end = entry["data_offsets"]
+        data = content[start + begin:start + end].clone()  # aligned
+        tensors[name] = data.view(SAFETENSORS[entry["dtype"]]).reshape(entry["shape"])
     return tensors
 
 
-# ----------------------------------------------------------------------------------- published CLIP weights, one naming
-
-VISION_HEADS = {1280: 16, 1408: 16, 1664: 16}  # ViT-H, g and bigG; every other published CLIP ViT has width / 64 heads
-
-
 def read_clip(path, act=None):
-    """clip_weights() of a file."""
-    return clip_weights(*read_weights(path), path, act)
+    """clip_weights of a file."""
+    return clip_weights(read_checkpoint(path), act)
 
 
-def clip_weights(weights, config, path, act=None):
-    """(weights under OpenAI's parameter names, {config field: value}) of an OpenAI, OpenCLIP or Hugging Face CLIP ViT.
-
-    The sizes are read off the tensors. The activation is not in them: it comes from `act`, else from a config.json or
-    open_clip_config.json beside the file, else OpenAI's TorchScript archives mean QuickGELU and anything else GELU.
-    """
-    for prefix in ("online.", "student."):  # a checkpoint of this project: the trained towers
+def clip_weights(checkpoint, act=None):
+    """(float32 weights in OpenAI's names, Size, config) of a CLIP ViT: ours (its trained towers),
+    OpenAI's, OpenCLIP's or Hugging Face's. A file of ours tells its Size; act goes before all."""
+    path, weights, size = checkpoint.path, checkpoint.weights, checkpoint.size
+    for prefix in ("online.", "student."):
         if prefix + "logit_scale" in weights:
-            weights = {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
-    if "vision_model.embeddings.class_embedding" in weights:
-        weights = _from_hugging_face(weights)
-    missing = [n for n in ("visual.conv1.weight", "visual.proj", "token_embedding.weight") if n not in weights]
-    if missing:
-        raise UserError(f"{path} is no CLIP ViT: it has no {missing[0]}")
-    extras = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's archives, no parameters
-    weights = {name: tensor.float() for name, tensor in weights.items() if name not in extras}
-    sizes = clip_sizes(weights)
-    config = config or config_beside(Path(path)) or {}
-    sizes["act"] = act or config.get("act", "gelu")
-    if sizes["act"] not in ("gelu", "quick_gelu"):
-        raise UserError(f"{path} wants the activation {sizes['act']}, not gelu or quick_gelu: choose with --act")
-    sizes["pixel_stats"] = config.get("pixel_stats", "clip")
-    for field in ("vision_heads", "text_heads"):
-        sizes[field] = config.get(field, sizes[field])
-    return weights, sizes
+            weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()
+                       if name.startswith(prefix)}
+    try:
+        if "vision_model.embeddings.class_embedding" in weights:
+            weights = from_hugging_face(weights)
+        if not isinstance(size, Size):
+            size = foreign_size(path, weights, act)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path} is no CLIP ViT ({type(error).__name__}: {error})") from None
+    size = replace(size, act=act or size.act)
+    if size.act not in ("gelu", "quick_gelu"):
+        raise UserError(f"{path} wants the activation {size.act}: --act gelu or quick_gelu")
+    weights = {name: tensor.float() for name, tensor in weights.items()
+               if tensor.is_floating_point()}  # integers beside them are no parameters
+    return weights, size, checkpoint.config
 
 
-def clip_sizes(weights):
-    """The sizes of a CLIP ViT, as config fields, read off its tensors."""
+VISION_HEADS = {1280: 16, 1408: 16, 1664: 16}  # ViT-H, g, bigG; other CLIPs have width / 64
+
+
+def foreign_size(path, weights, act):
+    """The Size of published weights in OpenAI's names: the tensors tell the sizes, the json files
+    that a hub keeps beside them heads, activation, mean and std."""
     width, _, _, patch = weights["visual.conv1.weight"].shape
-    grid = round((weights["visual.positional_embedding"].shape[0] - 1) ** 0.5)
     vocab, text_width = weights["token_embedding.weight"].shape
-    layers = {stem: 1 + max(int(n[len(stem):].split(".")[0]) for n in weights if n.startswith(stem))
-              for stem in ("visual.transformer.resblocks.", "transformer.resblocks.")}
-    return {
-        "image_size": grid * patch, "patch_size": patch, "vision_width": width,
-        "vision_layers": layers["visual.transformer.resblocks."], "vision_heads": VISION_HEADS.get(width, width // 64),
-        "vision_mlp": weights["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
-        "text_width": text_width, "text_layers": layers["transformer.resblocks."], "text_heads": text_width // 64,
-        "context_length": weights["positional_embedding"].shape[0], "vocab_size": vocab,
-        "embed_dim": weights["visual.proj"].shape[1],
-    }
+    grid = grid_side(weights["visual.positional_embedding"], path)
+    archive = "input_resolution" in weights  # only OpenAI's have it
+    half = weights["visual.conv1.weight"].dtype == torch.float16  # as OpenAI publishes
+    size = Size(
+        image_size=grid * patch, patch_size=patch, vision_width=width,
+        vision_layers=count_blocks(weights, "visual.transformer."),
+        vision_heads=VISION_HEADS.get(width, width // 64),
+        vision_mlp=len(weights["visual.transformer.resblocks.0.mlp.c_fc.weight"]),
+        text_width=text_width, text_layers=count_blocks(weights, "transformer."),
+        text_heads=text_width // 64, context_length=len(weights["positional_embedding"]),
+        vocab_size=vocab, embed_dim=weights["visual.proj"].shape[1],
+        act="quick_gelu" if archive or half else "gelu", **OPENAI)
+    told = {}
+    for name in ("config.json", "preprocessor_config.json", "open_clip_config.json"):
+        file = path.with_name(name)
+        content = read_json(file) if file.is_file() else {}
+        try:
+            told.update(told_by(content, width))
+        except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
+            raise UserError(f"{file} does not describe a CLIP: {error}") from None
+    if not archive and not act and "act" not in told and rank() == 0:
+        print(f"{path}: nothing tells the activation, {size.act} is assumed; --act changes it "
+              "(OpenAI's weights need quick_gelu)")
+    size = replace(size, **told)
+    for width, heads in (size.vision_width, size.vision_heads), (size.text_width, size.text_heads):
+        if heads < 1 or width % heads:
+            raise UserError(f"{path}: {heads} attention heads in a width of {width}")
+    return size
 
 
-def _from_hugging_face(weights):
-    """Rename Hugging Face CLIPModel's tensors; q, k and v become one in_proj, projections are transposed."""
-    renames = [("vision_model.encoder.layers.", "visual.transformer.resblocks."),
-               ("text_model.encoder.layers.", "transformer.resblocks."),
-               ("self_attn.out_proj", "attn.out_proj"), ("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"),
-               ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"),
-               ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
-               ("vision_model.embeddings.patch_embedding", "visual.conv1"),
-               ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
-               ("vision_model.pre_layrnorm", "visual.ln_pre"), ("vision_model.post_layernorm", "visual.ln_post"),
-               ("text_model.embeddings.token_embedding", "token_embedding"),
-               ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
-               ("text_model.final_layer_norm", "ln_final"), ("visual_projection.weight", "visual.proj"),
-               ("text_projection.weight", "text_projection")]
+def count_blocks(weights, tower):
+    return sum(f"{tower}resblocks.{i}.ln_1.weight" in weights for i in range(len(weights)))
+
+
+def told_by(content, width):
+    """Fields of Size that a json beside weights tells, with what its library leaves out."""
+    told, pixels = {}, content
+    vision, text = content.get("vision_config"), content.get("text_config") or {}
+    if vision:  # Hugging Face's config.json
+        told["act"] = vision.get("hidden_act", "quick_gelu")
+        told["vision_heads"] = int(vision.get("num_attention_heads", 12))
+        told["text_heads"] = int(text.get("num_attention_heads", 8))
+    model = content.get("model_cfg")
+    if model:  # open_clip_config.json
+        told["act"] = "quick_gelu" if model.get("quick_gelu") else "gelu"
+        if "vision_cfg" in model:
+            told["vision_heads"] = width // model["vision_cfg"].get("head_width", 64)
+        if "text_cfg" in model:
+            told["text_heads"] = int(model["text_cfg"].get("heads", 8))
+        pixels = content.get("preprocess_cfg") or {}
+    for field in ("mean", "std"):
+        values = pixels.get(field) or pixels.get(f"image_{field}")
+        if values:
+            red, green, blue = map(float, values)
+            told[field] = red, green, blue
+    return told
+
+
+def from_hugging_face(weights):
+    """Hugging Face CLIPModel's tensors in OpenAI's names: q, k, v become one in_proj."""
+    renames = [
+        ("encoder.layers.", "transformer.resblocks."),
+        ("embeddings.", ""),
+        ("vision_model.", "visual."),
+        ("text_model.", ""),
+        ("patch_embedding", "conv1"),
+        ("position_embedding.weight", "positional_embedding"),
+        ("pre_layrnorm", "ln_pre"),
+        ("post_layernorm", "ln_post"),
+        ("final_layer_norm", "ln_final"),
+        ("layer_norm", "ln_"),
+        ("self_attn.", "attn."),
+        ("q_proj.", "in_proj_"),
+        ("mlp.fc1", "mlp.c_fc"),
+        ("mlp.fc2", "mlp.c_proj"),
+        ("visual_projection.weight", "visual.proj"),
+        ("text_projection.weight", "text_projection"),
+    ]
     renamed = {}
     for name, tensor in weights.items():
-        if name.endswith("position_ids") or ".self_attn.k_proj." in name or ".self_attn.v_proj." in name:
+        if ".k_proj." in name or ".v_proj." in name:
             continue
-        if ".self_attn.q_proj." in name:
-            tensor = torch.cat([weights[name.replace("q_proj", p)] for p in ("q_proj", "k_proj", "v_proj")])
-            name = name.replace("self_attn.q_proj.", "attn.in_proj_")
-        if name in ("visual_projection.weight", "text_projection.weight"):
+        if ".q_proj." in name:
+            parts = [name.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
+            tensor = torch.cat([weights[part] for part in parts])
+        if name.endswith("projection.weight"):
             tensor = tensor.T.contiguous()
         for theirs, ours in renames:
             name = name.replace(theirs, ours)
@@ -915,40 +1038,52 @@ def _from_hugging_face(weights):
     return renamed
 
 
-def config_beside(path):
-    """{"act": ...} from the config a hub repository keeps beside its weights, None when there is none."""
-    if (path.parent / "open_clip_config.json").is_file():
-        model = read_json(path.parent / "open_clip_config.json")["model_cfg"]
-        return {"act": "quick_gelu" if model.get("quick_gelu") else "gelu"}
-    if (path.parent / "config.json").is_file():
-        config = read_json(path.parent / "config.json")
-        if "vision_config" in config:  # transformers leaves out what equals its defaults: those of ViT-B/32
-            vision, text = config["vision_config"], config.get("text_config") or {}
-            return {"act": vision.get("hidden_act", "quick_gelu"),
-                    "vision_heads": vision.get("num_attention_heads", 12),
-                    "text_heads": text.get("num_attention_heads", 8)}
-    return None
+def grid_side(positions, where="a model"):
+    """g of position embeddings (1 + g*g, D). UserError when they are no square with its CLS."""
+    side = math.isqrt(len(positions) - 1)
+    if side ** 2 != len(positions) - 1:
+        raise UserError(f"{where}: visual.positional_embedding {tuple(positions.shape)} is no "
+                        "square grid and CLS")
+    return side
 
 
 def resize_positions(positions, count):
-    """Position embeddings (1 + g*g, D) of a square grid with its CLS, bicubically resized to `count` rows."""
-    if positions.shape[0] == count:
+    """(1 + g*g, D), a square grid with its CLS, bicubically resized to `count` rows."""
+    if len(positions) == count:
         return positions
-    old, new = (round((n - 1) ** 0.5) for n in (positions.shape[0], count))
-    grid = positions[1:].float().T.reshape(1, -1, old, old)
+    old, new = grid_side(positions), math.isqrt(count - 1)
+    grid = positions[1:].T.unflatten(1, (old, old)).unsqueeze(0)
     grid = F.interpolate(grid, (new, new), mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([positions[:1], grid.reshape(-1, new * new).T.to(positions.dtype)])
+    return torch.cat([positions[:1], grid[0].flatten(1).T])
 
 
-def load_weights(module, weights):
-    """load_state_dict, with one line that names what does not fit."""
-    own = module.state_dict()
-    wrong = [n for n in own if n not in weights] + [n for n in weights if n not in own] + \
-            [n for n in own if n in weights and own[n].shape != weights[n].shape]
-    if wrong:
-        raise UserError(f"the checkpoint does not fit the model: {wrong[0]} and {len(wrong) - 1} more "
-                        "are missing, unknown or of another shape")
-    module.load_state_dict(weights, assign=any(p.is_meta for p in module.parameters()))  # meta: made without memory
+def clip_size(cfg, loaded=None):
+    """(Size, weights or None): of the Checkpoint if there is one, else of the preset; then
+    --image-size and --act. UserError when the patches do not fill the image."""
+    size, weights = PRESETS[cfg.preset], None
+    if loaded:
+        weights, size, _ = clip_weights(loaded, cfg.act)
+    size = replace(size, image_size=cfg.image_size or size.image_size, act=cfg.act or size.act)
+    if size.image_size % size.patch_size:
+        raise UserError(f"--image-size {size.image_size} is no multiple of the patches' "
+                        f"{size.patch_size} px")
+    key = "visual.positional_embedding"
+    if loaded and key in weights:
+        patches = (size.image_size // size.patch_size) ** 2
+        weights[key] = resize_positions(weights[key], 1 + patches)
+    return size, weights
+
+
+def load_weights(module, weights, path):
+    """load_state_dict. UserError in one line that names the tensor and both shapes."""
+    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for name in {**own, **found}:
+        if own.get(name) != found.get(name):
+            raise UserError(f"{path} does not fit: {name} is {found.get(name, 'absent')} in it, "
+                            f"{own.get(name, 'absent')} in the model")
+    meta = any(p.is_meta for p in module.parameters())  # made without memory
+    module.load_state_dict(weights, assign=meta)
 
 
 # ---------------------------------------------------------------------------------------- tokenizer
@@ -2729,45 +2864,35 @@ def find_samples(data, embeddings, rows):
     return np.array([index_of[embeddings.keys[row]] for row in rows])
 
 
-# ----------------------------------------------------------------------------------------------------------- evaluation
+# ------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate(encoders, tokenizer, data, cfg):
-    """Every encoder on one evaluation set: zero-shot classification when it has classes, else retrieval.
-
-    encoders: {name: (image encoder, text encoder)}, (B, 3, S, S) uint8 -> (B, D) and (T, context) token ids -> (T, D),
-    of unit length. Returns {name: {metric: percent}}. Images that could not be read are left out and counted.
-    """
-    loader = eval_loader(data, cfg.image_size, 128, loader_workers(cfg))
-    features, targets = embed_images({name: encode for name, (encode, _) in encoders.items()}, loader)
-    unreadable = {"unreadable": len(data) - len(targets)} if len(targets) < len(data) else {}
-    labelled, texts, scores = hasattr(data, "classes"), {}, {}
-    for name, (_, encode_text) in encoders.items():
-        if encode_text not in texts and labelled:
-            texts[encode_text] = zero_shot_classifier(encode_text, tokenizer, data.classes, data.templates)
-        elif encode_text not in texts:
-            captions = [text for captions in targets for text in captions]
-            texts[encode_text] = embed_texts(encode_text, tokenizer, captions)
-        if labelled:
-            found = zero_shot(features[name], torch.tensor(targets), texts[encode_text])
-        else:
-            image_of_text = torch.tensor([i for i, captions in enumerate(targets) for _ in captions])
-            found = retrieval(features[name], texts[encode_text], image_of_text)
-        scores[name] = {**found, **unreadable}
-    return scores
+def batches(data, image_size, workers, doing, resize=resize_whole, batch_size=64):
+    """eval_loader's batches, with a bar on a terminal. UserError when no image can be read."""
+    loader = eval_loader(data, image_size, batch_size, workers, resize)
+    empty = True
+    for batch in tqdm(loader, desc=doing, leave=False, disable=None):
+        yield batch
+        empty = False
+    if empty:
+        raise UserError("the evaluation set holds no readable image")
 
 
 @torch.no_grad()
-def embed_images(encoders, loader):
-    """One pass over an evaluation loader: ({name: (N, D) float32}, [N labels or lists of captions])."""
-    features, targets = {name: [] for name in encoders}, []
-    for images, _, batch_targets in loader:
-        for name, encode in encoders.items():
-            features[name].append(encode(images).float())
+def embed_images(encoders, data, image_size, workers):
+    """One pass over a set: ({key: (N, D) float32}, its N targets, its N indices in `data`).
+
+    encoders: {key: function of (B, 3, S, S) uint8 -> (B, D)}. Images that cannot be read are left
+    out; UserError when there is none.
+    """
+    features, targets, indices = {key: [] for key in encoders}, [], []
+    loader = batches(data, image_size, workers, "embedding", resize_center_crop, 128)
+    for images, places, batch_targets in loader:
+        for key, encode in encoders.items():
+            features[key].append(encode(images).float())
         targets += batch_targets
-    if not targets:
-        raise UserError("the evaluation set holds no readable image")
-    return {name: torch.cat(parts) for name, parts in features.items()}, targets
+        indices += places
+    return {key: torch.cat(parts) for key, parts in features.items()}, targets, indices
 
 
 @torch.no_grad()
@@ -2777,187 +2902,205 @@ def embed_texts(encode_text, tokenizer, texts, block=512):
     return torch.cat([encode_text(trim_padding(tokenizer(block))).float() for block in blocks])
 
 
+def evaluate(encoders, tokenizer, data, image_size, workers):
+    """Zero-shot classification of a set of classes, retrieval on a set of captions, in percent.
+
+    encoders: {key: (image encoder, text encoder)}, (B, 3, S, S) uint8 -> (B, D) and (T, context)
+    token ids -> (T, D), of unit length; a key is any hashable. Returns {key: {metric: percent}}.
+    Images that could not be read are left out and counted as "unreadable".
+    """
+    image_encoders = {key: encode_image for key, (encode_image, _) in encoders.items()}
+    features, targets, _ = embed_images(image_encoders, data, image_size, workers)
+
+    @functools.cache  # encoders with the same text tower share its features
+    def embed(encode_text):
+        if data.kind == "classes":
+            return zero_shot_classifier(encode_text, tokenizer, data.classes, data.templates)
+        return embed_texts(encode_text, tokenizer, [text for texts in targets for text in texts])
+
+    scores = {}
+    for key, (_, encode_text) in encoders.items():
+        if data.kind == "classes":
+            scores[key] = zero_shot(features[key], torch.tensor(targets), embed(encode_text))
+        else:
+            scores[key] = retrieval(features[key], embed(encode_text), owners(targets))
+        if len(targets) < len(data):
+            scores[key]["unreadable"] = len(data) - len(targets)
+    return scores
+
+
+def score_sets(encoders, tokenizer, sets, image_size, workers):
+    """evaluate() on each of {name: set}, as {key: {"<name>_<metric>": percent}}."""
+    scores = {key: {} for key in encoders}
+    for name, data in sets.items():
+        found = evaluate(encoders, tokenizer, data, image_size, workers)
+        for key, metrics in found.items():
+            scores[key].update({f"{name}_{metric}": value for metric, value in metrics.items()})
+    return scores
+
+
+def main_metric(metrics):
+    """The number a set is judged by: top-1 accuracy, or the mean of both R@1."""
+    if "top1" in metrics:
+        return metrics["top1"]
+    return (metrics["i2t_r1"] + metrics["t2i_r1"]) / 2
+
+
 def zero_shot_classifier(encode_text, tokenizer, classes, templates):
-    """(K, D): per class the templates' unit features, averaged and renormalised (CLIP's prompt ensemble)."""
+    """(K, D): per class the templates' unit features, averaged and renormalised, as CLIP's."""
     texts = [template.format(name) for name in classes for template in templates]
-    features = embed_texts(encode_text, tokenizer, texts).unflatten(0, (len(classes), len(templates)))
+    features = embed_texts(encode_text, tokenizer, texts)
+    features = features.unflatten(0, (len(classes), len(templates)))
     return F.normalize(features.mean(1), dim=-1)
 
 
-def zero_shot(features, labels, classifier, block=4096):
-    """{"top1", "top5"} in percent; features (N, D), labels (N,), classifier (K, D). Ties count against the model."""
-    ranks = []
-    for x, y in zip(features.split(block), labels.split(block)):
-        scores = x @ classifier.T  # (block, K)
-        own = scores.gather(1, y.to(scores.device)[:, None])
-        ranks.append((~(scores < own)).sum(1) - 1)  # not "less than", so that NaN counts against the model too
-    rank_of_class = torch.cat(ranks)
-    return {f"top{k}": 100 * (rank_of_class < k).float().mean().item() for k in (1, 5)}
+def zero_shot(features, labels, classifier):
+    """{"top1", "top5"} in percent; features (N, D), labels (N,), classifier (K, D).
+
+    As usual, top-1 is the argmax: of equal scores the first class wins, so two classes of one name
+    (ImageNet has two such pairs) are not both lost. A score that is not a number is wrong.
+    """
+    scores = features @ classifier.T  # (N, K)
+    labels = labels.to(scores.device)[:, None]
+    best = scores.argsort(dim=1, descending=True, stable=True)
+    right = (best == labels) & ~scores.gather(1, labels).isnan()
+    return {f"top{k}": 100 * right[:, :k].any(1).float().mean().item() for k in (1, 5)}
+
+
+def owners(captions):
+    """(T,): which image each text describes, of one list of captions an image."""
+    return torch.tensor([i for i, texts in enumerate(captions) for _ in texts])
 
 
 def retrieval(image_features, text_features, image_of_text, block=1024):
-    """Recall at 1, 5 and 10 in percent, both ways; image_of_text (T,) says which image each text describes.
+    """Recall at 1, 5 and 10 in percent, both ways; image_of_text (T,) says whom a text describes.
 
-    Image to text: the rank of the best of the image's own texts, among the texts of other images. Text to image: the
-    rank of its image. Ties count against the model, so a collapsed model scores 0, not 100. Blocked: memory is
-    block x T, never N x T.
+    Image to text, the best of the image's own texts counts, ranked among the texts of others. This
+    is conservative: ties count against the model, so one that maps everything to a point scores 0
+    and not 100, and so does NaN. Memory is block x T, never N x T.
     """
     image_of_text = image_of_text.to(image_features.device)
+    image = torch.arange(len(image_features), device=image_features.device)
     to_text, to_image = [], []
-    for start in range(0, len(image_features), block):
-        scores = image_features[start:start + block] @ text_features.T  # (block, T)
-        own = image_of_text[None] == torch.arange(start, start + len(scores), device=scores.device)[:, None]
-        best = scores.masked_fill(~own, -math.inf).amax(1, keepdim=True)
-        to_text.append((~(scores < best) & ~own).sum(1))
-    for start in range(0, len(text_features), block):
-        scores = text_features[start:start + block] @ image_features.T  # (block, N)
-        own = scores.gather(1, image_of_text[start:start + block, None])
-        to_image.append((~(scores < own)).sum(1) - 1)
-    return {f"{way}_r{k}": 100 * (torch.cat(ranks) < k).float().mean().item()
-            for way, ranks in (("i2t", to_text), ("t2i", to_image)) for k in (1, 5, 10)}
+    for features, i in zip(image_features.split(block), image.split(block)):
+        to_text.append(ranks(features @ text_features.T, image_of_text == i[:, None]))
+    for features, i in zip(text_features.split(block), image_of_text.split(block)):
+        to_image.append(ranks(features @ image_features.T, image == i[:, None]))
+    return recalls(torch.cat(to_text), torch.cat(to_image))
 
 
-def batches(data, image_size, workers, doing):
-    """eval_loader's batches of 64, whole images; a bar above 2,000 samples. UserError when no image can be read."""
-    read = 0
-    with tqdm(total=len(data), desc=doing, disable=None if len(data) > 2000 and rank() == 0 else True) as bar:
-        for images, places, targets in eval_loader(data, image_size, 64, workers, resize_whole):
-            yield images, places, targets
-            read += len(images)
-            bar.update(len(images))
-    if not read:
-        raise UserError("the evaluation set holds no readable image")
+def ranks(scores, own):
+    """(Q,): how many foreign keys score no lower than the best own one; scores and own (Q, K)."""
+    best = scores.masked_fill(~own, -math.inf).amax(1, keepdim=True)
+    no_lower = ~(scores < best)  # NaN counts against the model too
+    return (no_lower & ~own).sum(1)
+
+
+def recalls(to_text, to_image):
+    """Recall at 1, 5 and 10, both ways, from the rank of each query's best own key."""
+    return {f"{way}_r{k}": 100 * (rank < k).float().mean().item()
+            for way, rank in (("i2t", to_text), ("t2i", to_image)) for k in (1, 5, 10)}
 
 
 @torch.no_grad()
-def rerank(image_features, text_features, image_of_text, match, k, block=1024):
-    """Retrieval as BLIP scores it, with the recalls of retrieval(): match logit + cosine among the k best by cosine.
+def rerank(image_features, text_features, image_of_text, match, k):
+    """Retrieval as BLIP scores it: match logit + cosine among the k best by cosine, else -100.
 
-    Image to text, the k best texts of each image get this score, text to image the k best images of each text; every
-    other pair gets -100. Ties count against the model, except that topk chooses among equal cosines who is scored.
+    Image to text, the k best texts of each image are scored, text to image the k best images of
+    each text. Recalls as in retrieval(); topk chooses among equal cosines who is scored.
 
-    image_features (N, E), text_features (T, E), of unit length; image_of_text (T,). match(i, texts): logits of image i
-    with the texts of these places, both (n,). It is called once an image, in ascending order, with all texts that one
-    or the other direction needs: no pair is scored twice. Memory is block x T and (N + T) x k, never N x T.
+    image_features (N, E), text_features (T, E), of unit length; image_of_text (T,). match(i,
+    texts): logits (n,) of image i with the texts of these places (n,). It is called once an image,
+    in ascending order: no pair is scored twice. COCO's 5,000 x 25,000 scores take 0.5 GB.
     """
-    N, T = len(image_features), len(text_features)
-    image, text = (torch.arange(n, device=image_features.device)[:, None] for n in (N, T))
-    image_of_text = image_of_text.to(image.device)
-    text_cosines, texts = nearest(image_features, text_features, k, block)  # (N, k)
-    image_cosines, images = nearest(text_features, image_features, k, block)  # (T, k)
-    pairs = torch.cat([(image * T + texts).flatten(), (images * T + text).flatten()])
-    pairs, places = pairs.unique(return_inverse=True)  # by image, then by text
-    bounds = [*torch.searchsorted(pairs, image[:, 0] * T).tolist(), len(pairs)]
-    logits = torch.cat([match(i, pairs[start:end] - i * T).float()
-                        for i, (start, end) in enumerate(itertools.pairwise(bounds))])
-    to_text, to_image = (logits[place] for place in places.split([texts.numel(), images.numel()]))
-    captions = image_of_text.bincount(minlength=N)
-    ranks = {"i2t": ranks_among(to_text.view_as(texts) + text_cosines, image_of_text[texts] == image, captions, T),
-             "t2i": ranks_among(to_image.view_as(images) + image_cosines, images == image_of_text[:, None],
-                                torch.ones_like(image_of_text), N)}
-    return {f"{way}_r{r}": 100 * (found < r).float().mean().item() for way, found in ranks.items() for r in (1, 5, 10)}
+    scores = image_features @ text_features.T  # (N, T)
+    N, T = scores.shape
+    none = torch.zeros_like(scores, dtype=torch.bool)
+    for_image = none.scatter(1, scores.topk(min(k, T), dim=1).indices, True)
+    for_text = none.scatter(0, scores.topk(min(k, N), dim=0).indices, True)
+    for i in tqdm(range(N), desc="re-ranking", leave=False, disable=None):
+        texts = (for_image[i] | for_text[i]).nonzero()[:, 0]
+        scores[i, texts] += match(i, texts).float()
 
-
-def nearest(queries, keys, k, block):
-    """Cosines and places, both (Q, k), of the k best keys for each query; all keys where there are fewer than k."""
-    found = [(q @ keys.T).topk(min(k, len(keys))) for q in queries.split(block)]
-    return torch.cat([values for values, _ in found]), torch.cat([places for _, places in found])
-
-
-def ranks_among(scores, own, owned, keys, outside=-100.0):
-    """(Q,): how many foreign keys score no lower than the best own one, when those not among the k score `outside`.
-
-    scores (Q, k); own (Q, k), which of them are the query's own; owned (Q,), how many it has among all `keys`.
-    """
-    found = own.sum(1)
-    best = scores.masked_fill(~own, -math.inf).amax(1)
-    best = torch.where(found < owned, best.clamp(min=outside), best)
-    foreign_outside = keys - scores.shape[1] - (owned - found)
-    # not "less than", so that NaN counts against the model too
-    return (~(scores < best[:, None]) & ~own).sum(1) + foreign_outside * ~(outside < best)
-
-
-class StateFile:
-    """Image states too large to keep in memory, in an open file: appended in batches, read back image by image."""
-
-    def __init__(self, file):
-        self.file = file
-
-    def append(self, states):
-        """states (B, M, D) of any dtype. UserError when the disk is full."""
-        self.kind, self.shape = {"dtype": states.dtype, "device": states.device}, states.shape[1:]
-        try:
-            self.file.write(states.contiguous().cpu().view(torch.uint8).numpy())
-            self.file.flush()
-        except OSError as error:
-            raise UserError(f"the image states do not fit into {tempfile.gettempdir()} ({error.strerror}): name a "
-                            "folder with more room in the variable TMPDIR") from None
-
-    def __getitem__(self, i):
-        """(1, M, D), bit for bit as appended, on the same device."""
-        size = self.shape.numel() * self.kind["dtype"].itemsize
-        self.file.seek(i * size)
-        states = torch.frombuffer(bytearray(self.file.read(size)), dtype=self.kind["dtype"])
-        return states.view(1, *self.shape).to(self.kind["device"])
+    image = torch.arange(N, device=scores.device)
+    own = image_of_text.to(scores.device) == image[:, None]
+    to_text = ranks(scores.masked_fill(~for_image, -100.0), own)
+    to_image = ranks(scores.masked_fill(~for_text, -100.0).T, own.T)
+    return recalls(to_text, to_image)
 
 
 @torch.no_grad()
-def rerank_retrieval(data, image_size, encode_image, encode_text, match, k, workers=0, block=256):
-    """A captioned set by cosine alone, {"itc_i2t_r1", ...}, and re-ranked, {"i2t_r1", ...}, in percent; see rerank().
+def rerank_retrieval(data, image_size, encode_image, encode_text, match, k, workers=0, block=256,
+                     dtype=torch.float32):
+    """By cosine alone, {"itc_i2t_r1", ...}, and re-ranked, {"i2t_r1", ...}, in percent.
 
-    encode_image: (B, 3, S, S) uint8 -> states (B, M, D), features (B, E). encode_text: list of n strings -> ids (n, L),
-    features (n, E), L always the same. match: states (1, M, D), ids (n, L) -> match logits (n,), n at most `block`.
-    Each image is encoded once; its states wait in a temporary file (COCO's 5,000 at 384 px: 8.9 GB in fp32, half of it
-    in bf16). Images that cannot be read are left out and counted as "unreadable".
+    encode_image: (B, 3, S, S) uint8 -> states (B, M, D), features (B, E). encode_text: n strings ->
+    ids (n, L), features (n, E), L always the same. match: states (1, M, D), ids (n, L) -> match
+    logits (n,), n at most `block`. The states wait in memory, not the device's, as `dtype`: half
+    precision where autocast is on (COCO's 5,000 at 384 px: 4.4 GB). Unreadable images are left
+    out and counted.
     """
-    with tempfile.TemporaryFile() as file:
-        states, image_features, captions = StateFile(file), [], []
-        for images, _, targets in batches(data, image_size, workers, "encoding images"):
-            found, features = encode_image(images)
-            states.append(found)
-            image_features.append(features.float())
-            captions += targets
-        texts = [text for group in captions for text in group]
-        encoded = [encode_text(texts[start:start + block]) for start in range(0, len(texts), block)]
-        ids, text_features = torch.cat([ids for ids, _ in encoded]), torch.cat([x.float() for _, x in encoded])
-        both = torch.cat(image_features), text_features
-        image_of_text = torch.tensor([i for i, group in enumerate(captions) for _ in group])
-        shown = None if len(captions) > 2000 and rank() == 0 else True
-        with tqdm(total=len(captions), desc="re-ranking", disable=shown) as bar:
-            def match_image(i, places):
-                bar.update()
-                source = states[i]
-                return torch.cat([match(source, part) for part in ids[places.to(ids.device)].split(block)])
+    states, features, captions = [], [], []
+    for images, _, targets in batches(data, image_size, workers, "encoding images"):
+        batch_states, batch_features = encode_image(images)
+        states += batch_states.to("cpu", dtype)
+        features.append(batch_features.float())
+        captions += targets
 
-            scores = rerank(*both, image_of_text, match_image, k)
-    by_cosine = {f"itc_{name}": value for name, value in retrieval(*both, image_of_text).items()}
-    unreadable = {"unreadable": len(data) - len(captions)} if len(captions) < len(data) else {}
-    return {**by_cosine, **scores, **unreadable}
+    texts = [text for group in captions for text in group]
+    encoded = [encode_text(texts[start:start + block]) for start in range(0, len(texts), block)]
+    ids, text_features = (torch.cat(parts) for parts in zip(*encoded))
+    both = torch.cat(features), text_features.float(), owners(captions)
+
+    def match_image(i, places):
+        source = states[i][None].to(both[0].device)
+        parts = ids[places.to(ids.device)].split(block)
+        return torch.cat([match(source, part) for part in parts])
+
+    scores = {f"itc_{metric}": value for metric, value in retrieval(*both).items()}
+    scores.update(rerank(*both, match_image, k))
+    if len(captions) < len(data):
+        scores["unreadable"] = len(data) - len(captions)
+    return scores
 
 
-def linear_probe(train, val, test, classes, strengths=tuple(10.0 ** e for e in range(-2, 7))):
-    """Top-1 in percent of L-BFGS logistic regression on frozen features; a split is (features (N, D), labels (N,)).
+STRENGTHS = tuple(10.0 ** exponent for exponent in range(-2, 7))
 
-    The inverse regularisation (scikit-learn's C: minimise C * sum of losses + |W|^2 / 2) is chosen on `val`, then the
-    classifier is refitted on train + val. Returns {"top1", "C"}.
+
+def linear_probe(train, val, test, classes, strengths=STRENGTHS):
+    """{"top1" in percent, "C"} of L-BFGS logistic regression on frozen features.
+
+    A split is (features (N, D), labels (N,)). The inverse regularisation (scikit-learn's C:
+    minimise C * sum of losses + |W|^2 / 2) is chosen on `val`, then train + val are fitted anew. UserError
+    with the place of an image whose features are no numbers.
     """
-    def accuracy(weights, split):
-        x, y = split
-        return 100 * ((_with_bias(x) @ weights).argmax(1).cpu() == y.cpu()).float().mean().item()
+    def accuracy(weights, features, labels):
+        found = (with_bias(features) @ weights).argmax(1)
+        return 100 * (found.cpu() == labels.cpu()).float().mean().item()
 
-    scores = {c: accuracy(_fit_logistic(*train, classes, c), val) for c in strengths}
+    for features, _ in (train, val, test):
+        check_finite(features, range(len(features)))
+    scores = {c: accuracy(fit_logistic(*train, classes, c), *val) for c in strengths}
     best = max(scores, key=scores.get)
-    both = [torch.cat(parts) for parts in zip(train, val)]
-    return {"top1": accuracy(_fit_logistic(*both, classes, best), test), "C": best}
+    features, labels = (torch.cat(parts) for parts in zip(train, val))
+    weights = fit_logistic(features, labels, classes, best)
+    return {"top1": accuracy(weights, *test), "C": best}
 
 
-def _with_bias(x):
+def check_finite(features, keys):
+    """UserError with the key of the first image whose features (N, D) are no numbers."""
+    for key, finite in zip(keys, features.isfinite().all(1).tolist()):
+        if not finite:
+            raise UserError(f"linear probe: the features of image {key} are no finite numbers")
+
+
+def with_bias(x):
     return torch.cat([x, x.new_ones(len(x), 1)], 1)
 
 
-def _fit_logistic(x, y, classes, c, block=65536):
-    """(D + 1, K) weights of multinomial logistic regression; the last row is the bias and is not regularised."""
-    x, y = _with_bias(x), y.to(x.device)
+def fit_logistic(x, y, classes, c, block=65536):
+    """(D + 1, K) weights of multinomial logistic regression; the bias is not regularised."""
+    x, y = with_bias(x), y.to(x.device)
     weights = torch.zeros(x.shape[1], classes, device=x.device, requires_grad=True)
     optimiser = torch.optim.LBFGS([weights], max_iter=1000, history_size=10, tolerance_grad=1e-6,
                                   tolerance_change=1e-10, line_search_fn="strong_wolfe")
@@ -2976,90 +3119,111 @@ def _fit_logistic(x, y, classes, c, block=65536):
     return weights.detach()
 
 
-def write_results(run, cfg, encoders, scores, state, device):
+def probe(encoders, cfg, image_size):
+    """--linear-probe: {key: {"<set>_probe_top1", "<set>_probe_C"}} on each set of classes.
+
+    encoders: as embed_images() takes them. Every fifth training image is the validation split.
+    """
+    def embed(data):
+        found, labels, indices = embed_images(encoders, data, image_size, loader_workers(cfg))
+        for features in found.values():
+            check_finite(features, [data.key(i) for i in indices])
+        return found, torch.tensor(labels)
+
+    scores = {key: {} for key in encoders}
+    tests = evaluation_sets(cfg, image_size, "test")
+    for name, data in evaluation_sets(cfg, image_size, "train").items():
+        if data.kind != "classes":
+            continue
+        (train, y), (test, test_y) = embed(data), embed(tests[name])
+        held = torch.arange(len(y)) % 5 == 4
+        for key, x in train.items():
+            found = linear_probe((x[~held], y[~held]), (x[held], y[held]),
+                                 (test[key], test_y), len(data.classes))
+            for metric, value in found.items():
+                scores[key][f"{name}_probe_{metric}"] = value
+    return scores
+
+
+def test_checkpoint(cfg, size, encoders):
+    """--evaluate: {key: {"<set>_<metric>": value}} of the test sets, with --linear-probe.
+
+    The means of several sets' top-1 accuracies are added.
+    """
+    sets = evaluation_sets(cfg, size.image_size, "test")
+    tokenizer = CLIPTokenizer(size.context_length, size.vocab_size)
+    cells = score_sets(encoders, tokenizer, sets, size.image_size, loader_workers(cfg))
+    if cfg.linear_probe:
+        image_encoders = {key: encode_image for key, (encode_image, _) in encoders.items()}
+        for key, found in probe(image_encoders, cfg, size.image_size).items():
+            cells[key].update(found)
+    for cell in cells.values():
+        for metric in ("top1", "probe_top1"):
+            columns = [f"{name}_{metric}" for name in sets]
+            values = [cell[column] for column in columns if column in cell]
+            if len(values) > 1:
+                cell[f"mean_{metric}"] = sum(values) / len(values)
+    return cells
+
+
+def write_results(run, cfg, cells, state):
     """results.json, the table on stdout and curves.png; returns what results.json holds.
 
-    encoders and scores: as evaluate() takes and returns them, scores by evaluation set; state: the training loop's.
+    cells: {label: {metric: value}}; state: the training loop's counters.
     """
-    speeds = compare_speeds({name: encode for name, (encode, _) in encoders.items()}, speed_probe(cfg, device))
-    cells = {name: {**flatten(scores, name), "images_per_second": speeds[name]} for name in encoders}
     rows = read_csv(run.path("log.csv"))
-    last = [float(value) for column, value in rows[-1].items() if column.startswith("val_") and value]
-    results = {"cells": cells, "seed": cfg.seed, "steps": state["step"], "best_step": state["best_step"],
-               "best_validation": state["best"], "last_validation": max(last, default=None)}
+    last = [float(value) for column, value in rows[-1].items()
+            if column.startswith("val_") and value]
+    results = {"cells": cells, "seed": cfg.seed, "steps": state["step"],
+               "best_step": state["best_step"], "best_validation": state["best"],
+               "last_validation": max(last, default=None)}
     run.write_json("results.json", results)
     print_table(cells)
-    plot_curves(run.path("curves.png"), rows, chance=math.log(cfg.batch_size), title=f"{cfg.method} on {cfg.data}")
+    plot_curves(run.path("curves.png"), rows, math.log(cfg.batch_size),
+                f"{cfg.method} on {cfg.data}")
     return results
 
 
-def flatten(scores, encoder):
-    """{set: {encoder: {metric: value}}} -> {"set_metric": value} of one encoder."""
-    return {f"{data}_{metric}": value for data, found in scores.items() for metric, value in found[encoder].items()}
-
-
-def with_means(cell):
-    """The cell, and where several sets have one, the mean of their top-1 accuracies, zero-shot and linear probe."""
-    probes = [value for metric, value in cell.items() if metric.endswith("_probe_top1")]
-    zero_shots = [value for metric, value in cell.items() if metric.endswith("_top1") and "_probe_" not in metric]
-    means = {"mean_top1": zero_shots, "mean_probe_top1": probes}
-    return {**cell, **{name: sum(values) / len(values) for name, values in means.items() if len(values) > 1}}
-
-
-def speed_probe(cfg, device):
-    """256 images of noise, uint8: what throughput is measured on."""
-    return torch.randint(0, 256, (256, 3, cfg.image_size, cfg.image_size), dtype=torch.uint8, device=device)
-
-
-def compare_speeds(encoders, images, rounds=5):
-    """{name: images/s} of functions of one batch, timed as in compare_latency."""
-    calls = {name: functools.partial(encode, images) for name, encode in encoders.items()}
-    latency = compare_latency(calls, images.device, rounds)
-    return {name: 1000 * len(images) / found for name, found in latency.items()}
+def throughput(encoders, image_size, device):
+    """{key: images/s} of image encoders on 256 images of noise; encoders as in evaluate()."""
+    shape = (256, 3, image_size, image_size)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+    calls = {key: functools.partial(encode, images) for key, (encode, _) in encoders.items()}
+    latency = compare_latency(calls, device, rounds=5)
+    return {key: 1000 * len(images) / milliseconds for key, milliseconds in latency.items()}
 
 
 def compare_latency(functions, device, rounds=15):
-    """{name: milliseconds} of functions without arguments: median over rounds in turn, so that a slow moment meets all.
+    """{key: milliseconds} of functions without arguments: the median over the rounds.
 
-    Each is warmed up first; the device is synchronised before every reading of the clock.
+    They take turns, so that a slow moment meets all; each is warmed up first; the device is
+    synchronised before every reading of the clock.
     """
     def milliseconds(function):
         start = time.perf_counter()
         function()
-        if torch.device(device).type != "cpu":
-            getattr(torch, torch.device(device).type).synchronize()
+        if kind != "cpu":
+            getattr(torch, kind).synchronize()
         return 1000 * (time.perf_counter() - start)
 
+    kind = torch.device(device).type
+    times = {key: [] for key in functions}
     with torch.inference_mode():
-        for function in functions.values():
-            milliseconds(function), milliseconds(function)
-        times = {name: [] for name in functions}
-        for _ in range(rounds):
-            for name, function in functions.items():
-                times[name].append(milliseconds(function))
-    return {name: float(np.median(found)) for name, found in times.items()}
+        for turn in range(2 + rounds):
+            for key, function in functions.items():
+                times[key].append(milliseconds(function))
+    return {key: float(np.median(found[2:])) for key, found in times.items()}
 
 
-def probe(encoders, cfg):
-    """--linear-probe: {name: {"<set>_probe_top1", "<set>_probe_C"}} on each labelled set of --eval-data.
+def multiply_adds(function, *inputs):
+    """Multiply-adds of a forward pass."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
 
-    encoders: {name: (B, 3, S, S) uint8 -> (B, D)}. "emoji" are single drawings: by the artists of the training split,
-    and by the held-out ones; captioned sets are passed over. Every fifth training image is the validation split on
-    which the regularisation is chosen.
-    """
-    scores = {name: {} for name in encoders}
-    for set_name in [name for name in cfg.eval_data or (cfg.data,) if not is_captioned(cfg, name)]:
-        splits = {split: EmojiClasses(split, cfg.image_size, "concept", cfg.concepts, cfg.difficulty)
-                  if set_name == "emoji" else open_labelled(set_name, eval_folder(cfg, set_name), split)
-                  for split in ("train", "test")}
-        embedded = {split: embed_images(encoders, eval_loader(data, cfg.image_size, 128, loader_workers(cfg)))
-                    for split, data in splits.items()}
-        for name in encoders:
-            (x, y), test = [(features[name], torch.tensor(labels)) for features, labels in embedded.values()]
-            held = torch.arange(len(x)) % 5 == 4
-            found = linear_probe((x[~held], y[~held]), (x[held], y[held]), test, len(splits["test"].classes))
-            scores[name].update({f"{set_name}_probe_{key}": value for key, value in found.items()})
-    return scores
+    # the plain kernel: its two products are counted on every device
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        function(*inputs)
+    return counter.get_total_flops() / 2
 
 
 # ----------------------------------------------------------------------------- captions and answers
@@ -3305,25 +3469,20 @@ def answer_questions(data, image_size, answer, workers=0):
     return results, scores
 
 
-# ------------------------------------------------------------------------------------------------------------- pictures
-
-
-def pyplot():
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt
+# --------------------------------------------------------------------------------------- pictures
 
 
 def print_table(cells, markdown=None):
-    """{row: {column: number or text}} as an aligned table on stdout, and as markdown in a file."""
+    """{row: {column: number or text}} as a table on stdout, and as markdown in a file."""
     columns = list(dict.fromkeys(column for cell in cells.values() for column in cell))
-    lines = [["", *columns]] + [[name, *(_shown(cell.get(c)) for c in columns)] for name, cell in cells.items()]
+    lines = [["", *columns]]
+    for name, cell in cells.items():
+        lines.append([name, *(_shown(cell.get(column)) for column in columns)])
     if len(columns) > 7:  # too wide for a terminal: turn it
         lines = [list(line) for line in zip(*lines)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    for line in lines:
-        print("  ".join(text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths))))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for first, *others in lines:
+        print(first.ljust(widths[0]), *map(str.rjust, others, widths[1:]), sep="  ")
     if markdown:
         rows = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
         markdown.write_text("".join(f"| {' | '.join(row)} |\n" for row in rows), encoding="utf-8")
@@ -3332,11 +3491,13 @@ def print_table(cells, markdown=None):
 def _shown(value):
     if value is None or isinstance(value, str):
         return value or ""
-    return f"{value:.1f}" if 10 <= abs(value) < 1000 else f"{value:.3g}" if abs(value) < 10 else f"{value:.0f}"
+    if 10 <= abs(value) < 1000:
+        return f"{value:.1f}"
+    return f"{value:.3g}" if abs(value) < 10 else f"{value:.0f}"
 
 
 def mean_std(runs):
-    """[{metric: value}] over seeds -> {metric: "mean ± std"}; the std is the sample's, absent for one seed."""
+    """[{metric: value}] over seeds -> {metric: "mean ± std"}; the std is the sample's."""
     table = {}
     for metric in runs[0]:
         values = np.array([run[metric] for run in runs], float)
@@ -3346,323 +3507,207 @@ def mean_std(runs):
     return table
 
 
-def plot_curves(path, rows, chance, title):
-    """Losses (with ln(batch), chance, if given) and validation metrics of log.csv against the epoch."""
-    plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for axis, wanted in ((left, LOSSES), (right, ("val_",))):
-        for column in [c for c in rows[0] if c.startswith(wanted) and c != "kd_weight"]:
-            points = [(float(row["epoch"]), float(row[column])) for row in rows if row[column]]
-            if points:
-                axis.plot(*zip(*points), label=column, marker="." if axis is right else None)
-        axis.set_xlabel("epoch")
-        if axis.lines:
-            axis.legend(fontsize=8, ncols=1 + (len(axis.lines) > 6))
-    if chance:
-        left.axhline(chance, color="grey", ls=":")
-        left.text(0.02, chance, "chance of one NCE, ln(batch)", color="grey", va="bottom", fontsize=8,
-                  transform=left.get_yaxis_transform())
-    left.set_ylabel("loss")
-    right.set_ylabel("validation, %")
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def picture(draw):
+    """Guards a function that draws into `path`: what goes wrong is a line, never a run's end."""
+    @functools.wraps(draw)
+    def guarded(path, *args, **kwargs):
+        try:
+            plain = {"text.parse_math": False}  # a `$` in a caption is no formula
+            with import_matplotlib().rc_context(plain), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # letters that the font lacks
+                return draw(path, *args, **kwargs)
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            print(f"could not draw {Path(path).name}: {reason}")
+    return guarded
 
 
-def plot_grid(path, rows, names, captions, title):
-    """Rows of images (each (n, 3, S, S) uint8), row names at the left, captions on top of the columns."""
-    plt = pyplot()
-    figure, axes = plt.subplots(len(rows), len(captions), figsize=(1.6 * len(captions), 1.75 * len(rows) + 0.8),
-                                layout="constrained", squeeze=False)
+def import_matplotlib():
+    """matplotlib, which fails to import where MPLBACKEND names a notebook's package not here."""
+    os.environ.pop("MPLBACKEND", None)  # no picture is shown: all are files
+    import matplotlib
+    return matplotlib
+
+
+def new_figure(rows, columns, size, title):
+    """A figure of `size` inches and its axes (rows, columns); no pyplot, so no backend is asked."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(size, layout="constrained")
+    figure.suptitle(fold(title, int(9 * size[0])))
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def fold(text, width, lines=6):
+    return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …"))
+
+
+@picture
+def plot_grid(path, rows, names, captions, title, beneath=(), side=1.6):
+    """Rows of images (3, S, S) uint8, with names at the left and captions on top of the columns.
+
+    beneath: a text below each image, in order. side: of an image, in inches.
+    """
+    names = [fold(name, 24) for name in names]
+    captions = [fold(caption, int(12 * side), 3) for caption in captions]
+    columns = max(map(len, rows))
+    width = side * columns + 0.11 * max(map(len, "\n".join(names).split("\n")))
+    below = max((text.count("\n") + 1 for text in beneath), default=0)
+    above = max((caption.count("\n") + 1 for caption in captions), default=0)
+    height = len(rows) * (side + 0.15 + 0.15 * below) + 0.17 * above + 0.5
+    figure, axes = new_figure(len(rows), columns, (max(5, width), height), title)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
     for line, images, name in zip(axes, rows, names):
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=12)
         for axis, image in zip(line, images):
             axis.imshow(image.permute(1, 2, 0).cpu().numpy())
-            axis.set(xticks=[], yticks=[])
-        line[0].set_ylabel(name)
     for axis, caption in zip(axes[0], captions):
-        axis.set_title("\n".join(textwrap.wrap(caption, 20)), fontsize=8)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def plot_retrieval(path, images, captions, scores, texts=6, shown=5):
-    """For the first texts, the images a model ranks highest, the right one framed; scores (N images, N texts)."""
-    plt, texts, shown = pyplot(), min(texts, len(images)), min(shown, len(images))
-    figure, axes = plt.subplots(texts, shown, figsize=(1.6 * shown + 2.6, 1.6 * texts), layout="constrained",
-                                squeeze=False)
-    for text, line in enumerate(axes):
-        for axis, image in zip(line, scores[:, text].topk(shown).indices.tolist()):
-            axis.imshow(images[image].permute(1, 2, 0).cpu().numpy())
-            axis.set(xticks=[], yticks=[])
-            for spine in axis.spines.values():
-                spine.set(color="tab:green" if image == text else "none", linewidth=4)
-        line[0].set_ylabel("\n".join(textwrap.wrap(captions[text], 26)), rotation=0, ha="right", va="center")
-    figure.suptitle(f"best of {len(images)} images for each caption; the caption's own image is framed")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def plot_matrices(path, matrices, captions, title):
-    """{name: (n, n) matrix} side by side, each with its own colour scale, captions at the left."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, len(matrices), figsize=(5.5 * len(matrices) + 2, 5), layout="constrained",
-                                squeeze=False)
-    for axis, (name, matrix) in zip(axes[0], matrices.items()):
-        shown = axis.imshow(matrix.numpy(), cmap="viridis")
-        figure.colorbar(shown, ax=axis, shrink=0.7)
-        axis.set(title=name, xticks=[], yticks=[])
-    axes[0, 0].set_yticks(range(len(captions)), [textwrap.shorten(text, 34) for text in captions], fontsize=8)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def plot_kmeans(path, objective, sizes):
-    """The mean cosine with the own centroid over the iterations, and a histogram of the clusters' sizes."""
-    plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
-    left.plot(objective, marker=".")
-    left.set(xlabel="iteration", ylabel="mean cosine with the nearest centroid")
-    left.xaxis.get_major_locator().set_params(integer=True)
-    right.hist(sizes, bins=min(40, max(1, len(sizes) // 2)))
-    right.set(xlabel="images in a cluster", ylabel="clusters")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def main_metric(metrics):
-    """The number a set is judged by: top-1 accuracy, or the mean of both R@1."""
-    return metrics["top1"] if "top1" in metrics else (metrics["i2t_r1"] + metrics["t2i_r1"]) / 2
-
-
-def plot_sweet_spot(path, series, ylabel):
-    """{label: [(training keep rate, relative throughput, [accuracy per seed])]}: mean and std.
-
-    Left against the throughput; right, for the labels that end in "full view" and all run at full cost, against the
-    keep rate in training.
-    """
-    plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
-    for label, points in series.items():
-        full = label.endswith("full view")
-        axis, points = (right if full else left), sorted(points)
-        x = [point[0 if full else 1] for point in points]
-        means = [np.mean(values) for _, _, values in points]
-        spread = [np.std(values, ddof=1) if len(values) > 1 else 0 for _, _, values in points]
-        marker = {"marker": "o", "markersize": 5} if len(points) > 1 else {"marker": "*", "markersize": 12}
-        axis.errorbar(x, means, spread, label=label, capsize=3, **marker)
-        for place, mean, (keep_rate, _, _) in zip(x, means, points if not full else ()):
-            axis.annotate(f"{keep_rate:g}", (place, mean), textcoords="offset points", xytext=(5, 5), fontsize=8)
-    left.set(xlabel="measured inference throughput, CLIP = 1 (small numbers: κ in training and at test)", ylabel=ylabel)
-    right.set(xlabel="κ in training; all tokens at test")
-    right.invert_xaxis()
-    for axis in (left, right):
-        if axis.lines:
-            axis.legend()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
-ROW_COLOURS = ("0.3", "#1f5fa8", "#b8460b", "#2e7d32", "#6a3d9a")  # dark enough for text on white
-
-
-class Sheet:
-    """A figure laid out in inches from the top left corner: images with lines of text beside or below them."""
-
-    pitch = 0.165  # from one line of text to the next
-
-    def __init__(self, width, height, title, names=()):
-        """width and height of what stands below the title and below a legend of the names, in ROW_COLOURS."""
-        self.plt, self.width = pyplot(), max(4.5, width)
-        lines = fit_text(title, int(8 * self.width))
-        self.top = 0.3 + 0.22 * len(lines) + (0.25 if names else 0)
-        self.height = self.top + height
-        self.figure = self.plt.figure(figsize=(self.width, self.height))
-        self.figure.text(0.5, 1 - 0.12 / self.height, "\n".join(lines), size=13, ha="center", va="top",
-                         parse_math=False)
-        for n, (name, colour) in enumerate(zip(names, itertools.cycle(ROW_COLOURS))):
-            left = self.width / 2 + (n - (len(names) - 1) / 2) * 1.2
-            self.text(left, -0.35, ["■ " + name], color=colour, ha="center")
-
-    def image(self, left, top, side, image):
-        """image (3, S, S) uint8"""
-        place = left / self.width, 1 - (self.top + top + side) / self.height, side / self.width, side / self.height
-        axis = self.figure.add_axes(place, xticks=[], yticks=[])
-        axis.imshow(image.permute(1, 2, 0).cpu().numpy())
-
-    def text(self, left, top, lines, **style):
-        """The lines, one below the other; returns where the next one would begin."""
-        for line in lines:
-            baseline = 1 - (self.top + top + 0.13) / self.height
-            self.figure.text(left / self.width, baseline, line, size=9, parse_math=False, **style)
-            top += self.pitch
-        return top
-
-    def save(self, path):
-        self.figure.savefig(path, dpi=150)
-        self.plt.close(self.figure)
-
-
-def fit_text(text, columns, lines=6):
-    """At most `lines` lines of `columns` characters; a box for what matplotlib's font lacks, … for what is too long."""
-    from matplotlib import font_manager
-    known = font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
-    text = "".join(c if ord(c) in known or c.isspace() else "□" for c in text)
-    return textwrap.wrap(text, columns, max_lines=lines, placeholder=" …") or [""]
+        axis.set_title(caption, fontsize=10)
+    for axis, text in zip(axes.flat, beneath):
+        axis.set_xlabel(text, loc="left", fontsize=9)
+    figure.savefig(path, dpi=150)
 
 
 def plot_captions(path, images, captions, title):
-    """Images (n, 3, S, S) uint8 in a grid; beneath each, in a colour per name, its captions {name: n strings}."""
-    side, gap = 2.6, 0.3
-    rows = math.ceil(len(images) / 4)
-    columns = math.ceil(len(images) / rows)
-    texts = [[fit_text(text, 37) for text in group] for group in zip(*captions.values(), strict=True)]
-    below = [sum(Sheet.pitch * len(lines) + 0.06 for lines in group) for group in texts]
-    heights = [side + 0.08 + max(below[row * columns:(row + 1) * columns]) + gap for row in range(rows)]
-    sheet = Sheet(columns * (side + gap) + gap, sum(heights), title, list(captions))
-    margin = (sheet.width - columns * (side + gap) + gap) / 2
-    for i, (image, group) in enumerate(zip(images, texts, strict=True)):
-        row, column = divmod(i, columns)
-        left, top = margin + column * (side + gap), sum(heights[:row])
-        sheet.image(left, top, side, image)
-        top += side + 0.08
-        for lines, colour in zip(group, itertools.cycle(ROW_COLOURS)):
-            top = sheet.text(left, top, lines, color=colour) + 0.06
-    sheet.save(path)
+    """Images (n, 3, S, S) uint8; beneath each its captions, of {who: n strings}."""
+    beneath = []
+    for texts in zip(*captions.values()):
+        lines = [fold(f"{who}: {text}", 36, 4) for who, text in zip(captions, texts)]
+        beneath.append("\n".join(lines))
+    rows = images.split(4)
+    plot_grid(path, rows, [""] * len(rows), [], title, beneath, side=2.7)
 
 
-def plot_answers(path, images, questions, answers, title):
-    """Beside each image (3, S, S) uint8 a table: its questions, and the answers of each name; wrong ones are marked.
+def overlay(images, attention):
+    """Images (n, 3, S, S) uint8, dark but where attention (n, g, g) is, on a scale of its own."""
+    light = attention[:, None].float().cpu()
+    light = F.interpolate(light, images.shape[-2:], mode="bicubic", align_corners=False)
+    light = light - light.amin((2, 3), keepdim=True)
+    light = light / light.amax((2, 3), keepdim=True).clamp(min=1e-12)
+    return (images.cpu() * (0.15 + 0.85 * light)).to(torch.uint8)
 
-    questions: for each of n images a list of strings; answers: {name: the same, of answers}. An answer that differs,
-    once normalised, from the one under "truth" is wrong.
+
+@picture
+def plot_retrieval(path, images, captions, scores, texts=6, shown=5):
+    """For the first captions the images a model ranks highest, the caption's own one framed.
+
+    images (N, 3, S, S) uint8; scores (N, N), image by text.
     """
-    side, gap, across = 1.9, 0.3, 1 if len(images) < 4 else 2
-    tables = [[[fit_text(question, 42, 3), *(fit_text(answers[name][i][j], 16, 3) for name in answers)]
-               for j, question in enumerate(asked)] for i, asked in enumerate(questions)]
-    longest = [max(len(line) for table in tables for row in table for line in row[column])
-               for column in range(1 + len(answers))]
-    places = np.cumsum([side + 0.15, *(max(0.75, 0.073 * length + 0.3) for length in longest)])  # of the columns
-    needs = [max(side, sum(Sheet.pitch * max(map(len, row)) + 0.07 for row in table) + 0.28) + gap for table in tables]
-    rows = [max(needs[i:i + across]) for i in range(0, len(needs), across)]
-    sheet = Sheet(gap + across * (places[-1] + gap), sum(rows), title)
-    for i, (image, table) in enumerate(zip(images, tables, strict=True)):
-        left, top = gap + i % across * (places[-1] + gap), sum(rows[:i // across])
-        sheet.image(left, top, side, image)
-        for place, name in zip(left + places[1:], answers):
-            sheet.text(place, top, [name], weight="bold")
-        top += 0.28
-        for j, (question, *row) in enumerate(table):
-            ends = [sheet.text(left + places[0], top, question)]
-            for place, name, lines in zip(left + places[1:], answers, row):
-                wrong = normalize_answer(answers[name][i][j]) != normalize_answer(answers["truth"][i][j])
-                mark, colour = ("✗ ", "#c62828") if wrong else ("", "0.3" if name == "truth" else "#2e7d32")
-                ends.append(sheet.text(place, top, [mark + lines[0], *lines[1:]], color=colour))
-            top = max(ends) + 0.07
-    sheet.save(path)
+    side = images.shape[-1]
+    edge = max(2, side // 12)
+    frame = torch.ones(side, side, dtype=torch.bool)
+    frame[edge:-edge, edge:-edge] = False
+    green = torch.tensor([[40], [170], [60]], dtype=torch.uint8)
+    rows = []
+    for text, image in enumerate(images[:texts].cpu()):
+        best = scores[:, text].topk(min(shown, len(images))).indices.cpu()
+        ranked = images.cpu()[best]
+        image = image.clone()
+        image[:, frame] = green
+        ranked[best == text] = image
+        rows.append(ranked)
+    title = f"the best of {len(images)} images for each caption, its own one framed"
+    plot_grid(path, rows, captions[:texts], [f"rank {n + 1}" for n in range(shown)], title)
 
 
-def plot_attention(path, images, words, maps, title):
-    """A column for each image (3, S, S) uint8 and word: the image, then over it where each model looks at the word.
-
-    maps: {name: (n, g, g) attention of the word to the patches}, upsampled here, each shown on its own scale.
-    """
-    plt, side = pyplot(), images.shape[-1]
-    figure, axes = plt.subplots(1 + len(maps), len(images), squeeze=False, layout="constrained",
-                                figsize=(max(4.5, 1.9 * len(images) + 0.4), 1.82 * (1 + len(maps)) + 0.9))
-    for column, (image, word) in enumerate(zip(images, words, strict=True)):
-        pixels = image.permute(1, 2, 0).cpu().numpy()
-        axes[0, column].imshow(pixels)
-        axes[0, column].set_title("\n".join(fit_text(word, 20, 2)), fontsize=11, parse_math=False)
-        grey = np.broadcast_to(pixels.mean(2, keepdims=True), pixels.shape).astype(np.uint8)
-        for axis, found in zip(axes[1:, column], maps.values()):
-            found = found[column][None, None].float().cpu()
-            found = F.interpolate(found, (side, side), mode="bicubic", align_corners=False)[0, 0]
-            found = (found - found.min()) / (found.max() - found.min()).clamp(min=1e-12)
-            axis.imshow(grey)
-            axis.imshow(found.numpy(), cmap="inferno", alpha=0.35 + 0.4 * found.numpy())
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-    for axis, name in zip(axes[:, 0], ["image", *maps]):
-        axis.set_ylabel(name, fontsize=11)
-    figure.suptitle("\n".join(fit_text(title, int(9 * figure.get_figwidth()))), parse_math=False)
-    figure.supxlabel("each map on its own scale", fontsize=8, color="0.4")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+def draw_retrieval(path, encoders, tokenizer, sets, image_size):
+    """plot_retrieval() of an (image encoder, text encoder) on the first captioned set, if any."""
+    examples = example_images(sets, image_size, 64)
+    if examples:
+        images, captions = examples
+        encode_image, encode_text = encoders
+        with torch.no_grad():
+            scores = encode_image(images) @ encode_text(tokenizer(captions)).T
+        plot_retrieval(path, images, captions, scores)
 
 
-FAMILIES = {"teacher": ("*", "#6a3d9a", 2.2), "distilled": ("o", "#1f5fa8", 1), "not distilled": ("s", "#b8460b", 1)}
-
-
-def plot_efficiency(path, points, title, x="parameters"):
-    """Each metric's score against x, "parameters" (millions) or "latency" (ms); the other one is the marker's area.
-
-    points: {label: {"parameters", "latency", "scores": {metric: (mean, std)}, "family"}}; a family of FAMILIES gives
-    marker and colour. Error bars where the std is above 0. A point that lacks a metric is left out of its panel.
-    """
-    plt, units = pyplot(), {"parameters": "M", "latency": "ms"}
-    area = "latency" if x == "parameters" else "parameters"
-    largest = max(point[area] for point in points.values())
-    sizes = {label: FAMILIES[point["family"]][2] * (25 + 225 * point[area] / largest)  # in square points
-             for label, point in points.items()}
-    metrics = list(dict.fromkeys(metric for point in points.values() for metric in point["scores"]))
-    rows = math.ceil(len(metrics) / 3)
-    columns = math.ceil(len(metrics) / rows)
-    figure, axes = plt.subplots(rows, columns, figsize=(max(6, 4.6 * columns), 3.8 * rows + 0.9), squeeze=False,
-                                layout="constrained")
-    for axis, metric in itertools.zip_longest(axes.flat, metrics):
-        for label, point in points.items():
-            if metric in point["scores"]:
-                (mean, std), (marker, colour, _) = point["scores"][metric], FAMILIES[point["family"]]
-                axis.scatter(point[x], mean, sizes[label], color=colour, marker=marker, alpha=0.8, linewidths=0)
-                axis.errorbar(point[x], mean, std or None, color=colour, capsize=3, lw=1)
-        axis.set(xlabel=f"{x} ({units[x]})", ylabel=metric, axisbelow=True)
-        axis.margins(0.2)
-        axis.set_ylim(0, 1.1 * axis.get_ylim()[1])  # a cut axis would make little differences large
+@picture
+def plot_curves(path, rows, chance, title):
+    """Losses (with ln(batch), chance, if given) and validation metrics of log.csv, by epoch."""
+    figure, axes = new_figure(1, 2, (11, 4.5), title)
+    left, right = axes[0]
+    for axis, wanted, marker in ((left, LOSSES, None), (right, ("val_",), "o")):
+        for column in [name for name in rows[0] if name.startswith(wanted)]:
+            logged = [row for row in rows if row[column] and column != "kd_weight"]
+            if logged:
+                epochs = [float(row["epoch"]) for row in logged]
+                values = [float(row[column]) for row in logged]
+                axis.plot(epochs, values, label=column, marker=marker)
         axis.grid(alpha=0.3)
-        axis.set_visible(metric is not None)
-    handles = [plt.Line2D([], [], ls="", marker=marker, color=colour, label=family, markersize=8)
-               for family, (marker, colour, _) in FAMILIES.items()
-               if any(point["family"] == family for point in points.values())]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
-    note = f"marker area: {area}, at most {largest:.3g} {units[area]}"
-    figure.suptitle("\n".join([*fit_text(title, int(9 * figure.get_figwidth())), note]), size=11, parse_math=False)
-    figure.get_layout_engine().set(wspace=0.06, hspace=0.06)
-    figure.canvas.draw()  # settles where the axes stand
-    for axis, metric in zip(axes.flat, metrics):
-        label_points(axis, {label: (point[x], *point["scores"][metric], sizes[label] ** 0.5 / 2)
-                            for label, point in points.items() if metric in point["scores"]})
+        axis.set_xlabel("epoch")
+    if chance:
+        left.axhline(chance, color="grey", ls=":", label="chance of one NCE, ln(batch)")
+    left.set_ylabel("loss")
+    right.set_ylabel("validation, %")
+    for axis in (left, right):
+        if axis.lines:
+            axis.legend(ncols=1 + (len(axis.lines) > 6), fontsize=9)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
-def label_points(axis, points):
-    """Write each label of {label: (x, y, std, radius in points)} where it covers least of markers, bars and labels."""
-    unit, room = axis.figure.dpi / 72, axis.get_window_extent().extents  # pixels a point
-    centres, taken = {}, []
-    for label, (x, y, std, radius) in points.items():
-        (_, low), centre, (_, high) = axis.transData.transform([(x, y - std), (x, y), (x, y + std)])
-        centres[label] = centre
-        taken += [(*(centre - radius * unit), *(centre + radius * unit)),
-                  (centre[0] - 3 * unit, low, centre[0] + 3 * unit, high)]
-    for label, (x, y, _, radius) in points.items():
-        note = axis.annotate(label, (x, y), (0, 0), textcoords="offset points", fontsize=8, parse_math=False,
-                             ha="center", va="center", in_layout=False,
-                             arrowprops={"arrowstyle": "-", "lw": 0.5, "color": "0.5", "shrinkB": radius})
-        half, choices = np.array(note.get_window_extent().size) / 2, []
-        for away, angle in itertools.product((3, 12, 22, 34), np.radians(range(0, 360, 45))):
-            way = np.array([math.cos(angle), math.sin(angle)]).round(3)
-            middle = centres[label] + way * (radius + away) * unit + np.sign(way) * half
-            box = (*(middle - half), *(middle + half))
-            cut_off = 4 * half.prod() - overlap(box, room)
-            choices.append((sum(overlap(box, other) for other in taken) + 10 * cut_off + away, box, away))
-        _, box, away = min(choices, key=lambda choice: choice[0])
-        taken.append(box)
-        note.set_position((np.add(box[:2], box[2:]) / 2 - centres[label]) / unit)
-        note.arrow_patch.set_visible(away > 3)
+@picture
+def plot_sweet_spot(path, series, ylabel="test score, %"):
+    """{label: [(κ in training, relative throughput, [score per seed])]}: means and stds.
+
+    Left against the throughput; right, for curves that run at full cost, against κ in training.
+    """
+    figure, axes = new_figure(1, 2, (13, 5), "")
+    left, right = axes[0]
+    right.sharey(left)
+    for number, (label, points) in enumerate(series.items()):
+        points = sorted(points)
+        full_cost = len(points) > 1 and all(speed == 1 for _, speed, _ in points)
+        axis = right if full_cost else left
+        x = [keep_rate if full_cost else speed for keep_rate, speed, _ in points]
+        means = [np.mean(scores) for *_, scores in points]
+        stds = [np.std(scores, ddof=1) if len(scores) > 1 else 0 for *_, scores in points]
+        marker = "o" if len(points) > 1 else "*"
+        axis.errorbar(x, means, stds, label=label, color=f"C{number}", capsize=3,
+                      marker=marker, markersize=9)
+        for place, mean, (keep_rate, *_) in zip(x, means, points):
+            axis.annotate(f"{keep_rate:g}", (place, mean), (6, 6), textcoords="offset points")
+    left.set_ylabel(ylabel)
+    left.set_xlabel("measured throughput, 1 at κ = 1 (numbers: κ in training and at test)")
+    right.set_xlabel("κ in training; all tokens at test")
+    right.invert_xaxis()
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        axis.margins(0.08)
+        if axis.containers:
+            axis.legend()
+    figure.savefig(path, dpi=150)
 
 
-def overlap(a, b):
-    """The area two boxes (left, bottom, right, top) have in common."""
-    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+# family: colour, marker, where a label stands
+FAMILIES = {"teacher": ("#6a3d9a", "*", "bottom"), "distilled": ("#1f5fa8", "o", "bottom"),
+            "not distilled": ("#b8460b", "s", "top")}
+
+
+@picture
+def plot_efficiency(path, points, title):
+    """Each metric's score against the parameters, in millions; the latency stands by the name.
+
+    points: {label: {"parameters", "latency" in ms, "scores": {metric: (mean, std)}, "family"}}.
+    """
+    metrics = dict.fromkeys(metric for point in points.values() for metric in point["scores"])
+    figure, axes = new_figure(1, len(metrics), (6 * len(metrics), 5), title)
+    for axis, metric in zip(axes[0], metrics):
+        for label, point in points.items():
+            if metric not in point["scores"]:
+                continue
+            mean, std = point["scores"][metric]
+            colour, marker, side = FAMILIES[point["family"]]
+            axis.errorbar(point["parameters"], mean, std, color=colour, marker=marker,
+                          markersize=9, capsize=3)
+            offset = (0, 8 if side == "bottom" else -8)
+            text = f"{label}\n{point['latency']:.3g} ms"
+            axis.annotate(text, (point["parameters"], mean), offset, ha="center", va=side,
+                          textcoords="offset points", color=colour)
+        axis.set(xlabel="parameters (M)", ylabel=metric)
+        axis.margins(0.2)
+        # a cut axis would make little differences large
+        axis.set_ylim(0, 1.15 * axis.get_ylim()[1])
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
