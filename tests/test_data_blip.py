@@ -35,17 +35,10 @@ from test_data import (
 import common
 from common import (
     BadSample,
-    BertTokenizer,
     BlipAugment,
-    EmojiQuestions,
-    EmojiScenes,
     Mixture,
     StepSampler,
     TrainSamples,
-    clean_blip_caption,
-    clean_blip_question,
-    emoji_answers,
-    emoji_words,
     eval_folder,
     evaluation_sets,
     import_torchvision,
@@ -62,6 +55,7 @@ from common import (
     training_set,
     vqa_set,
 )
+from data.emoji.scenes import EmojiQuestions
 
 
 def write_json(path, content):
@@ -545,67 +539,6 @@ def test_vqa_errors(tmp_path):
 # ----------------------------------------------------------------------------------------- questions about emoji scenes
 
 
-def answer_by_hand(question, scene, rows):
-    """(kind, the right answer) of a question, from where the things stand."""
-    things = scene["objects"]
-    if question == "how many objects are there?":
-        return "number", str(len(things))
-    if question == "what is the background colour?":
-        return "background", scene["background"]
-    if asked := re.fullmatch(r"is there (.+)\?", question):
-        phrases = {rows[thing["concept"]]["phrase"] for thing in things}
-        return "presence", "yes" if asked[1] in phrases else "no"
-    if question == "what is in the picture?":
-        (thing,) = things
-        return "what", rows[thing["concept"]]["concept"]
-    if question == "where is it?":
-        (thing,) = things
-        across = "left" if thing["x"] < 1 / 3 else "right" if thing["x"] >= 2 / 3 else ""
-        down = "top" if thing["y"] < 1 / 3 else "bottom" if thing["y"] >= 2 / 3 else ""
-        return "where", {(0, 0): "in the middle", (1, 0): f"on the {across}", (0, 1): f"at the {down}",
-                         (1, 1): f"in the {down} {across} corner"}[bool(across), bool(down)]
-    relation, name = re.fullmatch(r"what is (above|below|left of|right of) the (.+)\?", question).groups()
-    axis, sign = {"above": ("y", -1), "below": ("y", 1), "left of": ("x", -1), "right of": ("x", 1)}[relation]
-    (reference,) = [thing for thing in things if rows[thing["concept"]]["concept"] == name]
-    (found,) = [thing for thing in things if sign * (thing[axis] - reference[axis]) > 0]
-    return "relation", rows[found["concept"]]["concept"]
-
-
-@pytest.mark.parametrize("difficulty", ["easy", "medium", "hard"])
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_emoji_questions_are_true(difficulty, split):
-    data = EmojiQuestions(split, 150, 40, seed=2, concepts=150, difficulty=difficulty)
-    scenes, asked = EmojiScenes(split, 150, 40, 2, 150, difficulty), collections.Counter()
-    assert len(data) == 900 and len({data.key(i) for i in range(900)}) == 900
-    for i in range(900):
-        image, (question, answers) = data.read(i)
-        kind, answer = answer_by_hand(question, scenes.scene(i // 6), scenes.drawings.concepts)
-        assert answers == [answer] * 10 and answer in data.answers and data.kinds[i] == kind
-        assert (np.asarray(image) == np.asarray(scenes.read(i // 6)[0])).all()
-        asked[kind, answer if kind == "presence" else ""] += 1
-    assert asked["presence", "yes"] == asked["presence", "no"] == asked["number", ""] == asked["background", ""] == 150
-    assert set(data.kinds) == {"presence", "number", "background", "what", "where", "relation"}
-    assert asked["what", ""] == asked["where", ""] and asked["what", ""] + asked["relation", ""] / 2 == 150
-
-
-def test_emoji_backgrounds_look_as_they_are_called():
-    data = EmojiQuestions("train", 100, 40)
-    for i in range(1, 600, 6):
-        image, (question, answers) = data.read(i)
-        assert question == "what is the background colour?"
-        corner = np.asarray(image)[[0, 0, -1, -1], [0, -1, 0, -1]].astype(int)
-        colours = dict(itertools.islice(common.COLOURS.items(), 8))
-        distance = {name: np.median(np.abs(corner - colour).sum(1)) for name, colour in colours.items()}
-        assert min(distance, key=distance.get) == answers[0]
-
-
-def test_emoji_answers():
-    answers = emoji_answers(30, "easy")
-    assert len(answers) == len(set(answers)) and {"yes", "no", "1", "2", "in the middle", "lilac"} <= set(answers)
-    assert "3" not in answers and "black" not in answers and len(answers) == 30 + 8 + 2 + 2 + 9
-    assert {"3", "black"} < set(emoji_answers(30, "hard"))
-
-
 def test_emoji_questions_of_a_configuration():
     cfg = config(scenes=7, long_tail=1.0, duplicates=0.5)
     train, test = vqa_set(cfg, "train"), vqa_set(cfg, "test")
@@ -614,9 +547,6 @@ def test_emoji_questions_of_a_configuration():
     for scene in range(7):
         assert (np.asarray(train.read(6 * scene)[0]) == np.asarray(images.read(scene)[0])).all()
     assert test.key(0) == vqa_set(config(seed=9), "test").key(0) and test.key(0) != vqa_set(cfg, "val").key(0)
-    one_line_error(EmojiQuestions, "dev", 10, 40, names="dev")
-    one_line_error(EmojiQuestions, "test", 10, 40, 0, 3, "hard", names="--concepts 3")
-    assert len(EmojiQuestions("test", 50, 40, 0, 3, "easy").read(299)[1][1]) == 10
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -626,35 +556,6 @@ def test_questions_in_order_from_the_loader(workers):
     assert [i for _, indices, _ in batches for i in indices] == list(range(18))
     for images, indices, targets in batches:
         assert images.shape == (len(indices), 3, 32, 32) and targets == [data.read(i)[1] for i in indices]
-
-
-def test_large_emoji_scenes_are_drawn_once_for_their_questions(monkeypatch):
-    drawn = []
-    render = common.render_scene
-    monkeypatch.setattr(common, "render_scene", lambda *args: drawn.append(0) or render(*args))
-    data = EmojiQuestions("test", 3, 100)
-    for i in range(18):
-        data.read(i)
-    assert len(drawn) == 3
-
-
-@pytest.mark.parametrize("concepts", [3, 150, 412])
-@pytest.mark.parametrize("difficulty", ["easy", "medium", "hard"])
-def test_emoji_words_cover_captions_and_questions(concepts, difficulty):
-    full, small = BertTokenizer(), BertTokenizer(words=emoji_words(concepts))
-    texts = set()
-    for split, count in (("train", 50), ("test", 150)):
-        scenes = EmojiScenes(split, count, 40, 1, concepts, difficulty)
-        for i in range(count):
-            questions = scenes.questions(i) if len(scenes.scene(i)["objects"]) < concepts else []
-            texts.update(map(clean_blip_caption, scenes.captions(i)))
-            texts.update(clean_blip_question(text) for pair in questions for text in pair)
-    texts.update(emoji_answers(concepts, difficulty))
-    assert len(texts) > (1000 if concepts > 3 else 100) and small.vocab_size < 3000
-    for text in texts:
-        ids = small.encode(text)
-        assert small.unk not in ids and len(ids) < 48
-        assert [small._tokens[i] for i in ids] == [full._tokens[i] for i in full.encode(text)]
 
 
 # --------------------------------------------------------------------------------------------------------- augmentation
