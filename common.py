@@ -32,7 +32,6 @@ import re
 import shlex
 import signal
 import string
-import struct
 import subprocess
 import sys
 import tarfile
@@ -45,6 +44,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -782,133 +782,255 @@ def paired_differences(found, baseline):
 LOSSES = ("loss", "nce", "kd", "cluster", "instance", "mimicry", "itc", "itm", "lm", "hr", "at_")
 
 
-# ---------------------------------------------------------------------------------------------------- published weights
+# ---------------------------------------------------------------------------------- checkpoints
+
+IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))  # SLIP's too
+OPENAI = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
 
 
-def read_weights(path):
-    """({name: tensor}, config or None) of a .pt, .bin or .safetensors file, untouched.
+@dataclass(frozen=True)
+class Size:
+    """What a CLIP's tensors and inputs look like: all that a model is built from."""
 
-    config is what this project's checkpoints store beside the weights. Pickles are read with weights_only, so nothing
-    in the file is executed; OpenAI's archives are TorchScript and are read by torch.jit. UserError when the file is
-    missing or is no checkpoint.
+    image_size: int  # pixels, as patch_size
+    patch_size: int
+    vision_width: int
+    vision_layers: int
+    vision_heads: int
+    vision_mlp: int  # hidden width of the MLPs
+    text_width: int
+    text_layers: int
+    text_heads: int
+    context_length: int  # tokens of a text, start and end included
+    vocab_size: int
+    embed_dim: int  # width of the joint embedding
+    act: str  # "gelu" or "quick_gelu"
+    mean: tuple  # of the channels of pixels from 0 to 1, as std
+    std: tuple
+
+    def pixel_statistics(self, device):
+        """Mean and standard deviation of pixels from 0 to 255, (2, 3, 1, 1)."""
+        return 255 * torch.tensor([self.mean, self.std], device=device).view(2, 3, 1, 1)
+
+
+DEMO = Size(image_size=40, patch_size=8, vision_width=96, vision_layers=4, vision_heads=4,
+            vision_mlp=384, text_width=64, text_layers=2, text_heads=4, context_length=24,
+            vocab_size=4096, embed_dim=64, act="gelu", **IMAGENET)
+VIT_B32 = Size(image_size=224, patch_size=32, vision_width=768, vision_layers=12, vision_heads=12,
+               vision_mlp=3072, text_width=512, text_layers=12, text_heads=8, context_length=77,
+               vocab_size=49408, embed_dim=512, act="quick_gelu", **IMAGENET)
+PRESETS = {
+    "tiny": replace(DEMO, image_size=16, vision_width=16, vision_layers=2,
+                                vision_heads=2, vision_mlp=32, text_width=16, text_layers=1,
+                                text_heads=2, embed_dim=16),  # for tests
+    "demo": DEMO,
+    "demo64": replace(DEMO, image_size=64),
+    # 0.7 of the demo's multiply-adds: the rival, not pruned, of a pruned demo
+    "slim": replace(DEMO, vision_width=80, vision_mlp=320),
+    "vit_b32": VIT_B32,
+    "vit_b16": replace(VIT_B32, patch_size=16),
+}
+
+
+@dataclass
+class Checkpoint:
+    """A file of weights. Only a file of this project has config and size."""
+
+    path: Path
+    weights: dict  # {name: tensor}
+    config: dict  # the run's Config as saved, else {}
+    size: Size | dict | None  # of a CLIP a Size, of a BLIP a dict
+
+
+WRAPPERS = ("model", "state_dict", "model_state_dict")
+
+
+def read_checkpoint(path):
+    """The Checkpoint in a .pt, .bin or .safetensors file, or in one of OpenAI's archives.
+
+    Nothing in the file is executed. The weights are as stored, but out of their wrapper and
+    without what DataParallel and torch.compile put into names. UserError: no checkpoint.
     """
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: name the checkpoint file in it, such as {path / 'last.pt'}")
     if not path.is_file():
-        raise UserError(f"no checkpoint at {path}")
+        raise UserError(f"{path} is no file: name a checkpoint, such as RUN/last.pt")
     try:
-        if path.suffix == ".safetensors":
-            return _read_safetensors(path), None
-        if zipfile.is_zipfile(path) and any(n.endswith("constants.pkl") for n in zipfile.ZipFile(path).namelist()):
-            return torch.jit.load(path, map_location="cpu").state_dict(), {"act": "quick_gelu"}
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except Exception as error:  # the readers raise errors of many types on damaged files
-        raise UserError(f"{path} is no checkpoint, or is cut off or damaged ({type(error).__name__})") from error
-    config = content.get("config") if isinstance(content, dict) else None
-    for wrapper in ("model", "state_dict"):
-        content = content.get(wrapper, content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise UserError(f"{path} holds no table of weights")
-    return {name.removeprefix("module."): tensor for name, tensor in content.items()}, config
+        content = weights = read_content(path)
+        for wrapper in WRAPPERS:
+            weights = weights.get(wrapper, weights)
+        plain = {}
+        for name, tensor in weights.items():
+            name = name.replace("_orig_mod.", "").removeprefix("module.")
+            plain[name] = tensor.detach()
+        config, size = {}, content.get("size")
+        if isinstance(size, dict):
+            config = content["config"]
+            if size.keys() == Size.__annotations__.keys():
+                size = Size(**size)
+        else:
+            size = None
+    except Exception as error:  # what is damaged or no table of tensors raises many types
+        reason = f"it is no table of weights, or cut off or damaged ({type(error).__name__})"
+        python_object = re.search(r"GLOBAL (\S+)", str(error))
+        if python_object:
+            reason = (f"it also holds a {python_object[1]}, and reading that could run any code. "
+                      "If you trust it, re-save the weights alone: torch.save(torch.load(FILE, "
+                      "weights_only=False)['state_dict'], NEW_FILE)")
+        raise UserError(f"{path} is not read: {reason}") from error
+    return Checkpoint(path, plain, config, size)
 
 
-def _read_safetensors(path):
-    """The format: 8 bytes little-endian header length, a json header with dtype, shape and offsets, then the data."""
-    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-              "I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-    content = path.read_bytes()
-    start = 8 + struct.unpack("<Q", content[:8])[0]
-    header, tensors = json.loads(content[8:start]), {}
+def read_content(path):
+    """What a file of weights holds, read without executing any of it."""
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    if zipfile.is_zipfile(path) and "constants.pkl" in str(zipfile.ZipFile(path).namelist()):
+        return torch.jit.load(path, map_location="cpu").state_dict()  # TorchScript: OpenAI's
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+               "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "I8": torch.int8,
+               "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def read_safetensors(path):
+    """{name: tensor}. The format: the length of the header in 8 bytes, the header, a json with
+    dtype, shape and place of each tensor, then the data."""
+    content = torch.from_numpy(np.fromfile(path, np.uint8))
+    start = 8 + content[:8].view(torch.int64).item()
+    header = json.loads(bytes(content[8:start].numpy()))
+    header.pop("__metadata__", None)
+    tensors = {}
     for name, entry in header.items():
-        if name != "__metadata__":
-            if entry["dtype"] not in dtypes:
-                raise UserError(f"{path}: tensors of type {entry['dtype']} are not read here")
-            begin, end = (start + offset for offset in entry["data_offsets"])
-            flat = torch.frombuffer(bytearray(content[begin:end]), dtype=dtypes[entry["dtype"]]) if end > begin \
-                else torch.empty(0, dtype=dtypes[entry["dtype"]])
-            tensors[name] = flat.reshape(entry["shape"])
+        begin, end = entry["data_offsets"]
+        data = content[start + begin:start + end].clone()  # aligned
+        tensors[name] = data.view(SAFETENSORS[entry["dtype"]]).reshape(entry["shape"])
     return tensors
 
 
-# ----------------------------------------------------------------------------------- published CLIP weights, one naming
-
-VISION_HEADS = {1280: 16, 1408: 16, 1664: 16}  # ViT-H, g and bigG; every other published CLIP ViT has width / 64 heads
-
-
 def read_clip(path, act=None):
-    """clip_weights() of a file."""
-    return clip_weights(*read_weights(path), path, act)
+    """clip_weights of a file."""
+    return clip_weights(read_checkpoint(path), act)
 
 
-def clip_weights(weights, config, path, act=None):
-    """(weights under OpenAI's parameter names, {config field: value}) of an OpenAI, OpenCLIP or Hugging Face CLIP ViT.
-
-    The sizes are read off the tensors. The activation is not in them: it comes from `act`, else from a config.json or
-    open_clip_config.json beside the file, else OpenAI's TorchScript archives mean QuickGELU and anything else GELU.
-    """
-    for prefix in ("online.", "student."):  # a checkpoint of this project: the trained towers
+def clip_weights(checkpoint, act=None):
+    """(float32 weights in OpenAI's names, Size, config) of a CLIP ViT: ours (its trained towers),
+    OpenAI's, OpenCLIP's or Hugging Face's. A file of ours tells its Size; act goes before all."""
+    path, weights, size = checkpoint.path, checkpoint.weights, checkpoint.size
+    for prefix in ("online.", "student."):
         if prefix + "logit_scale" in weights:
-            weights = {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
-    if "vision_model.embeddings.class_embedding" in weights:
-        weights = _from_hugging_face(weights)
-    missing = [n for n in ("visual.conv1.weight", "visual.proj", "token_embedding.weight") if n not in weights]
-    if missing:
-        raise UserError(f"{path} is no CLIP ViT: it has no {missing[0]}")
-    extras = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's archives, no parameters
-    weights = {name: tensor.float() for name, tensor in weights.items() if name not in extras}
-    sizes = clip_sizes(weights)
-    config = config or config_beside(Path(path)) or {}
-    sizes["act"] = act or config.get("act", "gelu")
-    if sizes["act"] not in ("gelu", "quick_gelu"):
-        raise UserError(f"{path} wants the activation {sizes['act']}, not gelu or quick_gelu: choose with --act")
-    sizes["pixel_stats"] = config.get("pixel_stats", "clip")
-    for field in ("vision_heads", "text_heads"):
-        sizes[field] = config.get(field, sizes[field])
-    return weights, sizes
+            weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()
+                       if name.startswith(prefix)}
+    try:
+        if "vision_model.embeddings.class_embedding" in weights:
+            weights = from_hugging_face(weights)
+        if not isinstance(size, Size):
+            size = foreign_size(path, weights, act)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path} is no CLIP ViT ({type(error).__name__}: {error})") from None
+    size = replace(size, act=act or size.act)
+    if size.act not in ("gelu", "quick_gelu"):
+        raise UserError(f"{path} wants the activation {size.act}: --act gelu or quick_gelu")
+    weights = {name: tensor.float() for name, tensor in weights.items()
+               if tensor.is_floating_point()}  # integers beside them are no parameters
+    return weights, size, checkpoint.config
 
 
-def clip_sizes(weights):
-    """The sizes of a CLIP ViT, as config fields, read off its tensors."""
+VISION_HEADS = {1280: 16, 1408: 16, 1664: 16}  # ViT-H, g, bigG; other CLIPs have width / 64
+
+
+def foreign_size(path, weights, act):
+    """The Size of published weights in OpenAI's names: the tensors tell the sizes, the json files
+    that a hub keeps beside them heads, activation, mean and std."""
     width, _, _, patch = weights["visual.conv1.weight"].shape
-    grid = round((weights["visual.positional_embedding"].shape[0] - 1) ** 0.5)
     vocab, text_width = weights["token_embedding.weight"].shape
-    layers = {stem: 1 + max(int(n[len(stem):].split(".")[0]) for n in weights if n.startswith(stem))
-              for stem in ("visual.transformer.resblocks.", "transformer.resblocks.")}
-    return {
-        "image_size": grid * patch, "patch_size": patch, "vision_width": width,
-        "vision_layers": layers["visual.transformer.resblocks."], "vision_heads": VISION_HEADS.get(width, width // 64),
-        "vision_mlp": weights["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
-        "text_width": text_width, "text_layers": layers["transformer.resblocks."], "text_heads": text_width // 64,
-        "context_length": weights["positional_embedding"].shape[0], "vocab_size": vocab,
-        "embed_dim": weights["visual.proj"].shape[1],
-    }
+    grid = grid_side(weights["visual.positional_embedding"], path)
+    archive = "input_resolution" in weights  # only OpenAI's have it
+    half = weights["visual.conv1.weight"].dtype == torch.float16  # as OpenAI publishes
+    size = Size(
+        image_size=grid * patch, patch_size=patch, vision_width=width,
+        vision_layers=count_blocks(weights, "visual.transformer."),
+        vision_heads=VISION_HEADS.get(width, width // 64),
+        vision_mlp=len(weights["visual.transformer.resblocks.0.mlp.c_fc.weight"]),
+        text_width=text_width, text_layers=count_blocks(weights, "transformer."),
+        text_heads=text_width // 64, context_length=len(weights["positional_embedding"]),
+        vocab_size=vocab, embed_dim=weights["visual.proj"].shape[1],
+        act="quick_gelu" if archive or half else "gelu", **OPENAI)
+    told = {}
+    for name in ("config.json", "preprocessor_config.json", "open_clip_config.json"):
+        file = path.with_name(name)
+        content = read_json(file) if file.is_file() else {}
+        try:
+            told.update(told_by(content, width))
+        except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
+            raise UserError(f"{file} does not describe a CLIP: {error}") from None
+    if not archive and not act and "act" not in told and rank() == 0:
+        print(f"{path}: nothing tells the activation, {size.act} is assumed; --act changes it "
+              "(OpenAI's weights need quick_gelu)")
+    size = replace(size, **told)
+    for width, heads in (size.vision_width, size.vision_heads), (size.text_width, size.text_heads):
+        if heads < 1 or width % heads:
+            raise UserError(f"{path}: {heads} attention heads in a width of {width}")
+    return size
 
 
-def _from_hugging_face(weights):
-    """Rename Hugging Face CLIPModel's tensors; q, k and v become one in_proj, projections are transposed."""
-    renames = [("vision_model.encoder.layers.", "visual.transformer.resblocks."),
-               ("text_model.encoder.layers.", "transformer.resblocks."),
-               ("self_attn.out_proj", "attn.out_proj"), ("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"),
-               ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"),
-               ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
-               ("vision_model.embeddings.patch_embedding", "visual.conv1"),
-               ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
-               ("vision_model.pre_layrnorm", "visual.ln_pre"), ("vision_model.post_layernorm", "visual.ln_post"),
-               ("text_model.embeddings.token_embedding", "token_embedding"),
-               ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
-               ("text_model.final_layer_norm", "ln_final"), ("visual_projection.weight", "visual.proj"),
-               ("text_projection.weight", "text_projection")]
+def count_blocks(weights, tower):
+    return sum(f"{tower}resblocks.{i}.ln_1.weight" in weights for i in range(len(weights)))
+
+
+def told_by(content, width):
+    """Fields of Size that a json beside weights tells, with what its library leaves out."""
+    told, pixels = {}, content
+    vision, text = content.get("vision_config"), content.get("text_config") or {}
+    if vision:  # Hugging Face's config.json
+        told["act"] = vision.get("hidden_act", "quick_gelu")
+        told["vision_heads"] = int(vision.get("num_attention_heads", 12))
+        told["text_heads"] = int(text.get("num_attention_heads", 8))
+    model = content.get("model_cfg")
+    if model:  # open_clip_config.json
+        told["act"] = "quick_gelu" if model.get("quick_gelu") else "gelu"
+        if "vision_cfg" in model:
+            told["vision_heads"] = width // model["vision_cfg"].get("head_width", 64)
+        if "text_cfg" in model:
+            told["text_heads"] = int(model["text_cfg"].get("heads", 8))
+        pixels = content.get("preprocess_cfg") or {}
+    for field in ("mean", "std"):
+        values = pixels.get(field) or pixels.get(f"image_{field}")
+        if values:
+            red, green, blue = map(float, values)
+            told[field] = red, green, blue
+    return told
+
+
+def from_hugging_face(weights):
+    """Hugging Face CLIPModel's tensors in OpenAI's names: q, k, v become one in_proj."""
+    renames = [
+        ("encoder.layers.", "transformer.resblocks."),
+        ("embeddings.", ""),
+        ("vision_model.", "visual."),
+        ("text_model.", ""),
+        ("patch_embedding", "conv1"),
+        ("position_embedding.weight", "positional_embedding"),
+        ("pre_layrnorm", "ln_pre"),
+        ("post_layernorm", "ln_post"),
+        ("final_layer_norm", "ln_final"),
+        ("layer_norm", "ln_"),
+        ("self_attn.", "attn."),
+        ("q_proj.", "in_proj_"),
+        ("mlp.fc1", "mlp.c_fc"),
+        ("mlp.fc2", "mlp.c_proj"),
+        ("visual_projection.weight", "visual.proj"),
+        ("text_projection.weight", "text_projection"),
+    ]
     renamed = {}
     for name, tensor in weights.items():
-        if name.endswith("position_ids") or ".self_attn.k_proj." in name or ".self_attn.v_proj." in name:
+        if ".k_proj." in name or ".v_proj." in name:
             continue
-        if ".self_attn.q_proj." in name:
-            tensor = torch.cat([weights[name.replace("q_proj", p)] for p in ("q_proj", "k_proj", "v_proj")])
-            name = name.replace("self_attn.q_proj.", "attn.in_proj_")
-        if name in ("visual_projection.weight", "text_projection.weight"):
+        if ".q_proj." in name:
+            parts = [name.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
+            tensor = torch.cat([weights[part] for part in parts])
+        if name.endswith("projection.weight"):
             tensor = tensor.T.contiguous()
         for theirs, ours in renames:
             name = name.replace(theirs, ours)
@@ -916,40 +1038,52 @@ def _from_hugging_face(weights):
     return renamed
 
 
-def config_beside(path):
-    """{"act": ...} from the config a hub repository keeps beside its weights, None when there is none."""
-    if (path.parent / "open_clip_config.json").is_file():
-        model = read_json(path.parent / "open_clip_config.json")["model_cfg"]
-        return {"act": "quick_gelu" if model.get("quick_gelu") else "gelu"}
-    if (path.parent / "config.json").is_file():
-        config = read_json(path.parent / "config.json")
-        if "vision_config" in config:  # transformers leaves out what equals its defaults: those of ViT-B/32
-            vision, text = config["vision_config"], config.get("text_config") or {}
-            return {"act": vision.get("hidden_act", "quick_gelu"),
-                    "vision_heads": vision.get("num_attention_heads", 12),
-                    "text_heads": text.get("num_attention_heads", 8)}
-    return None
+def grid_side(positions, where="a model"):
+    """g of position embeddings (1 + g*g, D). UserError when they are no square with its CLS."""
+    side = math.isqrt(len(positions) - 1)
+    if side ** 2 != len(positions) - 1:
+        raise UserError(f"{where}: visual.positional_embedding {tuple(positions.shape)} is no "
+                        "square grid and CLS")
+    return side
 
 
 def resize_positions(positions, count):
-    """Position embeddings (1 + g*g, D) of a square grid with its CLS, bicubically resized to `count` rows."""
-    if positions.shape[0] == count:
+    """(1 + g*g, D), a square grid with its CLS, bicubically resized to `count` rows."""
+    if len(positions) == count:
         return positions
-    old, new = (round((n - 1) ** 0.5) for n in (positions.shape[0], count))
-    grid = positions[1:].float().T.reshape(1, -1, old, old)
+    old, new = grid_side(positions), math.isqrt(count - 1)
+    grid = positions[1:].T.unflatten(1, (old, old)).unsqueeze(0)
     grid = F.interpolate(grid, (new, new), mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([positions[:1], grid.reshape(-1, new * new).T.to(positions.dtype)])
+    return torch.cat([positions[:1], grid[0].flatten(1).T])
 
 
-def load_weights(module, weights):
-    """load_state_dict, with one line that names what does not fit."""
-    own = module.state_dict()
-    wrong = [n for n in own if n not in weights] + [n for n in weights if n not in own] + \
-            [n for n in own if n in weights and own[n].shape != weights[n].shape]
-    if wrong:
-        raise UserError(f"the checkpoint does not fit the model: {wrong[0]} and {len(wrong) - 1} more "
-                        "are missing, unknown or of another shape")
-    module.load_state_dict(weights, assign=any(p.is_meta for p in module.parameters()))  # meta: made without memory
+def clip_size(cfg, loaded=None):
+    """(Size, weights or None): of the Checkpoint if there is one, else of the preset; then
+    --image-size and --act. UserError when the patches do not fill the image."""
+    size, weights = PRESETS[cfg.preset], None
+    if loaded:
+        weights, size, _ = clip_weights(loaded, cfg.act)
+    size = replace(size, image_size=cfg.image_size or size.image_size, act=cfg.act or size.act)
+    if size.image_size % size.patch_size:
+        raise UserError(f"--image-size {size.image_size} is no multiple of the patches' "
+                        f"{size.patch_size} px")
+    key = "visual.positional_embedding"
+    if loaded and key in weights:
+        patches = (size.image_size // size.patch_size) ** 2
+        weights[key] = resize_positions(weights[key], 1 + patches)
+    return size, weights
+
+
+def load_weights(module, weights, path):
+    """load_state_dict. UserError in one line that names the tensor and both shapes."""
+    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for name in {**own, **found}:
+        if own.get(name) != found.get(name):
+            raise UserError(f"{path} does not fit: {name} is {found.get(name, 'absent')} in it, "
+                            f"{own.get(name, 'absent')} in the model")
+    meta = any(p.is_meta for p in module.parameters())  # made without memory
+    module.load_state_dict(weights, assign=meta)
 
 
 # ---------------------------------------------------------------------------------------- tokenizer
@@ -2429,329 +2563,6 @@ def check_bad(bad: int | collections.Counter, seen: int, where: str) -> None:
         raise UserError(f"{line}; more than 10 % is too many (see data/README.md)")
     if rank() == 0:
         print(line)
-
-
-# --------------------------------------------------------------------------------------------------------- emoji scenes
-
-COLOURS = {  # background names and their RGB; the light ones are the easy backgrounds
-    "white": (250, 250, 250), "light blue": (205, 226, 250), "light green": (208, 240, 208), "pink": (252, 214, 226),
-    "yellow": (252, 244, 190), "grey": (205, 205, 205), "lilac": (226, 212, 246), "beige": (240, 228, 208),
-    "blue": (70, 110, 190), "green": (70, 150, 80), "red": (190, 70, 70), "brown": (130, 95, 65), "black": (35, 35, 40),
-    "orange": (240, 150, 60), "purple": (125, 75, 160), "turquoise": (60, 175, 170),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Difficulty:
-    """What a scene looks like: how many objects, how large (side / canvas), on which background."""
-    objects: tuple  # probability of one, two, three objects
-    scale: tuple  # smallest and largest side of a single object; several objects are smaller
-    colours: int  # how many of COLOURS are used
-    background: str  # plain, gradient or clutter
-
-
-DIFFICULTIES = {
-    "easy": Difficulty((0.85, 0.15, 0.0), (0.7, 0.9), 8, "plain"),
-    "medium": Difficulty((0.5, 0.4, 0.1), (0.4, 0.75), 16, "gradient"),
-    "hard": Difficulty((0.3, 0.4, 0.3), (0.25, 0.6), 16, "clutter"),
-}
-
-
-class EmojiDrawings:
-    """The shipped drawings: data/emoji/emoji.tsv and one sprite sheet per artist. See data/README.md.
-
-    concepts: rows of the table (concept, phrase, plural, group, synonyms, sets). Every concept's artists are divided
-    once and for all: two for test, one for val, the rest for train, so that no drawing of an evaluation was trained on.
-    """
-
-    TILE, COLUMNS = 64, 22
-
-    def __init__(self, concepts):
-        with open(DATA / "emoji" / "emoji.tsv", encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file, delimiter="\t"))
-        if not 2 <= concepts <= len(rows):
-            raise UserError(f"--concepts {concepts}: choose 2 to {len(rows)}")
-        self.concepts = rows[:concepts]
-        for row in self.concepts:
-            row["names"] = [row["phrase"], *filter(None, row["synonyms"].split("|"))]
-            row["kind"] = row["group"] if row["group"] == "food" else with_article(row["group"])
-        self.sheets = {}
-
-    def artists(self, concept, split):
-        """The names of the sets whose drawing of `concept` belongs to the split."""
-        sets = self.concepts[concept]["sets"].split()
-        order = np.random.default_rng((2312, concept)).permutation(len(sets))  # fixed: not the run's seed
-        part = {"test": order[:2], "val": order[2:3], "train": order[3:]}[split]
-        return [sets[i] for i in part]
-
-    def tile(self, concept, artist):
-        """One drawing as an RGBA image of TILE x TILE pixels."""
-        if artist not in self.sheets:
-            self.sheets[artist] = Image.open(DATA / "emoji" / f"{artist}.webp").convert("RGBA")
-        y, x = divmod(concept, self.COLUMNS)
-        box = (x * self.TILE, y * self.TILE, (x + 1) * self.TILE, (y + 1) * self.TILE)
-        return self.sheets[artist].crop(box)
-
-    def __getstate__(self):  # spawned workers open the sheets themselves
-        return {**self.__dict__, "sheets": {}}
-
-
-def with_article(noun):
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
-
-
-@functools.cache
-def emoji_drawings(concepts):
-    return EmojiDrawings(concepts)
-
-
-class EmojiScenes:
-    """Captioned scenes of emoji drawings, each determined by (split, seed, index).
-
-    split "train" draws the training drawings, with one caption a scene and the web's flaws: `noise` is the share of
-    scenes captioned with another scene's caption, `long_tail` the exponent z of concept frequencies 1 / rank^z (0 is
-    uniform), `duplicates` the share of scenes that nearly repeat an earlier one. "val" and "test" draw held-out
-    drawings, without flaws and with five captions a scene.
-    """
-
-    def __init__(self, split, scenes, image_size, seed=0, concepts=150, difficulty="easy", noise=0.0, long_tail=0.0,
-                 duplicates=0.0):
-        if split not in ("train", "val", "test"):
-            raise UserError(f"emoji scenes have the splits train, val and test, not {split}")
-        self.split, self.scenes, self.seed = split, scenes, seed
-        self.drawings = emoji_drawings(concepts)
-        self.difficulty = DIFFICULTIES[difficulty]
-        self.noise, self.duplicates = noise, duplicates
-        self.canvas = image_size + image_size // 8
-        frequency = 1.0 / np.arange(1, concepts + 1) ** long_tail
-        self.frequency = (frequency / frequency.sum())[np.random.default_rng(seed).permutation(concepts)]
-        self.bad = collections.Counter()
-        self.rendered = {}  # small scenes are drawn once and kept: 50 px x 10,000 is 75 MB
-
-    def __len__(self):
-        return self.scenes
-
-    def key(self, index):
-        return f"emoji-{self.split}-{self.seed}-{index:07d}"
-
-    def _rng(self, index, purpose):
-        split = ("train", "val", "test").index(self.split)
-        return np.random.default_rng((split, self.seed, index, purpose))
-
-    def scene(self, index):
-        """{"background": name, "objects": [{"concept", "artist", "x", "y", "size"}]}, as fractions of the canvas."""
-        rng = self._rng(index, 0)
-        if self.split == "train" and index and rng.random() < self.duplicates:
-            scene = self.scene(int(index * rng.random() ** 3))  # skewed: a few scenes are repeated often, as on the web
-            for thing in scene["objects"]:
-                for field in ("x", "y", "size"):
-                    thing[field] *= 1 + 0.03 * rng.standard_normal()
-            return scene
-        count = 1 + rng.choice(3, p=self.difficulty.objects)
-        concepts = rng.choice(len(self.frequency), count, replace=False, p=self.frequency)
-        artists = [rng.choice(self.drawings.artists(concept, self.split)) for concept in concepts]
-        return compose_scene(rng, self.difficulty, concepts, artists)
-
-    def captions(self, index):
-        """One caption of a training scene, perhaps another scene's; five of an evaluation scene."""
-        rng = self._rng(index, 1)
-        if self.split != "train":
-            return caption_scene(rng, self.scene(index), self.drawings.concepts, 5)
-        described = index
-        if rng.random() < self.noise:
-            described = int(rng.integers(self.scenes))
-        return caption_scene(rng, self.scene(described), self.drawings.concepts, 1)
-
-    def questions(self, index):
-        """[(question, answer)] about the scene, for visual question answering."""
-        return ask_scene(self._rng(index, 3), self.scene(index), self.drawings.concepts)
-
-    def read(self, index):
-        if index not in self.rendered:
-            image = render_scene(self._rng(index, 2), self.scene(index), self.difficulty, self.drawings, self.canvas)
-            if self.canvas > 80:
-                return image, self.captions(index)
-            self.rendered[index] = image, self.captions(index)
-        return self.rendered[index]
-
-
-class EmojiClasses:
-    """Single-emoji images of held-out drawings, `views` of each, labelled by concept or by group (zero-shot sets)."""
-
-    templates = ["{}", "a picture of {}", "a drawing of {}"]
-
-    def __init__(self, split, image_size, by="concept", concepts=150, difficulty="easy", views=3):
-        self.drawings, self.difficulty = emoji_drawings(concepts), DIFFICULTIES[difficulty]
-        self.split, self.canvas = split, image_size + image_size // 8
-        names = [row["phrase" if by == "concept" else "kind"] for row in self.drawings.concepts]
-        self.classes = list(dict.fromkeys(names))
-        self.items = [(concept, artist, self.classes.index(name), view) for concept, name in enumerate(names)
-                      for artist in self.drawings.artists(concept, split) for view in range(views)]
-
-    def __len__(self):
-        return len(self.items)
-
-    def read(self, index):
-        concept, artist, label, view = self.items[index]
-        rng = np.random.default_rng((("train", "val", "test").index(self.split), 1, index, view))
-        scene = compose_scene(rng, self.difficulty, [concept], [artist])
-        return render_scene(rng, scene, self.difficulty, self.drawings, self.canvas), label
-
-
-class EmojiQuestions:
-    """Every question about every one of `scenes` EmojiScenes, with its answer as that of ten people.
-
-    The images are those of EmojiScenes with the same arguments. answers: all that can be right, for any scene.
-    Raises UserError where a scene may show every concept: one question is about something that is not there.
-    """
-
-    EACH = 6  # questions a scene, see ask_scene
-    KINDS = ("number", "background", "presence", "presence")
-
-    def __init__(self, split, scenes, image_size, seed=0, concepts=150, difficulty="easy", long_tail=0.0,
-                 duplicates=0.0):
-        self.scenes = EmojiScenes(split, scenes, image_size, seed, concepts, difficulty, 0.0, long_tail, duplicates)
-        most = len(np.trim_zeros(self.scenes.difficulty.objects, "b"))
-        if concepts <= most:
-            raise UserError(f"--concepts {concepts}: questions about scenes of up to {most} objects need {most + 1}")
-        self.answers, self.bad = emoji_answers(concepts, difficulty), collections.Counter()
-        self.latest = None, None  # a scene and its image: the questions about it often follow each other
-
-    def __len__(self):
-        return self.EACH * len(self.scenes)
-
-    def key(self, i):
-        return f"{self.scenes.key(i // self.EACH)}-{i % self.EACH}"
-
-    @functools.cached_property
-    def kinds(self):
-        """What each question asks for: number, background, presence; what, where (one object), relation (several)."""
-        single = [len(self.scenes.scene(scene)["objects"]) == 1 for scene in range(len(self.scenes))]
-        return [kind for one in single for kind in (*self.KINDS, *(("what", "where") if one else ("relation",) * 2))]
-
-    def read(self, i):
-        scene, number = divmod(i, self.EACH)
-        if self.latest[0] != scene:
-            self.latest = scene, self.scenes.read(scene)[0]
-        question, answer = self.scenes.questions(scene)[number]
-        return self.latest[1], (question, [answer] * 10)
-
-
-def emoji_answers(concepts, difficulty):
-    """All answers that ask_scene can give: concepts, backgrounds, yes and no, numbers, places."""
-    setting, thirds = DIFFICULTIES[difficulty], (1 / 6, 1 / 2, 5 / 6)
-    places = [place_in_words({"objects": [{"x": x, "y": y}]}) for y in thirds for x in thirds]
-    numbers = [str(1 + i) for i, share in enumerate(setting.objects) if share]
-    names = [row["concept"] for row in emoji_drawings(concepts).concepts]
-    return list(dict.fromkeys([*names, *list(COLOURS)[:setting.colours], "yes", "no", *numbers, *places]))
-
-
-def emoji_words(concepts):
-    """Texts with every word of the captions, questions and answers about these scenes, whatever their difficulty.
-
-    For BertTokenizer(words=...): its small vocabulary then has every word of them, in the full vocabulary's pieces.
-    """
-    rows, rng = emoji_drawings(concepts).concepts, np.random.default_rng(0)
-    texts = [*emoji_answers(concepts, "hard"), *(text for row in rows for text in (*row["names"], row["kind"]))]
-    for count, vertical in itertools.product((1, 2, 3), (False, True)):  # every form of caption and question once
-        thing = {"concept": 0, "x": 0.5, "y": 0.5}
-        scene = {"background": "white", "vertical": vertical, "objects": [thing] * count}
-        texts += caption_scene(rng, scene, rows, None)
-        texts += [question for question, _ in ask_scene(rng, scene, rows)]
-    return texts
-
-
-def compose_scene(rng, difficulty, concepts, artists):
-    """Draw the background and, for each concept, place and size; objects stand in equal strips, in a row or stacked."""
-    count, vertical, objects = len(concepts), bool(rng.random() < 0.5), []
-    for strip, (concept, artist) in enumerate(zip(concepts, artists)):
-        size = rng.uniform(*difficulty.scale) * min(1, 1.1 / count)
-        along = (strip + rng.uniform(size * count / 2, 1 - size * count / 2)) / count
-        across = rng.uniform(size / 2, 1 - size / 2)
-        x, y = (across, along) if vertical else (along, across)
-        objects.append({"concept": int(concept), "artist": str(artist), "x": x, "y": y, "size": size})
-    background = list(COLOURS)[rng.integers(difficulty.colours)]
-    return {"background": background, "vertical": vertical, "objects": objects}
-
-
-def render_scene(rng, scene, difficulty, drawings, canvas):
-    """The scene as an RGB image of canvas x canvas pixels."""
-    colour = np.array(COLOURS[scene["background"]], np.float32)
-    pixels = np.broadcast_to(colour, (canvas, canvas, 3))
-    if difficulty.background != "plain":  # a linear gradient towards a darker or lighter shade
-        angle = rng.uniform(0, 2 * np.pi)
-        y, x = np.mgrid[-1:1:canvas * 1j, -1:1:canvas * 1j]
-        pixels = pixels + 35 * (np.cos(angle) * x + np.sin(angle) * y)[..., None]
-    pixels = pixels + rng.normal(0, 4, (canvas, canvas, 1))
-    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    if difficulty.background == "clutter":
-        brush = ImageDraw.Draw(image, "RGBA")
-        for _ in range(12):
-            x, y, w, h = (rng.uniform(-0.2, 1), rng.uniform(-0.2, 1), *rng.uniform(0.05, 0.5, 2))
-            shape = brush.ellipse if rng.random() < 0.5 else brush.rectangle
-            shape([v * canvas for v in (x, y, x + w, y + h)], fill=(*rng.integers(0, 256, 3).tolist(), 90))
-    for thing in scene["objects"]:
-        side = max(2, round(thing["size"] * canvas))
-        tile = jitter_drawing(rng, drawings.tile(thing["concept"], thing["artist"]), side)
-        image.paste(tile, (round(thing["x"] * canvas - side / 2), round(thing["y"] * canvas - side / 2)), tile)
-    return image
-
-
-def jitter_drawing(rng, tile, side):
-    """The drawing at side x side pixels, mirrored or not, slightly turned, its colours a little shifted."""
-    if rng.random() < 0.5:
-        tile = tile.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    tile = tile.rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC).resize((side, side), Image.Resampling.BICUBIC)
-    pixels = np.asarray(tile).astype(np.float32)
-    pixels[..., :3] = (pixels[..., :3] - 128) * rng.uniform(0.8, 1.1) + 128 + rng.uniform(-15, 15, 3)
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-
-
-def caption_scene(rng, scene, rows, count):
-    """`count` different captions in plain English, from names and synonyms, places and background."""
-    forms = {
-        1: ["{a}", "a picture of {a}", "a drawing of {a}", "there is {a}", "{a}, {kind}", "{kind}: {a}", "{a} {where}",
-            "{a} on a {bg} background", "{a} {where} of a {bg} picture"],
-        2: ["{a} and {b}", "{a} next to {b}", "a picture of {a} and {b}", "{a} and {b} on a {bg} background",
-            *(["{a} above {b}", "{b} below {a}", "{a} at the top and {b} at the bottom"] if scene["vertical"] else
-              ["{a} to the left of {b}", "{b} to the right of {a}", "{a} on the left and {b} on the right"])],
-        3: ["{a}, {b} and {c}", "a picture of {a}, {b} and {c}", "{c}, {a} and {b} on a {bg} background",
-            *(["{a} above {b} and {c}", "{b} between {a} and {c}", "{c} below {a} and {b}"] if scene["vertical"] else
-              ["{a} to the left of {b} and {c}", "{b} between {a} and {c}", "{c} to the right of {a} and {b}"])],
-    }[len(scene["objects"])]
-    captions = []
-    for form in rng.permutation(len(forms))[:count]:
-        names = [rng.choice(rows[thing["concept"]]["names"][:1 + rng.integers(3)]) for thing in scene["objects"]]
-        words = {**dict(zip("abc", names)), "bg": scene["background"], "where": place_in_words(scene),
-                 "kind": rows[scene["objects"][0]["concept"]]["kind"]}
-        captions.append(forms[form].format(**words))
-    return captions
-
-
-def place_in_words(scene):
-    """Where the first object stands, on a 3 x 3 grid."""
-    thing = scene["objects"][0]
-    column = ["left", "", "right"][int(min(2, 3 * thing["x"]))]
-    row = ["top", "", "bottom"][int(min(2, 3 * thing["y"]))]
-    if row and column:
-        return f"in the {row} {column} corner"
-    return f"at the {row}" if row else f"on the {column}" if column else "in the middle"
-
-
-def ask_scene(rng, scene, rows):
-    """[(question, answer)] on presence, number, relation, background and the thing itself."""
-    things = [rows[thing["concept"]] for thing in scene["objects"]]
-    bare = [thing["concept"] for thing in things]
-    absent = next(row for row in (rows[i] for i in rng.permutation(len(rows))) if row["concept"] not in bare)
-    present = things[rng.integers(len(things))]
-    pairs = [("how many objects are there?", str(len(things))), ("what is the background colour?", scene["background"]),
-             (f"is there {present['phrase']}?", "yes"), (f"is there {absent['phrase']}?", "no")]
-    if len(things) == 1:
-        return [*pairs, ("what is in the picture?", bare[0]), ("where is it?", place_in_words(scene))]
-    before, after = ("above", "below") if scene["vertical"] else ("left of", "right of")
-    pairs.append((f"what is {before} the {bare[1]}?", bare[0]))
-    pairs.append((f"what is {after} the {bare[-2]}?", bare[-1]))
-    return pairs
 
 
 # ------------------------------------------------------------------------------------------- what a configuration names

@@ -1,0 +1,538 @@
+"""Scenes of emoji drawings with captions, classes and questions: the demos' data, drawn here.
+
+A scene shows one to three of up to 412 concepts (a dog, a rose, ...; default 150) as drawings of
+various artists, side by side or stacked, on a coloured background. Drawings are mirrored, turned
+and recoloured a little. All of it follows from (split, seed, index), so a scene is the same in
+whatever order, process or run it is asked for.
+
+Held out: of the artists who drew a concept, two are for testing and one for validation, chosen once
+and for all; training sees only the others. So no drawing of an evaluation was ever trained on, and
+evaluating is a shift of style. Wrong captions, rare concepts and near duplicates, as the web has
+them, are in the training scenes only.
+
+EmojiScenes has captions, EmojiClasses is a zero-shot set, EmojiQuestions is for visual question
+answering; each follows the protocol of the sets in common.py. A picture of eight scenes:
+
+    from PIL import Image
+    from data.emoji.scenes import EmojiScenes
+
+    scenes = EmojiScenes("train", scenes=8, image_size=128, difficulty="medium")
+    picture = Image.new("RGB", (8 * scenes.canvas, scenes.canvas))
+    for i in range(8):
+        image, captions = scenes[i]
+        picture.paste(image, (i * scenes.canvas, 0))
+        print(captions[0])
+    picture.save("scenes.png")
+
+Drawings, table and licences: data/README.md. Everything about the scenes is [choice].
+Letters in shape comments: S side of the canvas in pixels.
+"""
+
+import collections
+import csv
+import functools
+import itertools
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageColor, ImageDraw, ImageOps
+
+from common import UserError
+
+HERE = Path(__file__).resolve().parent
+SPLITS = ("train", "val", "test")
+TILE, COLUMNS = 64, 22  # a sheet: tiles of 64 x 64 px, 22 in a row
+LARGE = 80  # px; smaller scenes are kept once drawn: 9,000 of 36 px are 50 MB
+
+COLOURS = {  # of backgrounds; the first eight are light and stand out from the drawings
+    "white": "#fafafa",
+    "light blue": "#cde2fa",
+    "light green": "#d0f0d0",
+    "pink": "#fcd6e2",
+    "yellow": "#fcf4be",
+    "grey": "#cdcdcd",
+    "lilac": "#e2d4f6",
+    "beige": "#f0e4d0",
+    "blue": "#466ebe",
+    "green": "#469650",
+    "red": "#be4646",
+    "brown": "#825f41",
+    "black": "#232328",
+    "orange": "#f0963c",
+    "purple": "#7d4ba0",
+    "turquoise": "#3cafaa",
+}
+
+
+class Difficulty(NamedTuple):
+    objects: tuple  # probability of one, two, three objects
+    scale: tuple  # smallest and largest side of a single object, as a fraction of the canvas
+    colours: int  # how many of COLOURS are used
+    background: str  # plain, gradient or clutter
+
+
+DIFFICULTIES = {
+    "easy": Difficulty((0.85, 0.15), (0.7, 0.9), 8, "plain"),
+    "medium": Difficulty((0.5, 0.4, 0.1), (0.4, 0.75), 16, "gradient"),
+    "hard": Difficulty((0.3, 0.4, 0.3), (0.25, 0.6), 16, "clutter"),
+}
+
+# {0}, {1}, {2}: the objects from left to right or from top to bottom
+CAPTIONS = {  # by the number of objects
+    1: [
+        "{0}",
+        "a picture of {0}",
+        "a drawing of {0}",
+        "there is {0}",
+        "{0}, {category}",
+        "{category}: {0}",
+        "{0} {place}",
+        "{0} on a {background} background",
+        "{0} {place} of a {background} picture",
+    ],
+    2: [
+        "{0} and {1}",
+        "{0} next to {1}",
+        "a picture of {0} and {1}",
+        "{0} and {1} on a {background} background",
+    ],
+    3: [
+        "{0}, {1} and {2}",
+        "a picture of {0}, {1} and {2}",
+        "{2}, {0} and {1} on a {background} background",
+    ],
+}
+RELATIONS = {  # by the number of objects and whether they are stacked
+    (2, False): [
+        "{0} to the left of {1}",
+        "{1} to the right of {0}",
+        "{0} on the left and {1} on the right",
+    ],
+    (2, True): [
+        "{0} above {1}",
+        "{1} below {0}",
+        "{0} at the top and {1} at the bottom",
+    ],
+    (3, False): [
+        "{0} to the left of {1} and {2}",
+        "{1} between {0} and {2}",
+        "{2} to the right of {0} and {1}",
+    ],
+    (3, True): [
+        "{0} above {1} and {2}",
+        "{1} between {0} and {2}",
+        "{2} below {0} and {1}",
+    ],
+}
+
+
+PLACES = (  # on a 3 x 3 grid, row by row
+    "in the top left corner",
+    "at the top",
+    "in the top right corner",
+    "on the left",
+    "in the middle",
+    "on the right",
+    "in the bottom left corner",
+    "at the bottom",
+    "in the bottom right corner",
+)
+QUESTIONS = 6  # about each scene, see ask_scene
+
+
+# ---------------------------------------------------------------------------------------- drawings
+
+
+@functools.cache
+def load_concepts(count):
+    """The first `count` rows of emoji.tsv, as dicts: the columns and three more.
+
+    "names": the phrase and its synonyms; "category": the group with its article, "an animal";
+    "artists": {split: the sets whose drawing of the concept belongs to it}.
+    """
+    with open(HERE / "emoji.tsv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    if not 2 <= count <= len(rows):
+        raise UserError(f"--concepts {count}: choose 2 to {len(rows)}")
+    for concept, row in enumerate(rows):
+        row["names"] = [row["phrase"], *filter(None, row["synonyms"].split("|"))]
+        group = row["group"]
+        article = "an" if group[0] in "aeiou" else "a"
+        row["category"] = group if group == "food" else f"{article} {group}"
+        rng = np.random.default_rng((2312, concept))  # fixed: not the run's seed
+        sets = rng.permutation(row["sets"].split()).tolist()
+        row["artists"] = {"test": sets[:2], "val": sets[2:3], "train": sets[3:]}
+    return rows[:count]
+
+
+@functools.cache
+def load_sheet(artist):
+    return Image.open(HERE / f"{artist}.webp").convert("RGBA")
+
+
+def load_drawing(concept, artist):
+    """One drawing as an RGBA image of TILE x TILE pixels."""
+    row, column = divmod(concept, COLUMNS)
+    left, top = column * TILE, row * TILE
+    return load_sheet(artist).crop((left, top, left + TILE, top + TILE))
+
+
+# -------------------------------------------------------------------------------------------- sets
+
+
+@functools.cache
+def kept_images(*drawn_from):
+    """{index: image} of the scenes drawn so far, one for all sets that show the same scenes."""
+    return {}
+
+
+class EmojiScenes:
+    """Scenes with captions, each determined by (split, seed, index).
+
+    split "train" shows the training drawings, with one caption a scene and the web's flaws: `noise`
+    is the share of scenes captioned for a scene drawn at random, `long_tail` the exponent z of
+    concept frequencies 1 / rank^z (0 is uniform), `duplicates` the share of scenes that nearly
+    repeat an earlier one. "val" and "test" show held-out drawings, with five captions a scene,
+    none of them wrong. Images have S x S pixels, S = 9/8 image_size, which leaves room for crops.
+    Raises UserError where there are fewer concepts than objects in a scene.
+    """
+
+    kind = "captions"
+
+    def __init__(
+        self,
+        split,
+        scenes,
+        image_size,
+        seed=0,
+        concepts=150,
+        difficulty="easy",
+        noise=0.0,
+        long_tail=0.0,
+        duplicates=0.0,
+    ):
+        self.concepts = load_concepts(concepts)
+        self.difficulty = DIFFICULTIES[difficulty]
+        most = len(self.difficulty.objects)
+        if concepts < most:
+            raise UserError(f"--concepts {concepts}: --difficulty {difficulty} needs {most}")
+        self.split, self.scenes, self.seed = split, scenes, seed
+        self.noise, self.duplicates = noise, duplicates
+        self.canvas = image_size + image_size // 8
+        frequency = 1.0 / np.arange(1, concepts + 1) ** long_tail
+        self.frequency = np.random.default_rng(seed).permutation(frequency / frequency.sum())
+        self.images = kept_images(
+            split, seed, self.canvas, concepts, difficulty, long_tail, duplicates
+        )
+        self.texts = {}
+        self.bad = collections.Counter()
+
+    def __len__(self):
+        return self.scenes
+
+    def key(self, index):
+        return f"emoji-{self.split}-{self.seed}-{index:07d}"
+
+    def __getitem__(self, index):
+        if index not in self.texts:
+            self.texts[index] = self.captions(index)
+        return self.image(index), self.texts[index]
+
+    def _rng(self, index, purpose):
+        return np.random.default_rng((SPLITS.index(self.split), self.seed, index, purpose))
+
+    def scene(self, index):
+        """What compose_scene returns, or nearly that of an earlier index."""
+        rng = self._rng(index, 0)
+        if self.split == "train" and index and rng.random() < self.duplicates:
+            # skewed: a few scenes are repeated often, as on the web
+            scene = self.scene(int(index * rng.random() ** 3))
+            for thing in scene["objects"]:
+                for field in ("x", "y", "size"):
+                    thing[field] *= 1 + 0.03 * rng.standard_normal()
+            return scene
+        shares = self.difficulty.objects
+        count = 1 + rng.choice(len(shares), p=shares)
+        concepts = rng.choice(len(self.concepts), count, replace=False, p=self.frequency)
+        artists = [rng.choice(self.concepts[i]["artists"][self.split]) for i in concepts]
+        return compose_scene(rng, self.difficulty, concepts, artists)
+
+    def image(self, index):
+        """The scene as an RGB image of S x S pixels. Of large ones only the latest is kept."""
+        if index not in self.images:
+            image = render_scene(
+                self._rng(index, 2), self.scene(index), self.difficulty, self.canvas
+            )
+            if self.canvas > LARGE:
+                self.images.clear()
+            self.images[index] = image
+        return self.images[index]
+
+    def captions(self, index):
+        """One caption of a training scene, perhaps another scene's; five of an evaluation scene."""
+        rng = self._rng(index, 1)
+        described = index
+        if self.split == "train" and rng.random() < self.noise:
+            described = int(rng.integers(self.scenes))
+        count = 1 if self.split == "train" else 5
+        return caption_scene(rng, self.scene(described), self.concepts, count)
+
+    def questions(self, index):
+        """[(question, answer)] about the scene, QUESTIONS of them."""
+        return ask_scene(self._rng(index, 3), self.scene(index), self.concepts)
+
+
+class EmojiClasses:
+    """Images of one drawing each, three of every drawing of the split, labelled by="concept" or
+    by="group" (10 classes). The images have S x S pixels, S = 9/8 image_size.
+    """
+
+    kind = "classes"
+    templates = ["{}", "a picture of {}", "a drawing of {}"]
+
+    def __init__(
+        self,
+        split,
+        image_size,
+        by="concept",
+        concepts=150,
+        difficulty="easy",
+    ):
+        self.split, self.difficulty = split, DIFFICULTIES[difficulty]
+        self.canvas = image_size + image_size // 8
+        rows = load_concepts(concepts)
+        names = [row["phrase" if by == "concept" else "category"] for row in rows]
+        self.classes = list(dict.fromkeys(names))
+        self.labels = [self.classes.index(name) for name in names]  # of the concepts
+        self.items = [
+            (concept, artist, view)
+            for concept, row in enumerate(rows)
+            for artist in row["artists"][split]
+            for view in range(3)
+        ]
+        self.bad = collections.Counter()
+
+    def __len__(self):
+        return len(self.items)
+
+    def key(self, index):
+        concept, artist, view = self.items[index]
+        return f"emoji-{self.split}-{concept}-{artist}-{view}"
+
+    def __getitem__(self, index):
+        concept, artist, view = self.items[index]
+        rng = np.random.default_rng((SPLITS.index(self.split), 1, index, view))
+        scene = compose_scene(rng, self.difficulty, [concept], [artist])
+        image = render_scene(rng, scene, self.difficulty, self.canvas)
+        return image, self.labels[concept]
+
+
+class EmojiQuestions:
+    """All questions about each of `scenes` EmojiScenes, with one answer as if ten people gave it.
+
+    The images are those of EmojiScenes with the same arguments. `answers`: all that can be right,
+    for any scene. Raises UserError where a scene may show every concept, because one question is
+    about something that is not there.
+    """
+
+    kind = "questions"
+
+    def __init__(
+        self,
+        split,
+        scenes,
+        image_size,
+        seed=0,
+        concepts=150,
+        difficulty="easy",
+        long_tail=0.0,
+        duplicates=0.0,
+    ):
+        self.scenes = EmojiScenes(
+            split, scenes, image_size, seed, concepts, difficulty, 0.0, long_tail, duplicates
+        )
+        most = len(self.scenes.difficulty.objects)
+        if concepts <= most:
+            raise UserError(f"--concepts {concepts}: questions about these scenes need {most + 1}")
+        self.answers = emoji_answers(concepts, difficulty)
+        self.bad = collections.Counter()
+
+    def __len__(self):
+        return QUESTIONS * len(self.scenes)
+
+    def key(self, index):
+        return f"{self.scenes.key(index // QUESTIONS)}-{index % QUESTIONS}"
+
+    def __getitem__(self, index):
+        scene, number = divmod(index, QUESTIONS)
+        question, answer = self.scenes.questions(scene)[number]
+        return self.scenes.image(scene), (question, [answer] * 10)
+
+    @functools.cached_property
+    def question_kinds(self):
+        """What each question is about."""
+        kinds = []
+        for index in range(len(self.scenes)):
+            single = len(self.scenes.scene(index)["objects"]) == 1
+            kinds += ["number", "background", "presence", "presence"]
+            kinds += ["what", "where"] if single else ["relation", "relation"]
+        return kinds
+
+
+def emoji_answers(concepts: int, difficulty: str) -> list[str]:
+    """All answers that ask_scene can give: concepts, backgrounds, yes and no, numbers, places."""
+    setting = DIFFICULTIES[difficulty]
+    answers = [row["concept"] for row in load_concepts(concepts)]
+    answers += list(COLOURS)[: setting.colours]
+    answers += ["yes", "no", "1", "2", "3"][: 2 + len(setting.objects)]
+    answers += PLACES
+    return list(dict.fromkeys(answers))  # an orange and the colour orange are one answer
+
+
+def emoji_words(concepts: int) -> list[str]:
+    """Texts with every word of the captions, questions and answers, whatever the difficulty.
+
+    For BertTokenizer(words=...): its small vocabulary then has all that these scenes need.
+    """
+    rows = load_concepts(concepts)
+    texts = emoji_answers(concepts, "hard")
+    for row in rows:
+        texts += [*row["names"], row["category"]]
+    rng = np.random.default_rng(0)
+    thing = {"concept": 0, "x": 0.5, "y": 0.5}
+    for count in (1, 2, 3):  # every form of caption and question once
+        for vertical in (False, True):
+            scene = {"background": "white", "vertical": vertical, "objects": [thing] * count}
+            texts += caption_scene(rng, scene, rows, None)
+            texts += itertools.chain(*ask_scene(rng, scene, rows))
+    return texts
+
+
+# ---------------------------------------------------------------------------- composing and drawing
+
+
+def compose_scene(rng, difficulty, concepts, artists):
+    """Draw a place and a size for each concept, and the background.
+
+    The objects stand in equal strips, in a row or stacked. Returns {"background": name,
+    "vertical": stacked or not, "objects": [{"concept", "artist", "x", "y", "size"}]}; centre and
+    side of an object are fractions of the canvas.
+    """
+    count = len(concepts)
+    vertical = rng.random() < 0.5
+    objects = []
+    for strip, (concept, artist) in enumerate(zip(concepts, artists)):
+        size = rng.uniform(*difficulty.scale) * min(1, 1.1 / count)
+        margin = size * count / 2
+        along = (strip + rng.uniform(margin, 1 - margin)) / count
+        across = rng.uniform(size / 2, 1 - size / 2)
+        x, y = (across, along) if vertical else (along, across)
+        objects.append({"concept": concept, "artist": artist, "x": x, "y": y, "size": size})
+    background = list(COLOURS)[rng.integers(difficulty.colours)]
+    return {"background": background, "vertical": vertical, "objects": objects}
+
+
+def render_scene(rng, scene, difficulty, canvas):
+    """The scene as an RGB image of canvas x canvas pixels."""
+    colour = ImageColor.getrgb(COLOURS[scene["background"]])
+    image = paint_background(rng, colour, difficulty.background, canvas)
+    for thing in scene["objects"]:
+        side = max(2, round(thing["size"] * canvas))
+        drawing = jitter(rng, load_drawing(thing["concept"], thing["artist"]), side)
+        left = round(thing["x"] * canvas - side / 2)
+        top = round(thing["y"] * canvas - side / 2)
+        image.paste(drawing, (left, top), drawing)
+    return image
+
+
+def paint_background(rng, colour, style, canvas):
+    pixels = np.full((canvas, canvas, 3), colour, np.float32)  # (S, S, 3)
+    if style != "plain":  # a linear gradient towards a darker or lighter shade
+        angle = rng.uniform(0, 2 * np.pi)
+        x = np.linspace(-1, 1, canvas)[:, None]
+        y = x[:, None]
+        pixels = pixels + 35 * (np.cos(angle) * x + np.sin(angle) * y)  # (S, 1) and (S, 1, 1)
+    pixels = pixels + rng.normal(0, 4, (canvas, canvas, 1))
+    image = to_image(pixels)
+    if style == "clutter":
+        brush = ImageDraw.Draw(image, "RGBA")
+        for _ in range(12):
+            corner = rng.uniform(-0.2, 1, 2)
+            extent = rng.uniform(0.05, 0.5, 2)
+            shape = brush.ellipse if rng.random() < 0.5 else brush.rectangle
+            box = [*corner * canvas, *(corner + extent) * canvas]
+            shape(box, fill=(*rng.integers(0, 256, 3).tolist(), 90))
+    return image
+
+
+def jitter(rng, drawing, side):
+    """The drawing at side x side pixels, mirrored or not, slightly turned and recoloured."""
+    if rng.random() < 0.5:
+        drawing = ImageOps.mirror(drawing)
+    drawing = drawing.rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC)
+    drawing = drawing.resize((side, side))  # bicubic too
+    pixels = np.asarray(drawing).astype(np.float32)
+    contrast = rng.uniform(0.8, 1.1)
+    shift = rng.uniform(-15, 15, 3)  # of red, green and blue
+    pixels[..., :3] = (pixels[..., :3] - 128) * contrast + 128 + shift
+    return to_image(pixels)
+
+
+def to_image(pixels):
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+# --------------------------------------------------------------------------- captions and questions
+
+
+def caption_scene(rng, scene, rows, count):
+    """`count` different captions in plain English, or all (None), each with names of its own."""
+    things = [rows[thing["concept"]] for thing in scene["objects"]]
+    forms = CAPTIONS[len(things)] + RELATIONS.get((len(things), scene["vertical"]), [])
+    captions = []
+    for form in rng.permutation(len(forms))[:count]:
+        # the phrase, the usual name, is the likeliest
+        names = [rng.choice(thing["names"][: 1 + rng.integers(3)]) for thing in things]
+        caption = forms[form].format(
+            *names,
+            category=things[0]["category"],
+            place=place_in_words(scene["objects"][0]),
+            background=scene["background"],
+        )
+        captions.append(caption)
+    return captions
+
+
+def place_in_words(thing):
+    """Where an object stands on a 3 x 3 grid."""
+    column = int(min(2, 3 * thing["x"]))
+    row = int(min(2, 3 * thing["y"]))
+    return PLACES[3 * row + column]
+
+
+def ask_scene(rng, scene, rows):
+    """[(question, answer)]: number, background, presence (yes, then no), and two more.
+
+    They are what it is and where, of a single object; of several, how they stand to each other.
+    """
+    things = [rows[thing["concept"]] for thing in scene["objects"]]
+    names = [thing["concept"] for thing in things]
+    shuffled = rng.permutation(rows)
+    absent = next(row for row in shuffled if row["concept"] not in names)
+    present = things[rng.integers(len(things))]
+    pairs = [
+        ("how many objects are there?", str(len(things))),
+        ("what is the background colour?", scene["background"]),
+        (f"is there {present['phrase']}?", "yes"),
+        (f"is there {absent['phrase']}?", "no"),
+    ]
+    if len(things) == 1:
+        place = place_in_words(scene["objects"][0])
+        return [*pairs, ("what is in the picture?", names[0]), ("where is it?", place)]
+    before, after = ("above", "below") if scene["vertical"] else ("left of", "right of")
+    return [
+        *pairs,
+        (f"what is {before} the {names[1]}?", names[0]),
+        (f"what is {after} the {names[-2]}?", names[-1]),
+    ]
