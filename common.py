@@ -35,7 +35,6 @@ import string
 import subprocess
 import sys
 import tarfile
-import tempfile
 import textwrap
 import threading
 import time
