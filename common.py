@@ -180,14 +180,15 @@ def parse_command_line(config_class, description, argv=None):
         group.add_argument(flag(field.name), help=help, **settings)
     given = vars(parser.parse_args(argv))
     for field in dataclasses.fields(config_class):
-        if isinstance(given.get(field.name), (int, float)):
+        if type(given.get(field.name)) in (int, float):  # a bool is an int as well
             check_range(field, given[field.name])
     return as_fields(given)
 
 
 def check_range(field, value):
-    """UserError when a number is outside of field's range, by default from 0 on, or not finite."""
-    least, most = min(0, field.default or 0), math.inf
+    """UserError when a number is outside of its range, by default from 0 on, of counts from 1 on."""
+    least = min(field.default or 0, 1 if isinstance(value, int) else 0)
+    most = math.inf
     if isinstance(field.metadata["allowed"], tuple):
         least, most = field.metadata["allowed"]
     if not least <= value <= most or value == math.inf:
@@ -399,7 +400,8 @@ def replace_file(path, write):
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"{path} cannot be written: {reason}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_json(path, content):
@@ -1958,7 +1960,7 @@ def evaluation_sets(cfg, image_size, split):
         else:
             label = Path(name).name
             folder = training_folder(cfg, name) if name in parts else None
-            if Path(name).is_dir() and not (DATA / name).is_dir():
+            if os.sep in name:
                 folder = name
             found[label] = open_evaluation(label, folder, split)
     found = {name: data for name, data in found.items() if data is not None}
@@ -2161,17 +2163,18 @@ class Fetch(Dataset):
 
 def load(samples, collate, workers, **options):
     """A DataLoader's batches; UserErrors of workers are raised here, empty batches left out."""
-    def collate_or_pass(batch):
-        errors = [item for item in batch if isinstance(item, UserError)]
-        return errors[0] if errors else collate(batch)
-
-    loader = DataLoader(Fetch(samples), num_workers=workers, collate_fn=collate_or_pass,
-                        worker_init_fn=ignore_ctrl_c, **options)
+    loader = DataLoader(Fetch(samples), num_workers=workers, worker_init_fn=ignore_ctrl_c,
+                        collate_fn=functools.partial(collate_or_pass, collate), **options)
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch
         if len(batch[0]):
             yield batch
+
+
+def collate_or_pass(collate, batch):
+    errors = [item for item in batch if isinstance(item, UserError)]
+    return errors[0] if errors else collate(batch)
 
 
 def train_loader(samples, sampler, workers, device):
