@@ -99,16 +99,14 @@ class Config:
     keep: str | None = option(None, "train on these samples only: a file of keys, one a line "
                               "(clip_cid.py writes one)")
     out: str | None = option(None, "run folder (default runs/METHOD-DATA, numbered when taken)")
-    stage: str = option("all", "run the stages up to this one; teacher, no stage of theirs, trains "
-                        "a CLIP that can serve as teacher",
+    stage: str = option("all", "run the stages up to this one; teacher: train a CLIP to be one",
                         ["all", "teacher", "embed", "balance", "cluster", "distil", "evaluate"])
     resume: bool = option(False, "go on from the last checkpoint in --out")
     evaluate: str | None = option(None, "evaluate this checkpoint (ours, OpenAI, OpenCLIP, Hugging "
                                   "Face) and stop")
     eval_data: tuple[str, ...] = option((), "evaluation sets, names or folders (default: those "
                                         "that belong to --data)")
-    linear_probe: bool = option(False, "with --evaluate or --stage evaluate: also fit a linear "
-                                "classifier on frozen image features")
+    linear_probe: bool = option(False, "with --evaluate, --stage evaluate: a linear classifier")
     ablate: tuple[str, ...] = option((), "train these arms of the ablation (names in quotes, or "
                                      "all) and tabulate them")
     seeds: tuple[int, ...] = option((0, 1, 2), "seeds of the ablation")
@@ -127,19 +125,18 @@ class Config:
                          ["balance", "semdedup", "random", "none"],
                          section="image semantic balance")
     remove: float = option(0.437, "share of the images to remove; ε follows from it", (0, 0.999))
-    eps: float | None = option(None, "ε, Euclidean distance of unit embeddings below which images "
-                               "are linked; replaces --remove", (1e-6, 2))
+    eps: float | None = option(None, "ε, distance of unit embeddings below which images are "
+                               "linked; replaces --remove", (1e-6, 2))
 
     k: int = option(256, "number of clusters", (1, math.inf), section="cluster discrimination")
     cluster_weight: float = option(1.0, "α, weight of the cluster loss")
-    cluster_terms: str = option("both", "hard: softmax loss on the labels; kl: KL to the teacher's "
-                                "assignment", ["both", "hard", "kl"])
+    cluster_terms: str = option("both", "hard: softmax loss on labels; kl: KL to the teacher's",
+                                ["both", "hard", "kl"])
     prototypes: str = option("learned-from-teacher", "learned-from-teacher: start at the centres, "
                              "then learn; teacher: stay there; learned: start at random",
                              ["learned-from-teacher", "teacher", "learned"])
     teacher_scale: float = option(32.0, "s_t, scale of the teacher's cosines in the KL term")
-    sample_rate: float = option(1.0, "r, share of the clusters that a step contrasts; at least as "
-                                "many as the batch has pairs", (0, 1))
+    sample_rate: float = option(1.0, "r, share of the clusters that a step contrasts", (0, 1))
 
     method: str = option("clip_cid", "clip: no teacher, no distillation", ["clip_cid", "clip"],
                          section="distillation")
@@ -153,8 +150,8 @@ class Config:
 
     preset: str = option("demo", "sizes of both towers", list(common.PRESETS), section="student")
     image_size: int | None = option(None, "image side in pixels (default: the preset's)")
-    act: str | None = option(None, "activation of the MLPs, where preset or checkpoint is wrong; "
-                             "the teacher's too", ["quick_gelu", "gelu"])
+    act: str | None = option(None, "activation of the MLPs, the teacher's too, where preset or "
+                             "checkpoint is wrong", ["quick_gelu", "gelu"])
     init: str | None = option(None, "start from this CLIP checkpoint; the towers take its sizes")
 
     epochs: int = option(12, "passes over the training set", section="optimisation")
@@ -543,8 +540,9 @@ KMEANS_ITERATIONS = 20
 def kmeans(x, k, seed):
     """Spherical k-means: k unit centroids that maximise the vectors' mean cosine with the nearest.
 
-    Returns centroids (k, T), labels (n,), and the objective before each iteration and at the end. Every vector takes part in every iteration. Processes share the
-    blocks and sum in float64. UserError when k > n.
+    Returns centroids (k, T), labels (n,), and the objective before each iteration and at the end.
+    Every vector takes part in every iteration. Processes share the blocks and sum in float64.
+    UserError when k > n.
     """
     if k > len(x):
         raise UserError(f"--k {k}: there are only {len(x):,} images to cluster")
@@ -804,8 +802,8 @@ def read_stage(path, settings, read=common.read_json):
         return None
     for name, value in settings.items():
         if found.get(name) != value:
-            raise UserError(f"{path} was made with {name} {found.get(name)!s:.80}, not {value!s:.80}: "
-                            "delete it, or choose another folder")
+            raise UserError(f"{path} was made with {name} {found.get(name)!s:.80}, not "
+                            f"{value!s:.80}: delete it, or choose another folder")
     return found
 
 
@@ -953,8 +951,8 @@ def tell_balance(cfg, report):
         print(f"ε = {eps:.4f} (cosine distance {eps ** 2 / 2:.4f}); {report['groups']:,} groups of "
               f"two or more, the largest {largest}")
     if largest[0] > 0.01 * images:
-        print(f"warning: the largest group holds {largest[0] / images:.1%} of the images: chains of "
-              "neighbours join images that are far apart; lower --eps or --remove")
+        print(f"warning: the largest group holds {largest[0] / images:.1%} of the images: chains "
+              "of neighbours join images that are far apart; lower --eps or --remove")
 
 
 def cluster(cfg, size, data, embeddings, kept, settings, device):
@@ -979,7 +977,7 @@ def cluster(cfg, size, data, embeddings, kept, settings, device):
             members = (label == number).nonzero().squeeze(1)
             nearest = (unit(x[members]) @ centroids[number]).argsort(descending=True)
             lines.append(kept[members[nearest.cpu()].numpy()])
-        draw_samples(path.with_suffix(".png"), data, embeddings, lines, size, [""] * SHOWN,
+        draw_samples(path.with_suffix(".png"), data, embeddings, lines, size, [],
                      "clusters, from the largest to the smallest; nearest to the centre first")
     return found["centroids"], found["label"]
 
@@ -1258,12 +1256,14 @@ def finish(run, model, cells, sets, tokenizer, statistics, state):
 
 @common.picture
 def draw_samples(path, data, embeddings, lines, size, captions, title):
-    """Lines of pictures: rows of the embeddings, the first SHOWN of them, then white."""
-    pictures = torch.full((len(lines), SHOWN, 3, size.image_size, size.image_size), 255).byte()
-    for line, rows in zip(pictures, lines):
-        for place, index in enumerate(embeddings.indices[rows[:SHOWN]]):
-            source, _ = data[index]
-            line[place] = torch.from_numpy(common.resize_center_crop(source, size.image_size))
+    """Lines of pictures: the first SHOWN of each line's rows of the embeddings."""
+    if rank() > 0:
+        return
+    pictures = []
+    for rows in lines:
+        sources = [data[index][0] for index in embeddings.samples[rows[:SHOWN]]]
+        images = [common.resize_center_crop(source, size.image_size) for source in sources]
+        pictures.append([torch.from_numpy(image) for image in images])
     names = [f"{len(rows):,} images" for rows in lines]
     common.plot_grid(path, pictures, names, captions, title)
 
@@ -1356,6 +1356,9 @@ def main(argv=None):
         evaluate_checkpoint(cfg, loaded)
     else:
         train(cfg, loaded)
+        if cfg.stage == "all" and cfg.method == "clip_cid" and rank() == 0:
+            student = common.read_checkpoint(Path(cfg.out, "student.pt"))
+            evaluate_checkpoint(replace(cfg, stage="evaluate", init=None), student)
 
 
 if __name__ == "__main__":
