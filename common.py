@@ -1,15 +1,18 @@
-"""What eclipse.py, clip_cid.py and dlip.py share: command line, run folder, tokenizers, data, evaluation, plots.
+"""What eclipse.py, clip_cid.py and dlip.py share.
 
-The models, the losses and the training loops are not here: they stand in each script, to be read there. In order:
+The models, the losses and the training loops are not here: they stand in each script, to be read
+there. In order:
 
-    errors · command line · devices and processes · run folder · published weights · tokenizers · images
-    · captioned and labelled sets on disk · emoji scenes · loading · embeddings on disk · evaluation
+    errors · command line · devices and processes · run folder · ablation · checkpoints
+    · tokenizers · images · sets on disk · what a Config names · loading · evaluation
     · captions and answers · pictures
 
-Letters in shape comments: B batch, N images, T texts, D embedding width, K classes, S image side in pixels.
+Letters in shape comments: B batch, N images, T texts, D embedding width, K classes, S image side in
+pixels.
 """
 
 import argparse
+import bisect
 import collections
 import concurrent.futures
 import contextlib
@@ -35,7 +38,6 @@ import string
 import subprocess
 import sys
 import tarfile
-import tempfile
 import textwrap
 import threading
 import time
@@ -43,7 +45,7 @@ import unicodedata
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -51,7 +53,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
@@ -178,14 +180,15 @@ def parse_command_line(config_class, description, argv=None):
         group.add_argument(flag(field.name), help=help, **settings)
     given = vars(parser.parse_args(argv))
     for field in dataclasses.fields(config_class):
-        if isinstance(given.get(field.name), (int, float)):
+        if type(given.get(field.name)) in (int, float):  # a bool is an int as well
             check_range(field, given[field.name])
     return as_fields(given)
 
 
 def check_range(field, value):
-    """UserError when a number is outside of field's range, by default from 0 on, or not finite."""
-    least, most = min(0, field.default or 0), math.inf
+    """UserError when a number is outside of its range, by default from 0 on, of counts from 1 on."""
+    least = min(field.default or 0, 1 if isinstance(value, int) else 0)
+    most = math.inf
     if isinstance(field.metadata["allowed"], tuple):
         least, most = field.metadata["allowed"]
     if not least <= value <= most or value == math.inf:
@@ -397,7 +400,8 @@ def replace_file(path, write):
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"{path} cannot be written: {reason}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_json(path, content):
@@ -1360,70 +1364,76 @@ def clean_blip_question(text: str, max_words: int = 50) -> str:
     return " ".join(text.split(" ")[:max_words])
 
 
-# --------------------------------------------------------------------------------------------------------------- images
+# --------------------------------------------------------------------------------------- images
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 
 
-def open_image(source: bytes | Image.Image, at_least: int | None = None) -> Image.Image:
-    """RGB image, transparency over white; the first frame of an animation; EXIF orientation ignored.
+def open_image(source):
+    """A PIL image of encoded bytes, whose size is known but whose pixels are not decoded yet.
 
-    at_least: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size while the shorter side stays >= at_least pixels.
-    Raises BadSample for whatever PIL cannot read, truncated files included.
+    A PIL image is returned as it is. BadSample for whatever PIL cannot read.
     """
-    image = _open_header(source)
-    return _decode(image, min(image.size) // at_least if at_least else 1)[0]
+    if isinstance(source, Image.Image):
+        return source
+    try:
+        return Image.open(io.BytesIO(source))
+    except Image.DecompressionBombError:
+        raise BadSample("image too large") from None
+    except Exception as error:  # PIL's parsers raise errors of many types on damaged files
+        raise BadSample("corrupt image") from error
 
 
-def random_resized_crop(source: bytes | Image.Image, size: int, rng: np.random.Generator,
-                        scale: tuple[float, float] = (0.5, 1.0),
-                        ratio: tuple[float, float] = (3 / 4, 4 / 3)) -> np.ndarray:
-    """uint8 (3, size, size): a random crop, resized (bicubic, antialiased). Raises BadSample as open_image does.
+def decode(image, shrink):
+    """RGB pixels, and the factor by which a JPEG's decoder has reduced both sides.
 
-    The crop is drawn from the size in the header, so that a JPEG need only be decoded as finely as this crop needs.
+    The factor is 1, 2, 4 or 8, at most `shrink`. Transparency lies over white; of an animation the
+    first frame counts; EXIF orientation is ignored. BadSample for what PIL cannot decode.
     """
-    image = _open_header(source)
+    width, height = image.size
+    shrink = min(max(shrink, 1), 8)
+    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+        raise BadSample("image of 32 bits a pixel")
+    try:
+        draft = image.draft("RGB", (width // shrink, height // shrink))  # None: not a JPEG
+        factor = width / draft[1][2] if draft else 1
+        if image.mode.startswith("I"):  # 16 bits; PIL's own conversion clips at 255
+            pixels = np.asarray(image).astype(np.float32).clip(0, 65535) / 257
+            image = Image.fromarray(pixels.round().astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB"), factor
+    except Exception as error:
+        raise BadSample("corrupt image") from error
+
+
+def random_resized_crop(source, size, rng, scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3)):
+    """uint8 (3, size, size): a random crop, resized (bicubic, antialiased).
+
+    Distributed as torchvision's RandomResizedCrop. The crop is drawn from the size in the header,
+    so that a JPEG need only be decoded as finely as this crop needs. BadSample as decode.
+    """
+    image = open_image(source)
     left, top, width, height = random_crop_box(*image.size, rng, scale, ratio)
-    image, factor = _decode(image, min(width, height) // size)
-    left, top, right, bottom = (edge / factor for edge in (left, top, left + width, top + height))
-    # Cut out first, so that the filter sees no pixel beyond the crop. In a reduced JPEG the edges fall between pixels:
-    # rounding them would shift the crop and cost more than the reduction itself.
+    image, factor = decode(image, min(width, height) // size)
+    edges = left, top, left + width, top + height
+    left, top, right, bottom = (edge / factor for edge in edges)
+    # Cut out first, so that the filter sees no pixel beyond the crop. In a reduced JPEG the edges
+    # fall between pixels: rounding them would shift the crop and cost more than the reduction.
     x, y = math.floor(left), math.floor(top)
     image = image.crop((x, y, math.ceil(right), math.ceil(bottom)))
-    return _channels_first(image.resize((size, size), Image.Resampling.BICUBIC,
-                                        box=(left - x, top - y, right - x, bottom - y)))
+    box = left - x, top - y, right - x, bottom - y
+    image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
-def resize_center_crop(source: bytes | Image.Image, size: int) -> np.ndarray:
-    """uint8 (3, size, size): shorter side to `size` (bicubic, antialiased), then the central square. For evaluation.
+def random_crop_box(width, height, rng, scale, ratio):
+    """(left, top, width, height) in pixels.
 
-    A JPEG is decoded at a reduced size only while that leaves twice the pixels needed, so that results stay those of
-    the field's full-size transform.
-    """
-    image = _open_header(source)
-    sides, short = image.size, min(image.size)
-    image, factor = _decode(image, short // (2 * size))
-    width, height = (size if side == short else int(size * side / short) for side in sides)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    whole = (0, 0, sides[0] / factor, sides[1] / factor)  # a reduced JPEG of odd size has a padded last column or row
-    image = image.resize((width, height), Image.Resampling.BICUBIC, box=whole)
-    return _channels_first(image.crop((left, top, left + size, top + size)))
-
-
-def resize_whole(source: bytes | Image.Image, size: int) -> np.ndarray:
-    """uint8 (3, size, size): the whole image squeezed into a square (bicubic, antialiased), as BLIP evaluates."""
-    image = _open_header(source)
-    sides = image.size
-    image, factor = _decode(image, min(sides) // (2 * size))
-    whole = (0, 0, sides[0] / factor, sides[1] / factor)
-    return _channels_first(image.resize((size, size), Image.Resampling.BICUBIC, box=whole))
-
-
-def random_crop_box(width: int, height: int, rng: np.random.Generator, scale: tuple[float, float],
-                    ratio: tuple[float, float]) -> tuple[int, int, int, int]:
-    """(left, top, width, height) in pixels with the distribution of torchvision's RandomResizedCrop.
-
-    scale: range of the crop's share of the area (uniform); ratio: range of width / height (log-uniform).
+    scale: range of the crop's share of the area (uniform); ratio: range of width / height
+    (log-uniform).
     """
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
@@ -1436,104 +1446,45 @@ def random_crop_box(width: int, height: int, rng: np.random.Generator, scale: tu
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def _open_header(source: bytes | Image.Image) -> Image.Image:
-    """Image whose size and mode are known and whose pixels are not decoded yet (bytes), or the image itself."""
-    if isinstance(source, Image.Image):
-        return source
-    try:
-        return Image.open(io.BytesIO(source))
-    except Exception as error:  # PIL's parsers raise errors of many types on damaged files
-        raise BadSample("corrupt image") from error
-
-
-def _decode(image: Image.Image, shrink: int) -> tuple[Image.Image, float]:
-    """RGB pixels and the factor (1, 2, 4 or 8, at most `shrink`) by which the JPEG decoder has reduced both sides."""
-    shrink = min(max(shrink, 1), 8)
-    width, height = image.size
-    try:
-        draft = image.draft("RGB", (width // shrink, height // shrink))  # None: not a JPEG, or decoded before
-        factor = width / draft[1][2] if draft else 1
-        return _to_rgb(image), factor
-    except Exception as error:
-        raise BadSample("corrupt image") from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "I" or image.mode.startswith("I;16"):  # 16 bits per pixel; PIL's own conversion clips at 255
-        image = Image.fromarray((np.asarray(image).astype(np.float32).clip(0, 65535) / 257).round().astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    image.load()
-    return image if image.mode == "RGB" else image.convert("RGB")  # convert copies even what is RGB
-
-
-def _channels_first(image: Image.Image) -> np.ndarray:
+def resize_center_crop(source, size):
+    """uint8 (3, size, size): the shorter side to `size`, then the central square. For evaluation."""
+    image = open_image(source)
+    short = min(image.size)
+    width, height = (size if side == short else int(size * side / short) for side in image.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    image = resize(image, (width, height), short // (2 * size))
+    image = image.crop((left, top, left + size, top + size))
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
-class BlipAugment:
-    """BLIP's augmentation after the crop: a mirror image half of the time, then RandAugment (Cubuk et al. 2020).
+def resize_whole(source, size):
+    """uint8 (3, size, size): the whole image squeezed into a square, as BLIP evaluates."""
+    image = open_image(source)
+    image = resize(image, (size, size), min(image.size) // (2 * size))
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
-    augment(uint8 (3, S, S), rng) -> uint8 (3, S, S), a function of the two alone. `operations` of OPERATIONS are drawn,
-    and as in BLIP's code each is left out half of the time. randaugment: their strength, 0 to 10. None of them changes
-    a hue, so that a red bus stays red. flip=False for captions that tell left from right.
-    At BLIP's strength of 5 the factor of Brightness and Sharpness is 1, which changes nothing.
-    Raises UserError for a strength out of range.
+
+def resize(image, sides, shrink):
+    """The whole image at these sides (bicubic, antialiased).
+
+    A JPEG is decoded at a reduced size only while that leaves twice the pixels needed, so that
+    results stay those of the field's full-size transform.
     """
-
-    OPERATIONS = ("Identity", "AutoContrast", "Brightness", "Sharpness", "Equalize", "ShearX", "ShearY", "TranslateX",
-                  "TranslateY", "Rotate")
-    GREY = (128, 128, 128)  # what moves in from outside
-
-    def __init__(self, flip: bool = True, randaugment: float = 5, operations: int = 2):
-        if not 0 <= randaugment <= 10:
-            raise UserError(f"RandAugment's strength is from 0 to 10, not {randaugment}")
-        self.flip, self.strength, self.operations = flip, randaugment / 10, operations
-
-    def __call__(self, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-        if self.flip and rng.random() < 0.5:
-            image = image.flip(-1)
-        if not self.strength:
-            return image
-        drawn = [self.OPERATIONS[i] for i in rng.integers(len(self.OPERATIONS), size=self.operations)]
-        applied, mirrored = rng.random((2, self.operations)) < 0.5
-        if not applied.any():
-            return image
-        picture = Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
-        for name, sign in zip(itertools.compress(drawn, applied), np.where(mirrored, -1, 1)[applied]):
-            picture = self.apply(picture, name, sign * self.strength)
-        return torch.from_numpy(_channels_first(picture))
-
-    def apply(self, picture: Image.Image, name: str, level: float) -> Image.Image:
-        """One operation on an RGB image. level: -1 to 1; its sign is the direction of a shear, shift or turn."""
-        if name == "Identity":
-            return picture
-        if name in ("AutoContrast", "Equalize"):
-            return getattr(ImageOps, name.lower())(picture)
-        if name in ("Brightness", "Sharpness"):
-            return getattr(ImageEnhance, name)(picture).enhance(0.1 + 1.8 * abs(level))
-        if name == "Rotate":
-            return picture.rotate(30 * level, Image.Resampling.BILINEAR, fillcolor=self.GREY)
-        shear, shift = 0.3 * level, 10 * level * min(1, picture.width / 224)  # BLIP: 10 px, from 224 px on
-        across = {"ShearX": (1, shear, 0), "TranslateX": (1, 0, shift)}.get(name, (1, 0, 0))
-        down = {"ShearY": (shear, 1, 0), "TranslateY": (0, 1, shift)}.get(name, (0, 1, 0))
-        return picture.transform(picture.size, Image.Transform.AFFINE, (*across, *down), Image.Resampling.BILINEAR,
-                                 fillcolor=self.GREY)
+    whole = image.size
+    image, factor = decode(image, shrink)
+    # a reduced JPEG of odd size has a padded last column or row
+    box = 0, 0, whole[0] / factor, whole[1] / factor
+    return image.resize(sides, Image.Resampling.BICUBIC, box=box)
 
 
-# ------------------------------------------------------------------------------------------------------- captioned sets
+# ---------------------------------------------------------------------------------- sets on disk
 
-# len(d); d.key(i); d.read(i) -> (encoded image, captions); d.bad: unusable samples, counted by reason
-NOT_DOWNLOADED = "not downloaded"
-COMPRESSED = "{} is compressed, its samples cannot be read one by one: unpack it first (gzip -d)"
-
-
-def clean_caption(text: str) -> str:
-    return " ".join(text.split())
+# Every set d: len(d); d[i] -> (encoded image or PIL image, target), or BadSample; d.key(i); d.bad,
+# unusable samples by reason; d.kind says what the target is: "captions" a list of strings,
+# "classes" the number of one of d.classes, "questions" (question, human answers).
 
 
-def _read_bytes(path: Path | str, start: int = 0, size: int = -1) -> bytes:
+def read_bytes(path, start=0, size=-1):
     try:
         with open(path, "rb") as file:
             file.seek(start)
@@ -1542,882 +1493,586 @@ def _read_bytes(path: Path | str, start: int = 0, size: int = -1) -> bytes:
         raise BadSample("unreadable file") from error
 
 
+def is_held_out(path):
+    """Whether a path says by itself that it is for validation or test."""
+    return re.search(r"(^|[^a-z])(val|valid|validation|test)($|[^a-z])", str(path).lower())
+
+
 class TarShards:
-    """Image-text pairs in all *.tar files below `root`, in the layout img2dataset and webdataset write.
+    """Image-text pairs in all *.tar files below `root`, as img2dataset and webdataset write them.
 
-    A sample is `key.jpg` (jpeg, png, webp) with `key.txt`, or `key.json` with "caption"; the key ends at the first dot
-    of the file name. Samples are read by their offset, so any order is possible and workers share no open file. The
-    offsets are found once and kept beside the shards in `.index-*.npz`. The folders `val` and `test` in `root` are
-    left out: they are for evaluation.
-    Raises UserError when there is no shard or a shard is compressed.
+    A sample is `key.jpg` (jpeg, png, webp) with `key.txt`, or `key.json` with "caption". Samples
+    are read by their offset, so any order is possible and workers share no open file. The offsets
+    are found once and kept beside the shards in `.index-*.npz`. What is named for validation or
+    test is left out. UserError when there is no shard, or one is compressed.
     """
-    # Positions count tar blocks of 512 bytes. 25 bytes a sample, plus its key: 3 M samples fit in 110 MB.
-    ROW = np.dtype([("shard", "u4"), ("image", "u4"), ("image_size", "u4"), ("caption", "u4"), ("caption_size", "u4"),
-                    ("json", "?"), ("key_end", "u4")])
 
-    def __init__(self, root: str | Path):
+    kind = "captions"
+    # Positions count tar blocks of 512 bytes. 25 bytes a sample, plus its key.
+    ROW = np.dtype([("shard", "u4"), ("image", "u4"), ("image_size", "u4"), ("caption", "u4"),
+                    ("caption_size", "u4"), ("json", "?"), ("key_end", "u4")])
+
+    def __init__(self, root):
         self.root = Path(root)
-        self.shards = sorted(path for path in self.root.rglob("*")
-                             if path.name.endswith((".tar", ".tar.gz", ".tgz")) and not path.name.startswith(".")
-                             and path.relative_to(self.root).parts[0] not in ("val", "test"))
+        found = []
+        for folder, _, names in os.walk(root, followlinks=True):
+            found += [Path(folder, name) for name in names if not name.startswith(".")]
+        shards = sorted(path for path in found if path.name.endswith((".tar", ".tar.gz", ".tgz")))
+        train = [path for path in shards if not is_held_out(path.relative_to(root))]
+        self.shards = train or shards
         for path in self.shards:
             if path.suffix != ".tar":
-                raise UserError(COMPRESSED.format(path))
+                raise UserError(f"{path} is compressed: unpack it first (gzip -d)")
         if not self.shards:
-            raise UserError(f"no *.tar shards found in {self.root} (see data/README.md for how to make them)")
+            raise UserError(f"no *.tar shards in {root} (see data/README.md)")
         self.rows, self.keys, self.bad = self._load_index()
         if not len(self.rows):
-            raise UserError(f"no image with a caption in the {len(self.shards)} shards of {self.root}: members must be "
-                            "key.jpg with key.txt, or key.json with \"caption\" (see data/README.md)")
+            raise UserError(f"no image with a caption in the {len(self.shards)} shards of {root}: "
+                            "key.jpg with key.txt, or key.json with \"caption\"")
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.rows)
 
-    def key(self, i: int) -> str:
+    def __str__(self):
+        folders = sorted({str(path.parent.relative_to(self.root)) for path in self.shards})
+        return (f"{len(self.shards)} shards in {self.root} (folders: {' '.join(folders[:5])}"
+                f"{' ...' if len(folders) > 5 else ''})")
+
+    def key(self, i):
         """`<shard>/<key>`: keys need only be unique within a shard."""
         start = self.rows[i - 1]["key_end"] if i else 0
-        shard = self.shards[self.rows[i]["shard"]].relative_to(self.root).with_suffix("").as_posix()
-        return f"{shard}/{self.keys[start:self.rows[i]['key_end']].tobytes().decode(errors='surrogateescape')}"
+        key = self.keys[start:self.rows[i]["key_end"]].tobytes().decode(errors="surrogateescape")
+        shard = self.shards[self.rows[i]["shard"]].relative_to(self.root).with_suffix("")
+        return f"{shard.as_posix()}/{key}"
 
-    def read(self, i: int) -> tuple[bytes, list[str]]:
-        """Raises BadSample when the caption is empty, not text, or missing in the json."""
+    def __getitem__(self, i):
         row = self.rows[i]
-        text = self._read(row, "caption")
+        path = self.shards[row["shard"]]
+        text = read_bytes(path, int(row["caption"]) * tarfile.BLOCKSIZE, int(row["caption_size"]))
         try:
-            text = json.loads(text).get("caption") if row["json"] else text.decode("utf-8-sig")
-        except (ValueError, AttributeError) as error:
+            texts = json.loads(text).get("caption") if row["json"] else text.decode("utf-8-sig")
+        except (ValueError, AttributeError, RecursionError) as error:
             raise BadSample("unreadable caption") from error
-        if not isinstance(text, str) or not text.strip():
-            raise BadSample("empty caption")
-        return self._read(row, "image"), [clean_caption(text)]
+        captions = clean_captions(texts)
+        image = read_bytes(path, int(row["image"]) * tarfile.BLOCKSIZE, int(row["image_size"]))
+        return image, captions
 
-    def _read(self, row: np.void, part: str) -> bytes:
-        return _read_bytes(self.shards[row["shard"]], int(row[part]) * tarfile.BLOCKSIZE, int(row[f"{part}_size"]))
-
-    def _load_index(self) -> tuple[np.ndarray, np.ndarray, collections.Counter]:
-        """rows, all keys as one byte array, and the unusable samples: from the cache if it fits these shards."""
-        stats = [(path.relative_to(self.root).as_posix(), path.stat()) for path in self.shards]
-        # With the time: tar pads its files, so that a rewritten shard often keeps its size, and old offsets would then
-        # pair images with captions wrongly.
-        state = json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
-        cache = self.root / f".index-{hashlib.sha256(state.encode()).hexdigest()[:16]}.npz"
+    def _load_index(self):
+        """Rows, all keys as one byte array, and the unusable samples, from the cache if it fits."""
+        # With the time: tar pads its files, so that a rewritten shard often keeps its size, and
+        # old offsets would then pair images with captions wrongly.
+        stats = [(str(path), path.stat()) for path in self.shards]
+        state = str([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+        digest = hashlib.sha256(state.encode(errors="surrogateescape")).hexdigest()[:16]
+        cache = self.root / f".index-{digest}.npz"
         with contextlib.suppress(Exception):  # absent, or damaged in any way: build it again
             with np.load(cache) as index:
-                return index["rows"], index["keys"], collections.Counter(json.loads(str(index["bad"])))
+                bad = collections.Counter(json.loads(str(index["bad"])))
+                return index["rows"], index["keys"], bad
         rows, keys, bad = [], bytearray(), collections.Counter()
-        quiet = len(self.shards) < 20 or rank() != 0
-        for number, path in enumerate(tqdm(self.shards, "indexing shards", disable=quiet)):
-            samples, shard_bad = _scan_shard(path)
-            bad.update(shard_bad)
-            rows.append(np.zeros(len(samples), self.ROW))
-            for i, (key, image, caption, is_json) in enumerate(samples):
+        hidden = len(self.shards) < 20 or rank() != 0
+        for number, path in enumerate(tqdm(self.shards, "indexing shards", disable=hidden)):
+            for key, image, caption, is_json in scan_shard(path, bad):
                 keys += key.encode(errors="surrogateescape")
-                rows[-1][i] = (number, *image, *caption, is_json, len(keys))
-        rows, keys = np.concatenate(rows), np.frombuffer(bytes(keys), np.uint8)
+                rows.append((number, *image, *caption, is_json, len(keys)))
+        rows, keys = np.array(rows, self.ROW), np.frombuffer(bytes(keys), np.uint8)
         if rank() == 0:
             try:
-                write_arrays(cache, rows=rows, keys=keys, bad=np.array(json.dumps(bad)))
-            except OSError as error:
-                print(f"cannot write {cache} ({error.strerror}): the shards will be indexed again at the next start")
+                replace_file(cache, lambda new: save_arrays(new, rows=rows, keys=keys,
+                                                            bad=np.array(json.dumps(bad))))
+            except UserError as error:
+                print(f"{error}: the shards will be indexed again at the next start")
         return rows, keys, bad
 
 
-def _scan_shard(path: Path) -> tuple[list[tuple], collections.Counter]:
-    """([(key, (block, size) of the image, (block, size) of the caption, caption is json)], unusable samples)."""
-    parts: dict[str, dict[str, tuple[int, int] | None]] = {}  # key -> kind -> place; None: cut off
-    bad, length, ended = collections.Counter(), path.stat().st_size, False
+def save_arrays(path, **arrays):
+    with open(path, "wb") as file:  # np.savez adds .npz to a name that lacks it
+        np.savez(file, **arrays)
+
+
+def clean_captions(texts):
+    """The captions of a sample, one text or a list, their white space tidied. BadSample if none."""
+    texts = [texts] if isinstance(texts, str) else texts
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise BadSample("caption is no text")
+    captions = [" ".join(text.split()) for text in texts if text.strip()]
+    if not captions:
+        raise BadSample("empty caption")
+    return captions
+
+
+def scan_shard(path, bad):
+    """[(key, (block, size) of the image, (block, size) of the caption, caption is json)].
+
+    Counts in `bad` what cannot be used. The key of a member ends at the last dot of its name.
+    """
+    length, end = path.stat().st_size, 0
+    parts = collections.defaultdict(dict)  # key -> kind -> place; None: cut off
     try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
+        with open(path, "rb") as file, tarfile.open(path, "r:", ignore_zeros=True) as tar:
+            for member in tar:  # ignore_zeros: also what `cat a.tar b.tar` appended
                 tar.members.clear()  # tarfile would keep all of them
-                folder, slash, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                extension = extension.lower()
-                kind = "image" if extension in ("jpg", "jpeg", "png", "webp") else extension
-                if member.isreg() and stem and kind in ("image", "txt", "json"):
+                file.seek(end)
+                bad["in a damaged shard"] += any(file.read(member.offset - end))
+                blocks = math.ceil(member.size / tarfile.BLOCKSIZE) if member.isreg() else 0
+                end = member.offset_data + blocks * tarfile.BLOCKSIZE
+                key, _, extension = member.name.rpartition(".")
+                kind = extension.lower()
+                kind = "image" if kind in ("jpg", "jpeg", "png", "webp") else kind
+                if member.isreg() and kind in ("image", "txt", "json"):
+                    bad["named twice"] += kind in parts[key]
                     whole = member.offset_data + member.size <= length
-                    place = (member.offset_data // tarfile.BLOCKSIZE, member.size) if whole else None
-                    parts.setdefault(folder + slash + stem, {}).setdefault(kind, place)
-            file.seek(tar.offset)  # a sound archive ends with blocks of zeros; tarfile also stops at damage
-            ended = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+                    place = member.offset_data // tarfile.BLOCKSIZE, member.size
+                    parts[key].setdefault(kind, place if whole else None)
+            file.seek(end)
+            rest = file.read()
     except (tarfile.TarError, OSError, ValueError) as error:
-        with contextlib.suppress(BadSample):
-            if _read_bytes(path, size=2) == b"\x1f\x8b":
-                raise UserError(COMPRESSED.format(path)) from error
-    samples = []
+        if read_bytes(path, size=2) == b"\x1f\x8b":
+            raise UserError(f"{path} is compressed: unpack it first (gzip -d)") from error
+        rest = b""
+    samples, cut_off = [], 0
     for key, places in parts.items():
         image, caption = places.get("image"), places.get("txt") or places.get("json")
         if image and caption:
             samples.append((key, image, caption, not places.get("txt")))
+        elif None in places.values():
+            cut_off += 1
         else:
-            bad["cut off" if None in places.values() else "without caption" if image else "without image"] += 1
-    if not ended and not bad["cut off"]:
-        bad["in a damaged shard"] += 1  # how many is not known: at least one
-    return samples, bad
+            bad["without caption" if image else "without image"] += 1
+    # a sound archive ends with blocks of zeros; how many samples lay behind damage is not known
+    if not cut_off and (not rest or any(rest)):
+        bad["in a damaged shard"] += 1
+    bad["cut off"] += cut_off
+    return samples
 
 
-class CaptionTSV:
-    """Google's TSV of captions and addresses (CC3M, CC12M) with images downloaded beforehand.
+class Listed:
+    """Captions of images, or questions about them, in a list that data/prepare.py has made.
 
-    tsv: a line `caption <tab> url` per image, with or without the header line "caption<tab>url".
-    images: folder, with or without sub-folders, of images named by row (`000000123.jpg` is row 123, the first is 0),
-    which is what img2dataset writes with `--output_format files` and 10,000 images a shard.
-    Raises UserError when there are no such images, or captions beside them contradict the TSV.
+    Only the offsets of the records are kept. UserError when the list is damaged, or its sources
+    have changed since.
     """
-    def __init__(self, tsv: str | Path, images: str | Path):
-        self.tsv, self.images = Path(tsv), Path(images)
-        lines = self._line_starts()
-        rows, paths = self._find_images()
-        known = rows < len(lines)
-        self.rows, self.paths = rows[known], paths[known]
-        self.starts = lines[self.rows]
-        self.bad = collections.Counter({NOT_DOWNLOADED: len(lines) - len(self.rows)})
-        self.bad["without caption"] = int((~known).sum())
-        if not len(self.rows):
-            raise UserError(f"no images named by their row in {self.tsv.name} (000000123.jpg) found in {self.images} "
-                            "(see data/README.md for how to download them)")
-        self._compare_captions()
 
-    def _line_starts(self) -> np.ndarray:
-        with open(self.tsv, "rb") as file:
+    def __init__(self, path):
+        self.path = Path(path)
+        with open(path, "rb") as file:
             lengths = np.fromiter((len(line) for line in file), np.int64)
             file.seek(0)
-            header = file.readline().strip().lower().startswith(b"caption\turl")
-        return (np.cumsum(lengths) - lengths)[int(header):]
+            try:
+                header = json.loads(file.readline())
+                self.name, self.kind, sources = (header[n] for n in ("name", "kind", "made_from"))
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{path} is no list of data/prepare.py") from None
+        self.starts = (np.cumsum(lengths) - lengths)[1:]
+        self.bad = collections.Counter(header["unusable"])
+        self.answers = header.get("answers")
+        for source in sources:
+            file = Path(source["file"])
+            stat = file.stat() if file.exists() else None
+            if stat and (stat.st_size, stat.st_mtime_ns) != (source["size"], source["time"]):
+                raise UserError(f"{file} has changed since {path} was made from it: {PREPARE} "
+                                f"{self.name} {file.parent} --out {self.path.parent}")
+        if not len(self):
+            raise UserError(f"{path} lists no sample")
 
-    def _find_images(self) -> tuple[np.ndarray, np.ndarray]:
-        """Sorted row numbers and the paths of the images, relative to self.images, as bytes."""
-        rows, paths = [np.zeros(0, np.int64)], [np.zeros(0, "S1")]
-        for folder, _, names in os.walk(self.images):
-            names = [n for n in names if n.rpartition(".")[0].isdecimal() and n.lower().endswith(IMAGE_TYPES)]
-            if names:
-                rows.append(np.array([int(name.rpartition(".")[0]) for name in names]))
-                paths.append(np.array([os.fsencode(Path(folder, name).relative_to(self.images)) for name in names]))
-        rows, first = np.unique(np.concatenate(rows), return_index=True)
-        return rows, np.concatenate(paths)[first]
+    def __len__(self):
+        return len(self.starts)
 
-    def _compare_captions(self) -> None:
-        """img2dataset may write key.txt beside key.jpg: with other settings its keys are not the rows of the TSV."""
-        for i in np.linspace(0, len(self) - 1, 20).astype(int):
-            _compare_beside(self._path(i), self._caption(i), self.rows[i], self.tsv)
+    def __str__(self):
+        return str(self.path)
 
-    def _path(self, i: int) -> Path:
-        return self.images / os.fsdecode(self.paths[i])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def key(self, i: int) -> str:
-        return f"{self.rows[i]:09d}"
-
-    def _caption(self, i: int) -> str:
-        with open(self.tsv, "rb") as file:
+    def record(self, i):
+        """What the list says of a sample, a dict."""
+        with open(self.path, "rb") as file:
             file.seek(self.starts[i])
-            return clean_caption(file.readline().split(b"\t")[0].decode("utf-8", errors="replace"))
+            return json.loads(file.readline())
 
-    def read(self, i: int) -> tuple[bytes, list[str]]:
-        caption = self._caption(i)
-        if not caption:
-            raise BadSample("empty caption")
-        return _read_bytes(self._path(i)), [caption]
+    def key(self, i):
+        return self.record(i)["key"]
+
+    def __getitem__(self, i):
+        record = self.record(i)
+        image = read_bytes(self.path.parent / record["image"])
+        if self.kind == "questions":
+            return image, (record["question"], record["answers"])
+        return image, record["captions"]
+
+    def column(self, name):
+        """[what the list says of every sample under this name, None where it says nothing]"""
+        return [self.record(i).get(name) for i in range(len(self))]
+
+    @functools.cached_property
+    def question_kinds(self):
+        return self.column("kind")
 
 
-def _compare_beside(image: Path, caption: str, row: int, listing: Path) -> None:
-    """UserError when key.txt beside an image key.jpg is not the caption of its row."""
-    beside = image.with_suffix(".txt")
-    if beside.is_file() and clean_caption(beside.read_text("utf-8")) != caption:
-        raise UserError(f"{beside} is not the caption of row {row} of {listing}: download with "
-                        "10,000 images a shard, or as tar shards (see data/README.md)")
+class Mixture(ConcatDataset):
+    """Several captioned sets one after the other, one that is to be seen twice an epoch twice.
 
-
-class Packed:
-    """A list of json values, kept as one block of bytes that forked workers share.
-
-    A list of Python objects they would copy page by page: reading an object changes its reference count.
+    Keys are NAME/key; a repeated sample has the same key again.
     """
-    def __init__(self, values: Iterable):
-        self.block, ends = bytearray(), [0]
-        for value in values:
-            self.block += json.dumps(value).encode()
-            ends.append(len(self.block))
-        self.ends = np.array(ends)
 
-    def __len__(self) -> int:
-        return len(self.ends) - 1
+    kind = "captions"
 
-    def __getitem__(self, i: int):
-        return json.loads(self.block[self.ends[i]:self.ends[i + 1]])
+    def __init__(self, names, parts):
+        super().__init__(parts)
+        self.names = names
+        self.bad = sum((part.bad for part in dict(zip(names, parts)).values()),
+                       collections.Counter())
+
+    def key(self, i):
+        part = bisect.bisect_right(self.cumulative_sizes, i)
+        start = self.cumulative_sizes[part - 1] if part else 0
+        return f"{self.names[part]}/{self.datasets[part].key(i - start)}"
 
 
-class CaptionedFiles:
-    """Captioned images listed in a file; the base of COCO, Flickr30k, Visual Genome, SBU and nocaps.
+class Subset(torch.utils.data.Subset):
+    """The samples of a set at the given indices, in that order."""
 
-    listed: (key, path or None when there is no such file, captions) of each image; listing: the file they come from;
-    missing: what an absent image is counted as. Raises UserError when most images are missing, or none has a caption.
+    def __init__(self, data, indices):
+        super().__init__(data, indices)
+        self.kind, self.bad = data.kind, data.bad
+        self.answers = getattr(data, "answers", None)
+
+    def key(self, i):
+        return self.dataset.key(self.indices[i])
+
+    @property
+    def question_kinds(self):
+        kinds = self.dataset.question_kinds
+        return [kinds[i] for i in self.indices]
+
+
+class ImageFolder:
+    """Images in one folder per class: root/<class>/..., or root/<split>/<class>/...
+
+    split "train", "val" or "test"; "test" falls back on val/, then on root itself. A class is
+    called as its folder, with spaces for _ and -. In ImageNet (or a part of it) folders are wnids
+    or class names, which with the templates come from data/. UserError when there are no images.
     """
-    def __init__(self, listed: Iterable[tuple[str, Path | None, list[str]]], listing: Path, images: Path,
-                 missing: str = "missing image file"):
-        self.bad = collections.Counter()
-        self.samples = Packed(self._usable(listed, missing))
-        found = len(self.samples) + self.bad["without caption"]
-        if self.bad["missing image file"] > found or (self.bad[missing] and not found):
-            raise UserError(f"{self.bad[missing]:,} of the images listed in {listing} not found in {images} "
-                            "(see data/README.md)")
-        if not len(self.samples):
-            raise UserError(f"{listing} lists no image with a caption for this split (see data/README.md)")
 
-    def _usable(self, listed, missing: str) -> Iterator[tuple[str, str, list[str]]]:
-        for key, path, captions in listed:
-            captions = [text for text in map(clean_caption, captions) if text]
-            if path and captions:
-                yield key, str(path), captions
-            else:
-                self.bad["without caption" if path else missing] += 1
+    kind, bad = "classes", collections.Counter()
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def key(self, i: int) -> str:
-        return self.samples[i][0]
-
-    def read(self, i: int) -> tuple[bytes, list[str]]:
-        _, path, captions = self.samples[i]
-        return _read_bytes(path), captions
-
-
-COCO_FOLDERS = ("val2014", "train2014", "val2017", "train2017")
-
-
-class CocoCaptions(CaptionedFiles):
-    """COCO captions, five or more an image. split: "train", "val" or "test".
-
-    With Karpathy's `dataset_coco.json` (in root or annotations/): his splits, train with restval, test of 5,000 images.
-    Without it: train2017 for training, val2017 for testing, and "val" raises UserError.
-    """
-    def __init__(self, root: str | Path, split: str):
+    def __init__(self, root, split, imagenet=False):
         root = Path(root)
-        listing = next((path for path in (root / "dataset_coco.json", root / "annotations" / "dataset_coco.json")
-                        if path.is_file()), None)
-        if listing:
-            captions = {image["cocoid"]: texts for image, texts in _karpathy_split(listing, split)}
-        elif split == "val":
-            raise UserError(f"COCO has a val split only with Karpathy's dataset_coco.json, not found in {root} "
-                            "(see data/README.md)")
-        else:
-            listing = root / "annotations" / f"captions_{'train2017' if split == 'train' else 'val2017'}.json"
-            captions = _captions_by_image(_read_json(listing))
-        files = _numbered_images(root, COCO_FOLDERS)
-        super().__init__(((f"{i:012d}", files.get(i), texts) for i, texts in captions.items()), listing, root)
-
-
-class Flickr30k(CaptionedFiles):
-    """Flickr30k, five captions an image, with Karpathy's splits: "train", "val" or "test" (1,000 images)."""
-    def __init__(self, root: str | Path, split: str):
-        root = Path(root)
-        listing = root / "dataset_flickr30k.json"
-        folder = root / ("flickr30k-images" if (root / "flickr30k-images").is_dir() else "images")
-        files = set(os.listdir(folder)) if folder.is_dir() else ()
-        listed = ((image["filename"], folder / image["filename"] if image["filename"] in files else None, texts)
-                  for image, texts in _karpathy_split(listing, split))
-        super().__init__(listed, listing, folder)
-
-
-def _karpathy_split(path: Path, split: str) -> Iterator[tuple[dict, list[str]]]:
-    for image in _read_json(path)["images"]:
-        if image["split"].replace("restval", "train") == split:
-            yield image, [sentence["raw"] for sentence in image["sentences"]]
-
-
-class VisualGenome(CaptionedFiles):
-    """Visual Genome: the phrases of its regions as captions, about 50 an image; no splits.
-
-    Either the official region_descriptions.json with VG_100K/<id>.jpg and VG_100K_2/<id>.jpg, in root or root/images,
-    or a list as BLIP's vg_caption.json (_caption_list). Half of the images are COCO's too: with the official
-    image_data.json, and Karpathy's dataset_coco.json in ../coco, those that he keeps for val and test are left out.
-    """
-    def __init__(self, root: str | Path):
-        root = Path(root)
-        listing = _find_listing(root, "region_descriptions.json", "vg_caption.json")
-        # 5.4 million regions: only the phrase of each is kept, from the moment it is parsed.
-        content = _read_json(listing, lambda entry: entry["phrase"] if "phrase" in entry else entry)
-        if listing.name == "region_descriptions.json":
-            held_out = self._held_out_by_coco(root)
-            files = {number: path for folder in (root / "images", root)
-                     for number, path in _numbered_images(folder, ("VG_100K", "VG_100K_2")).items()}
-            listed = ((str(image["id"]), files.get(image["id"]), image["regions"]) for image in content
-                      if image["id"] not in held_out)
-        else:
-            held_out, listed = (), _caption_list(content, listing, root)
-        super().__init__(listed, listing, root)
-        self.bad["in COCO's val or test"] = len(held_out)
-
-    def _held_out_by_coco(self, root: Path) -> set[int]:
-        listing = next((path for path in (root.parent / "coco" / "dataset_coco.json",
-                                          root.parent / "coco" / "annotations" / "dataset_coco.json")
-                        if path.is_file()), None)
-        if listing is None or not (root / "image_data.json").is_file():
-            return set()
-        coco = {image["cocoid"] for split in ("val", "test") for image, _ in _karpathy_split(listing, split)}
-        return {image["image_id"] for image in _read_json(root / "image_data.json") if image["coco_id"] in coco}
-
-
-class SBU(CaptionedFiles):
-    """SBU Captions: a caption an image, no splits.
-
-    Either the official sbu-captions-all.json with images named by row (000000123.jpg is row 123, the first is 0)
-    anywhere below root, as img2dataset writes them, or a list as BLIP's (_caption_list).
-    Raises UserError when captions beside the images contradict the official file.
-    """
-    def __init__(self, root: str | Path):
-        root = Path(root)
-        listing = _find_listing(root, "sbu-captions-all.json", "sbu.json")
-        content = _read_json(listing)
-        if not isinstance(content, dict):
-            super().__init__(_caption_list(content, listing, root), listing, root)
-            return
-        rows = {int(Path(name).stem): root / name for name in _image_files(root) if Path(name).stem.isdecimal()}
-        listed = ((f"{row:09d}", rows.get(row), [text]) for row, text in enumerate(content.get("captions", ())))
-        super().__init__(listed, listing, root, missing=NOT_DOWNLOADED)
-        for i in np.linspace(0, len(self) - 1, 20).astype(int):
-            key, path, captions = self.samples[i]
-            _compare_beside(Path(path), captions[0], int(key), listing)
-
-
-class NoCaps(CaptionedFiles):
-    """nocaps (Agrawal et al. 2019), ten captions an image: its validation part, on which results are reported.
-
-    nocaps_val_4500_captions.json in COCO's form with the images in root/val, root/images or root, or a list as BLIP's
-    nocaps_val.json (_caption_list). domains: "in-domain", "near-domain" or "out-domain" of each sample, None where the
-    file does not tell.
-    """
-    def __init__(self, root: str | Path):
-        root = Path(root)
-        listing = _find_listing(root, "nocaps_val_4500_captions.json", "nocaps_val.json")
-        content, domains = _read_json(listing), {}
-        if isinstance(content, dict):
-            captions, files = _captions_by_image(content), set(_image_files(root))
-            domains = {str(image["id"]): image.get("domain") for image in content["images"]}
-            listed = ((str(image["id"]), _listed_file(image["file_name"], files, root), captions[image["id"]])
-                      for image in content["images"])
-        else:
-            listed = _caption_list(content, listing, root)
-        super().__init__(listed, listing, root)
-        self.domains = [domains.get(self.key(i)) for i in range(len(self))]
-
-
-def _caption_list(content: list, listing: Path, root: Path) -> Iterator[tuple[str, Path | None, list[str]]]:
-    """What CaptionedFiles wants, from a list [{"image": path, "caption": text or texts}], as BLIP's.
-
-    The captions of all entries with the same image are its captions; the key is the path as it is listed.
-    """
-    captions = {}
-    try:
-        for entry in content:
-            texts = entry["caption"] or []
-            captions.setdefault(entry["image"], []).extend([texts] if isinstance(texts, str) else texts)
-    except (TypeError, KeyError):
-        raise UserError(f'{listing} is not a list of {{"image": path, "caption": text}} (see data/README.md)') from None
-    files = set(_image_files(root))
-    for image, texts in captions.items():
-        yield image, _listed_file(image, files, root), texts
-
-
-def _listed_file(image: str, files: set[str], root: Path) -> Path | None:
-    """Where a listed image is: at its absolute path, or below root, root/images or root/val.
-
-    A path from another machine, "/there/vg/VG_100K/1.jpg", means the file below root with the longest such ending.
-    """
-    if image.startswith("/") and os.path.isfile(image):
-        return Path(image)
-    names = [name for name in image.split("/") if name not in ("", ".")]
-    for first in range(len(names) if image.startswith("/") else 1):
-        for folder in ((), ("images",), ("val",)):
-            name = "/".join((*folder, *names[first:]))
-            if name in files:
-                return root / name
-    return None
-
-
-def _image_files(root: Path) -> Iterator[str]:
-    """The images below a folder, linked folders too, as paths relative to it."""
-    for folder, _, names in os.walk(root, followlinks=True):
-        inside = Path(folder).relative_to(root)
-        yield from ((inside / name).as_posix() for name in names if name.lower().endswith(IMAGE_TYPES))
-
-
-def _numbered_images(root: Path, folders: Iterable[str]) -> dict[int, Path]:
-    """{number: path} of 000000000139.jpg, 139.jpg or COCO_val2014_000000000139.jpg in these folders of root."""
-    files = {}
-    for folder in folders:
-        if (root / folder).is_dir():
-            numbers = ((name[:-4].split("_")[-1], name) for name in os.listdir(root / folder) if name.endswith(".jpg"))
-            files.update((int(number), root / folder / name) for number, name in numbers if number.isdecimal())
-    return files
-
-
-def _captions_by_image(content: dict) -> dict[int, list[str]]:
-    """{image id: captions} of a json in COCO's form, all its images."""
-    captions = {image["id"]: [] for image in content["images"]}
-    for annotation in content.get("annotations", ()):
-        captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
-    return captions
-
-
-def _find_listing(root: Path, *names: str) -> Path:
-    """The first of these files in root, else its only json file (reports of img2dataset aside). UserError if none."""
-    found = [root / name for name in names if (root / name).is_file()]
-    others = [path for path in sorted(root.glob("*.json")) if not path.name.endswith("_stats.json")]
-    if not found and len(others) != 1:
-        raise UserError(f"no {' or '.join(names)} in {root} (see data/README.md for how to get it)")
-    return (found or others)[0]
-
-
-def _read_json(path: Path, object_hook=None):
-    try:
-        return json.loads(path.read_text("utf-8"), object_hook=object_hook)
-    except FileNotFoundError:
-        raise UserError(f"no file {path} (see data/README.md for how to get it)") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-
-
-class Mixture:
-    """Several captioned sets as one, each seen weight times an epoch.
-
-    parts: {name: set}; weights: {name: weight above 0}. len is the slots of an epoch, the sum of round(weight * size).
-    Which sample stands in a slot depends on the epoch: at_epoch(slot, epoch) is its index for key() and read(). A part
-    goes through all its samples, in a fixed random order, before it begins anew, so that after any number of epochs
-    each was seen equally often, or once more. Indices below len are the samples of epoch 0 in their slots, a repeated
-    one with a key of its own; the samples that epoch 0 leaves out have the indices from len on.
-    Raises UserError when a weight leaves no sample of its part.
-    """
-    def __init__(self, parts: dict, weights: dict[str, float]):
-        self.names, self.parts = list(parts), list(parts.values())
-        self.weights = weights
-        self.sizes = [len(part) for part in self.parts]
-        self.shares = [round(weights[name] * size) for name, size in zip(self.names, self.sizes)]
-        for name, size, share in zip(self.names, self.sizes, self.shares):
-            if not share:
-                raise UserError(f"{name}*{weights[name]:g} leaves none of the {size:,} samples of {name} in an epoch")
-        # Where the slots of each part begin, then the samples of each part that epoch 0 leaves out.
-        left_out = [max(0, size - share) for size, share in zip(self.sizes, self.shares)]
-        self.starts = np.cumsum([0, *self.shares, *left_out])
-        self.orders = [range(size) if share % size == 0 else np.random.default_rng(size).permutation(size)
-                       for size, share in zip(self.sizes, self.shares)]
-        self.bad = sum((part.bad for part in self.parts), collections.Counter())
-
-    def __len__(self) -> int:
-        return sum(self.shares)
-
-    def _place(self, i: int) -> tuple[int, int]:
-        """(number of the part, place in its order), the place beyond its size for a repeated sample."""
-        block = int(np.searchsorted(self.starts, i, "right")) - 1
-        part = block % len(self.parts)
-        return part, int(i - self.starts[block]) + (self.shares[part] if block >= len(self.parts) else 0)
-
-    def at_epoch(self, slot: int, epoch: int) -> int:
-        part, place = self._place(slot)
-        share = self.shares[part]
-        place = (place + epoch * share) % self.sizes[part]
-        return int(self.starts[part] + place if place < share
-                   else self.starts[len(self.parts) + part] + place - share)
-
-    def key(self, i: int) -> str:
-        """`<name>/<key>`, with #2 after it for the second time in epoch 0."""
-        part, place = self._place(i)
-        again, place = divmod(place, self.sizes[part])
-        key = f"{self.names[part]}/{self.parts[part].key(self.orders[part][place])}"
-        return f"{key}#{again + 1}" if again else key
-
-    def read(self, i: int) -> tuple[bytes, list[str]]:
-        part, place = self._place(i)
-        return self.parts[part].read(self.orders[part][place % self.sizes[part]])
-
-
-class Subset:
-    """The samples of a captioned set at the given indices, in that order."""
-    def __init__(self, data, indices: range | np.ndarray):
-        self.data, self.indices, self.bad = data, indices, data.bad
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def key(self, i: int) -> str:
-        return self.data.key(self.indices[i])
-
-    def read(self, i: int) -> tuple[bytes, list[str]]:
-        return self.data.read(self.indices[i])
-
-
-# ----------------------------------------------------------------------------------------------- questions about images
-
-# len(d); d.key(i); d.read(i) -> (encoded image or PIL image, (question, human answers)); d.bad; d.answers: what may be
-# answered; d.kinds[i]: what kind of question it is, or None
-
-
-class VQAv2:
-    """VQA v2 (Goyal et al. 2017): ten human answers a question. split: "train", "val", "trainval", "test", "test-dev".
-
-    The official questions and annotations in root, with the images of COCO in root or ../coco: train2014 and val2014,
-    or the 2017 folders, which hold the same images, and test2015. The test splits have no answers: read gives [].
-    answer_list.json: the answers to choose from (BLIP's: 3,128), a json list of texts.
-    Raises UserError when a file or most images are missing, or a question of train or val has no annotation.
-    """
-    PARTS = {"train": ("train2014",), "val": ("val2014",), "trainval": ("train2014", "val2014"),
-             "test": ("test2015",), "test-dev": ("test-dev2015",)}
-
-    def __init__(self, root: str | Path, split: str):
-        if split not in self.PARTS:
-            raise UserError(f"VQA v2 has the splits {', '.join(self.PARTS)}, not {split}")
-        root = Path(root)
-        self.answers = self._read_answers(root / "answer_list.json")
-        folders = ("test2015",) if split.startswith("test") else COCO_FOLDERS
-        files = _numbered_images(root.parent / "coco", folders) | _numbered_images(root, folders)
-        self.bad, self.kinds = collections.Counter(), []
-        self.samples = Packed(sample for part in self.PARTS[split] for sample in self._questions(root, part, files))
-        if not len(self.samples) or self.bad["missing image file"] > len(self.samples):
-            raise UserError(f"{self.bad['missing image file']:,} questions of VQA v2's {split} split are about images "
-                            f"that are not in {', '.join(folders)} of {root} or {root.parent / 'coco'} "
-                            "(see data/README.md)")
-
-    def _read_answers(self, path: Path) -> list[str]:
-        if not path.is_file():
-            raise UserError(f"a question without an answer list: no file {path} (see data/README.md for how to get it)")
-        answers = _read_json(path)
-        if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
-            raise UserError(f"{path} is not a list of answers, [\"yes\", \"no\", ...] (see data/README.md)")
-        return answers
-
-    def _questions(self, root: Path, part: str, files: dict[int, Path]) -> Iterator[tuple[str, str, str, list[str]]]:
-        """(key, path, question, answers) of each question whose image is there."""
-        listing = root / f"v2_OpenEnded_mscoco_{part}_questions.json"
-        questions, given = _read_json(listing)["questions"], {}
-        if not part.startswith("test"):
-            annotations = root / f"v2_mscoco_{part}_annotations.json"
-            given = {entry["question_id"]: (entry.get("answer_type"), [answer["answer"] for answer in entry["answers"]])
-                     for entry in _read_json(annotations)["annotations"]}
-            without = sum(question["question_id"] not in given for question in questions)
-            if without:
-                raise UserError(f"{without:,} of the {len(questions):,} questions of {listing} have no annotation in "
-                                f"{annotations}")
-        for question in questions:
-            if question["image_id"] in files:
-                kind, answers = given.get(question["question_id"], (None, []))
-                self.kinds.append(kind)
-                yield str(question["question_id"]), str(files[question["image_id"]]), question["question"], answers
-            else:
-                self.bad["missing image file"] += 1
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def key(self, i: int) -> str:
-        return self.samples[i][0]
-
-    def read(self, i: int) -> tuple[bytes, tuple[str, list[str]]]:
-        _, path, question, answers = self.samples[i]
-        return _read_bytes(path), (question, answers)
-
-
-# -------------------------------------------------------------------------------------------------------- labelled sets
-
-# len(d); d.classes; d.templates; d.read(i) -> (encoded image or PIL image, label)
-TEMPLATES = ["a photo of a {}."]
-
-
-class ImageFolderSet:
-    """Images in one folder per class: root/<class>/..., or root/<split>/<class>/... with split train, val or test.
-
-    "test" falls back on val/, then on root itself; "train" needs root/train/. A class is called as its folder, with
-    spaces for _ and -. Raises UserError when the split, its class folders or its images do not exist.
-    """
-    def __init__(self, root: str | Path, split: str):
-        root, self.templates = Path(root), TEMPLATES
-        folders = {name: root / name for name in ("train", "val", "test") if (root / name).is_dir()}
-        folder = folders.get(split) or (folders.get("val", root) if split == "test" else None)
+        folders = {name: root / name for name in ("train", "val", "test")
+                   if (root / name).is_dir()}
+        folder = folders.get(split)
+        if folder is None and split == "test":
+            folder = folders.get("val", root)
         if folder is None or (folder == root and folders):
-            raise UserError(f"no folder {root / split} with one folder of images per class (see data/README.md)")
+            raise UserError(f"no folder {root / split} with one folder of images per class")
         # Labels must mean the same in each split, even if a class is absent from one.
-        names = sorted({entry.name for parent in (folders or {split: root}).values() for entry in os.scandir(parent)
-                        if entry.is_dir() and not entry.name.startswith(".")})
-        if not any(entry.is_dir() for entry in os.scandir(folder)):
-            raise UserError(self._no_classes(folder))
-        self.classes = self._class_names(names, folder)
-        self.images = [(Path(parent, file), label) for label, name in enumerate(names)
-                       for parent, _, files in sorted(os.walk(folder / name))
-                       for file in sorted(files) if file.lower().endswith(IMAGE_TYPES)]
+        parents = folders.values() or [root]
+        names = sorted({path.name for parent in parents for path in parent.iterdir()
+                        if path.is_dir() and not path.name.startswith(".")})
+        self.images = []
+        for label, name in enumerate(names):
+            files = sorted(path for path in (folder / name).rglob("*") if path.is_file())
+            self.images += [(path, label) for path in files
+                            if path.name.lower().endswith(IMAGE_TYPES)]
         if not self.images:
-            raise UserError(f"no images in the {len(names)} class folders of {folder} (see data/README.md)")
+            raise UserError(f"no images in class folders of {folder}: one folder of images per "
+                            "class is needed (see data/README.md)")
+        self.classes = [name.replace("_", " ").replace("-", " ") for name in names]
+        self.templates = ["a photo of a {}."]
+        if imagenet:
+            self.classes = imagenet_names(names)
+            self.templates = read_text(DATA / "templates_imagenet.txt").splitlines()
 
-    def _class_names(self, names: list[str], folder: Path) -> list[str]:
-        return [name.replace("_", " ").replace("-", " ") for name in names]
-
-    def _no_classes(self, folder: Path) -> str:
-        return f"no class folders in {folder}: one folder of images per class is needed (see data/README.md)"
-
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.images)
 
-    def read(self, i: int) -> tuple[bytes, int]:
+    def key(self, i):
+        return str(self.images[i][0])
+
+    def __getitem__(self, i):
         path, label = self.images[i]
-        return _read_bytes(path), label
+        return read_bytes(path), label
 
 
-class ImageNet(ImageFolderSet):
-    """ImageNet or a part of it: root/val/<wnid or class name>/*.JPEG as split "test"; only the classes found count.
-
-    Class names and templates come from data/imagenet_classes.tsv and data/templates_imagenet.txt.
-    """
-    def __init__(self, root: str | Path, split: str):
-        super().__init__(root, split)
-        self.templates = (DATA / "templates_imagenet.txt").read_text("utf-8").splitlines()
-
-    def _class_names(self, names: list[str], folder: Path) -> list[str]:
-        lines = (DATA / "imagenet_classes.tsv").read_text("utf-8").splitlines()
-        known = dict(line.split("\t") for line in lines)
-        known |= {name.replace(" ", "_"): name for name in known.values()} | {name: name for name in known.values()}
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise UserError(f"{folder / unknown[0]} is no ImageNet class: folders are wnids (n01440764) or the names "
-                            f"in {DATA / 'imagenet_classes.tsv'}")
-        return [known[name] for name in names]
-
-    def _no_classes(self, folder: Path) -> str:
-        return (f"no class folders in {folder}: sort the images into one folder per wnid, with "
-                "torchvision.datasets.ImageNet or as data/README.md shows")
+def imagenet_names(folders):
+    """The class names of folders that are called by wnid (n01440764) or by name."""
+    lines = read_text(DATA / "imagenet_classes.tsv").splitlines()
+    known = dict(line.split("\t") for line in lines)
+    for name in list(known.values()):
+        known[name] = known[name.replace(" ", "_")] = name
+    for folder in folders:
+        if folder not in known:
+            raise UserError(f"{folder} is no ImageNet class: folders are wnids (n01440764) or the "
+                            f"names in {DATA / 'imagenet_classes.tsv'}")
+    return [known[folder] for folder in folders]
 
 
-# name -> torchvision class, its splits for training (linear probe), its splits for testing. None: there is no official
-# split, every fifth image is for testing.
+# name -> torchvision class, its arguments for training (linear probe) and for testing
 TORCHVISION = {
-    "caltech101": ("Caltech101", [None], [None]),
-    "cifar10": ("CIFAR10", [True], [False]),
-    "cifar100": ("CIFAR100", [True], [False]),
-    "country211": ("Country211", ["train", "valid"], ["test"]),
-    "dtd": ("DTD", ["train", "val"], ["test"]),
-    "eurosat": ("EuroSAT", [None], [None]),
-    "fer2013": ("FER2013", ["train"], ["test"]),
-    "fgvc_aircraft": ("FGVCAircraft", ["trainval"], ["test"]),
-    "flowers102": ("Flowers102", ["train", "val"], ["test"]),
-    "food101": ("Food101", ["train"], ["test"]),
-    "gtsrb": ("GTSRB", ["train"], ["test"]),
-    "mnist": ("MNIST", [True], [False]),
-    "oxford_pets": ("OxfordIIITPet", ["trainval"], ["test"]),
-    "pcam": ("PCAM", ["train", "val"], ["test"]),
-    "rendered_sst2": ("RenderedSST2", ["train", "val"], ["test"]),
-    "stanford_cars": ("StanfordCars", ["train"], ["test"]),
-    "stl10": ("STL10", ["train"], ["test"]),
-    "sun397": ("SUN397", [None], [None]),
-    "svhn": ("SVHN", ["train"], ["test"]),
-}
-BY_HAND = ("fer2013", "stanford_cars")  # their addresses are gone or need an account
-# Names where torchvision has none, or none that is a word. country211 keeps its two-letter country codes.
-CLASS_NAMES = {
-    "eurosat": ["annual crop land", "forest", "herbaceous vegetation", "highway", "industrial area", "pasture",
-                "permanent crop land", "residential area", "river", "sea or lake"],
-    "fer2013": ["angry face", "disgusted face", "fearful face", "happy face", "sad face", "surprised face",
-                "neutral face"],
-    "gtsrb": [*(f"{v} km/h speed limit sign" for v in (20, 30, 50, 60, 70, 80)), "end of 80 km/h speed limit sign",
-              "100 km/h speed limit sign", "120 km/h speed limit sign", "no overtaking sign",
-              "no overtaking by trucks sign", "right of way at the next crossing sign", "priority road sign",
-              "yield sign", "stop sign", "no vehicles sign", "no trucks sign", "no entry sign", "general danger sign",
-              "curve to the left sign", "curve to the right sign", "double curve sign", "bumpy road sign",
-              "slippery road sign", "road narrows on the right sign", "road works sign", "traffic lights ahead sign",
-              "pedestrians sign", "children crossing sign", "bicycles crossing sign", "ice or snow sign",
-              "wild animals crossing sign", "end of all limits sign", "turn right ahead sign", "turn left ahead sign",
-              "straight ahead only sign", "straight ahead or right sign", "straight ahead or left sign",
-              "keep right sign", "keep left sign", "roundabout sign", "end of no overtaking sign",
-              "end of no overtaking by trucks sign"],
-    "mnist": [str(digit) for digit in range(10)],
-    "pcam": ["healthy lymph node tissue", "lymph node tumor tissue"],
-    "svhn": [str(digit) for digit in range(10)],
+    "cifar10": ("CIFAR10", {"train": True}, {"train": False}),
+    "cifar100": ("CIFAR100", {"train": True}, {"train": False}),
+    "flowers102": ("Flowers102", {"split": "train"}, {"split": "test"}),
+    "food101": ("Food101", {"split": "train"}, {"split": "test"}),
+    "oxford_pets": ("OxfordIIITPet", {"split": "trainval"}, {"split": "test"}),
+    "stl10": ("STL10", {"split": "train"}, {"split": "test"}),
 }
 
 
 class TorchvisionSet:
-    """A classification set of torchvision, downloaded beforehand into `root`. split: "train" or "test".
+    """A classification set of torchvision, downloaded beforehand into `root`; "train" or "test"."""
 
-    Raises UserError when it is not there, or a package that this set needs (scipy, h5py) is not installed.
-    """
-    def __init__(self, name: str, root: str | Path, split: str):
-        kind, *splits = TORCHVISION[name]
-        make = getattr(import_torchvision().datasets, kind, None)
-        if make is None:
-            raise UserError(f"{name}: this version of torchvision has no {kind}")
-        choices = [{} if part is None else {"train" if isinstance(part, bool) else "split": part}
-                   for part in splits[split == "test"]]
+    kind, bad = "classes", collections.Counter()
+
+    def __init__(self, name, root, split):
+        made, train, test = TORCHVISION[name]
+        arguments = train if split == "train" else test
         try:
-            parts = [make(str(root), **choice) for choice in choices]
+            self.data = getattr(import_torchvision().datasets, made)(str(root), **arguments)
         except ImportError as error:
-            raise UserError(f"{name} needs the package {error.name or error}: pip install it") from None
+            raise UserError(f"{name} needs the package {error.name or error}") from None
         except (RuntimeError, OSError) as error:
-            arguments = "".join(f", {key}={value!r}" for key, value in choices[0].items())
-            command = (f"get it with: python -c \"import torchvision; torchvision.datasets.{kind}('{root}'{arguments}, "
-                       "download=True)\"" if name not in BY_HAND else "torchvision cannot download it")
-            raise UserError(f"{name} cannot be read from {root} ({str(error).splitlines()[0]}); {command} "
-                            "(see data/README.md)") from None
-        self.data, self.templates = ConcatDataset(parts), TEMPLATES
-        self.indices = [i for i in range(len(self.data)) if splits[0] != [None] or (i % 5 == 4) == (split == "test")]
-        names = CLASS_NAMES.get(name) or getattr(parts[0], "classes", None) or parts[0].categories
-        self.classes = [text.replace("_", " ").replace("/", " " if name == "sun397" else "/") for text in names]
+            words = "".join(f", {key}={value!r}" for key, value in arguments.items())
+            raise UserError(
+                f"{name} cannot be read from {root} ({str(error).splitlines()[0]}); get it with: "
+                f"python -c \"import torchvision; torchvision.datasets.{made}('{root}'{words}, "
+                "download=True)\"") from None
+        self.classes = [text.replace("_", " ") for text in self.data.classes]
+        self.templates = ["a photo of a {}."]
 
-    def __len__(self) -> int:
-        return len(self.indices)
+    def __len__(self):
+        return len(self.data)
 
-    def read(self, i: int) -> tuple[Image.Image, int]:
+    def key(self, i):
+        return str(i)
+
+    def __getitem__(self, i):
         try:
-            image, label = self.data[self.indices[i]]
+            return self.data[i]
         except (OSError, SyntaxError, ValueError) as error:
             raise BadSample("corrupt image") from error
-        if label is None:  # the test part of fer2013 as first published
-            raise BadSample("without label")
-        return image, int(label)
 
 
-# ---------------------------------------------------------------------------------------------------- data sets by name
+# ------------------------------------------------------------------------- what a Config names
 
-CAPTIONED = ("cc3m", "coco", "flickr30k", "vg", "sbu", "nocaps")
-QUESTIONS = ("vqav2",)
-LABELLED = ("imagenet", "folder", *TORCHVISION)
+PREPARE = "python data/prepare.py"
+PREPARED = ("coco", "flickr30k", "vg", "sbu", "nocaps", "vqav2")
 HELD_OUT = 5000  # at most; the last 1 % of a set without validation split
 
 
-def open_train(name: str, root: str | Path | None = None):
-    """Captioned set to train on. root: its folder, default data/<name>.
-
-    Names: "coco", "flickr30k", "cc3m", "vg", "sbu"; any other name with a root: a folder of tar shards, or TSV and
-    images. Several names joined by +, each perhaps with how often it is seen an epoch ("coco*2+cc3m*0.5"): a Mixture,
-    of the folders root/<name>. Raises UserError (unknown name, no folder, wrong layout, weights that are not positive
-    numbers, more than 10 % unusable samples) in one line.
-    """
-    weights = mixture_weights(name)
-    if list(weights) != [name]:
-        return Mixture({part: open_train(part, part_folder(root, part, weights)) for part in weights}, weights)
-    if name == "nocaps":
-        raise UserError("nocaps is for evaluation only: there are no captions to train on")
-    root = _find_root(name, root, CAPTIONED)
-    if name in ("coco", "flickr30k"):
-        data = CocoCaptions(root, "train") if name == "coco" else Flickr30k(root, "train")
-    else:
-        data = _without_splits(name, root)
-        if not (root / "val").is_dir():
-            data = Subset(data, range(len(data) - _held_out(data)))
-    return _checked(data, root)
-
-
-def open_retrieval(name: str, root: str | Path | None, split: str):
-    """Captioned set for image-text retrieval, or None if this set has no such split. split: "val" or "test"."""
-    root = _find_root(name, root, (*CAPTIONED, *LABELLED))
-    if name == "coco":
-        has_val = any((folder / "dataset_coco.json").is_file() for folder in (root, root / "annotations"))
-        return _checked(CocoCaptions(root, split), root) if split == "test" or has_val else None
-    if name == "flickr30k":
-        return _checked(Flickr30k(root, split), root)
-    if name == "nocaps":
-        return _checked(NoCaps(root), root) if split == "test" else None
-    if (root / split).is_dir():
-        return _checked(_shards_or_tsv(root / split), root / split)
-    data = _without_splits(name, root) if split == "val" else ()
-    return Subset(data, range(len(data) - _held_out(data), len(data))) if _held_out(data) else None
-
-
-def open_labelled(name: str, root: str | Path | None, split: str):
-    """Labelled set, or None if this set has no such split. split: "test", "val", or "train" for a linear probe.
-
-    Names: "imagenet" (whose val/ is the test split), those in TORCHVISION, "folder" for any folder of class folders.
-    """
-    root = _find_root(name, root, LABELLED)
-    if split == "val" and (name in TORCHVISION or not ((root / "val").is_dir() and (root / "test").is_dir())):
-        return None
-    if name in TORCHVISION:
-        return TorchvisionSet(name, root, split)
-    return (ImageNet if name == "imagenet" else ImageFolderSet)(root, split)
-
-
-def open_vqa(name: str, root: str | Path | None, split: str):
-    """Set of questions about images, "vqav2". root: its folder, default data/<name>; split: see VQAv2."""
-    if name not in QUESTIONS:
-        raise UserError(f"unknown set of questions {name!r}: known are emoji, {', '.join(QUESTIONS)}")
-    root = _find_root(name, root, QUESTIONS)
-    return _checked(VQAv2(root, split), root)
-
-
-def mixture_weights(name: str) -> dict[str, float]:
-    """{"coco": 2.0, "cc3m": 0.5} of "coco*2+cc3m*0.5", {"coco": 1.0} of "coco". UserError for what is none of these."""
-    weights = {}
-    for part in name.split("+"):
-        part, star, weight = part.strip().partition("*")
-        with contextlib.suppress(ValueError):
-            weight = float(weight) if star else 1.0
-        if isinstance(weight, str) or not 0 < weight < math.inf:
-            raise UserError(f"{name}: how often {part!r} is seen an epoch is a number above 0, not {weight!r}")
-        if not part or (part == "emoji" and name != "emoji"):
-            raise UserError(f"{name}: {part!r} is no set that can be mixed with others")
-        if part in weights:
-            raise UserError(f"{name}: {part!r} is named twice; to see it twice an epoch, write {part}*2")
-        weights[part] = weight
-    return weights
-
-
-def part_folder(root: str | Path | None, part: str, weights: dict[str, float]) -> str | Path | None:
-    """The folder of a part of a mixture: --root itself for a single one, else its folder in there."""
-    return Path(root) / part if root and len(weights) > 1 else root
-
-
-def _find_root(name: str, root: str | Path | None, known: tuple[str, ...]) -> Path:
+def data_folder(name, root):
+    """The folder of a set: root, else data/NAME. UserError when there is none."""
     folder = Path(root).expanduser() if root else DATA / name
-    if not root and name not in known and not folder.is_dir():
-        raise UserError(f"unknown data set {name!r}: known are emoji, {', '.join(known)}; any other needs its folder")
     if not folder.is_dir():
-        raise UserError(f"{name}: no folder {folder} (see data/README.md for how to get the data)")
+        raise UserError(f"{name}: no folder {folder} (see data/README.md for how to get the data; "
+                        "any other place with --root FOLDER)")
     return folder
 
 
-def _without_splits(name: str, root: Path) -> TarShards | CaptionTSV | CaptionedFiles:
-    """A set that is for training as a whole, in root/train where that is a folder."""
-    root = root / "train" if (root / "train").is_dir() else root
-    reader = {"vg": VisualGenome, "sbu": SBU}.get(name)
-    listed = reader and not any(root.glob("*.tar")) and not any(root.glob("*.tsv"))
-    return reader(root) if listed else _shards_or_tsv(root)
+def open_captions(name, root, split):
+    """Captioned set in the folder of a set, or None if it has no such split.
 
+    Lists of data/prepare.py, else tar shards: in root/train, root/val, root/test, or root itself
+    for training. Without a validation split the last 1 % of the training set is held out for it.
+    """
+    root = data_folder(name, root)
+    lists = {part: root / f"{part}.jsonl" for part in ("train", "val", "test")}
+    lists = {part: path for part, path in lists.items() if path.is_file()}
+    if not lists and not any(root.rglob("*.tar")) and (name in PREPARED or any(root.glob("*.tsv"))):
+        raise UserError(f"{name} in {root} is not prepared yet: {PREPARE} {name} {root}")
 
-def _shards_or_tsv(root: Path) -> TarShards | CaptionTSV:
-    tables = sorted(root.glob("Train*.tsv")) or sorted(root.glob("*.tsv"))
-    return CaptionTSV(tables[0], root / "images") if tables and (root / "images").is_dir() else TarShards(root)
+    def open_split(part):
+        if lists:
+            return Listed(lists[part]) if part in lists else None
+        if part == "train":
+            return TarShards(root / "train" if (root / "train").is_dir() else root)
+        return TarShards(root / part) if (root / part).is_dir() else None
 
-
-def _held_out(data) -> int:
-    return min(HELD_OUT, len(data) // 100)
-
-
-def _checked(data, where: Path):
-    check_bad(data.bad, len(data) + sum(data.bad.values()), str(where))
+    data = open_split(split)
+    if split in ("train", "val") and "test" not in lists and open_split("val") is None:
+        whole = open_split("train")
+        cut = len(whole) - min(HELD_OUT, len(whole) // 100)
+        data = Subset(whole, range(cut) if split == "train" else range(cut, len(whole)))
+    if data is None or not len(data):
+        return None
+    check_bad(data.bad, len(data) + sum(data.bad.values()), str(root))
     return data
 
 
-# -------------------------------------------------------------------------------------------------------------- loading
+def parts_of(data):
+    """["coco", "coco", "cc3m"] of --data "coco*2+cc3m". UserError for what is none."""
+    names = []
+    for part in data.split("+"):
+        name, star, times = part.strip().partition("*")
+        if not name or (star and not (times.isdecimal() and int(times) > 0)):
+            raise UserError(f"--data {data}: {part!r} is no NAME or NAME*2, a whole number of times")
+        if name in names or (name == "emoji" and data != "emoji"):
+            raise UserError(f"--data {data}: {name} cannot be mixed in (again)")
+        names += [name] * int(times or 1)
+    return names
+
+
+def training_folder(cfg, name):
+    """--root, or FOLDER/NAME of several sets."""
+    several = len(set(parts_of(cfg.data))) > 1
+    return Path(cfg.root, name) if cfg.root and several else cfg.root
+
+
+def training_set(cfg, image_size, long_tail=0.0, duplicates=0.0):
+    """The captioned training set a Config names; with --keep, those samples of it."""
+    if cfg.data == "emoji":
+        from data.emoji import scenes
+        data = scenes.EmojiScenes("train", cfg.scenes, image_size, cfg.seed, cfg.concepts,
+                                  cfg.difficulty, cfg.noise, long_tail, duplicates)
+    else:
+        names = parts_of(cfg.data)
+        parts = {name: open_captions(name, training_folder(cfg, name), "train") for name in names}
+        for name, part in parts.items():
+            if part is None:
+                raise UserError(f"{name} has no captions to train on")
+            if rank() == 0:
+                whole = getattr(part, "dataset", part)
+                print(f"{name}: {len(part):,} training images from {whole}")
+        data = parts[names[0]] if len(names) == 1 else Mixture(names, [parts[n] for n in names])
+    if not cfg.keep:
+        return data
+    return Subset(data, listed([data.key(i) for i in range(len(data))], cfg.keep))
+
+
+def listed(keys, path):
+    """The places in `keys` of those that a file lists, ascending. UserError when one is missing."""
+    wanted = set(read_keys(path))
+    missing = wanted - set(keys)
+    if missing:
+        raise UserError(f"--keep {path}: {len(missing):,} of its {len(wanted):,} keys are not in "
+                        "the training set")
+    return np.array([place for place, key in enumerate(keys) if key in wanted], int)
+
+
+def evaluation_sets(cfg, image_size, split):
+    """{name: set} of --eval-data (default: what belongs to --data); split "val", "test" or, for
+    a linear probe, "train".
+
+    Where no set has a validation split, what is held out of the training set serves.
+    """
+    parts = list(dict.fromkeys(parts_of(cfg.data)))
+    names = cfg.eval_data or [name for name in parts if name in ("coco", "flickr30k")] or parts
+    found = {}
+    for name in names:
+        if name == "emoji":
+            found.update(emoji_sets(cfg, image_size, split))
+        else:
+            label = Path(name).name
+            folder = training_folder(cfg, name) if name in parts else None
+            if os.sep in name:
+                folder = name
+            found[label] = open_evaluation(label, folder, split)
+    found = {name: data for name, data in found.items() if data is not None}
+    if split == "val" and not found and cfg.data != "emoji":
+        data = open_captions(parts[0], training_folder(cfg, parts[0]), "val")
+        return {parts[0]: data} if data is not None else {}
+    return found
+
+
+def emoji_sets(cfg, image_size, split):
+    """Zero-shot by concept; in the test also by group, and retrieval of whole scenes."""
+    from data.emoji import scenes
+    looks = {"concepts": cfg.concepts, "difficulty": cfg.difficulty}
+    found = {"concept": scenes.EmojiClasses(split, image_size, "concept", **looks)}
+    if split == "test":
+        found["group"] = scenes.EmojiClasses(split, image_size, "group", **looks)
+        found["retrieval"] = scenes.EmojiScenes(split, 1000, image_size, **looks)
+    return found
+
+
+def open_evaluation(name, root, split):
+    """A set of classes or of captions in a split, None if it has no such split."""
+    root = data_folder(name, root)
+    if name in TORCHVISION:
+        return TorchvisionSet(name, root, split) if split != "val" else None
+    if name in PREPARED or any(root.glob("*.jsonl")) or any(root.rglob("*.tar")):
+        return open_captions(name, root, split) if split != "train" else None
+    if split == "val" and not ((root / "val").is_dir() and (root / "test").is_dir()):
+        return None  # val/ serves as test
+    return ImageFolder(root, split, imagenet=name == "imagenet")
+
+
+def question_set(cfg, image_size, split):
+    """The questions a Config names: about emoji scenes, 500 for "val" and "test", or on disk."""
+    if cfg.data == "emoji":
+        from data.emoji import scenes
+        training = split == "train"
+        return scenes.EmojiQuestions(split, cfg.scenes if training else 500, image_size,
+                                     cfg.seed if training else 0, cfg.concepts, cfg.difficulty)
+    root = data_folder(cfg.data, cfg.root)
+    path = root / f"{split}.jsonl"
+    if not path.is_file():
+        raise UserError(f"{cfg.data}: no {path}; to prepare it: {PREPARE} {cfg.data} {root}")
+    data = Listed(path)
+    if data.kind != "questions":
+        raise UserError(f"{path} holds no questions")
+    check_bad(data.bad, len(data) + sum(data.bad.values()), str(root))
+    return data
+
+
+def number_of_captions(data, most=5):
+    """How many captions an image of a captioned set has, the most of any; at most `most`.
+
+    One reading of the captions, and of whole samples only where they are in shards.
+    """
+    number = 1
+    for i in range(len(data)):
+        with contextlib.suppress(BadSample):
+            number = max(number, len(data[i][1]))
+        if number >= most:
+            return most
+    return number
+
+
+def loader_workers(cfg):
+    """--workers -1: no extra process for the emoji scenes, else a share of the machine's cores."""
+    if cfg.workers >= 0:
+        return cfg.workers
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    return 0 if cfg.data == "emoji" else min(8, max(1, os.cpu_count() // local))
+
+
+def example_images(sets, image_size, count, resize=resize_center_crop):
+    """(up to count, 3, S, S) uint8 and a caption each, from the first captioned set; None without."""
+    for data in sets.values():
+        images, captions = [], []
+        for i in range(len(data) if data.kind == "captions" else 0):
+            with contextlib.suppress(BadSample):
+                source, texts = data[i]
+                images.append(torch.from_numpy(resize(source, image_size)))
+                captions.append(texts[0])
+            if len(images) == count:
+                break
+        if images:
+            return torch.stack(images), captions
+    return None
+
+
+# -------------------------------------------------------------------------------------- loading
 
 
 class TrainSamples(Dataset):
-    """samples[(epoch, index)] -> image uint8 (3, S, S), tokens int64 (context,), 1 if unusable and replaced, else 0.
+    """samples[(epoch, index)] -> image uint8 (3, S, S), tokens (context,), 1 if replaced, else 0.
 
-    The crop and the choice among several captions depend on (seed, epoch, index) alone, not on workers or resuming.
-    An unusable sample is replaced by the next one; UserError after 100 in a row. Of a Mixture, index is a slot.
-    tokenizer: list of n strings -> int64 (n, context). crop_scale: least and largest share of the image area.
-    augment: what happens to the crop, (uint8 (3, S, S), rng) -> uint8 (3, S, S), such as BlipAugment().
+    The crop and the choice among several captions depend on (seed, epoch, index) alone, not on
+    workers or resuming. An unusable sample is replaced by the next one; UserError after 100.
+    tokenizer: list of n strings -> int64 (n, context). augment: what happens to the crop, a
+    function of (uint8 (3, S, S), rng).
     """
-    def __init__(self, data, tokenizer, image_size: int, crop_scale: tuple[float, float], seed: int, augment=None):
+
+    def __init__(self, data, tokenizer, image_size, crop_scale, seed, augment=None):
         self.data, self.tokenizer, self.seed = data, tokenizer, seed
         self.image_size, self.crop_scale, self.augment = image_size, crop_scale, augment
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.data)
 
-    def __getitem__(self, place: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, int]:
+    def __getitem__(self, place):
         return self.draw(place)[:3]
 
-    def draw(self, place: tuple[int, int], captions: int | None = None):
-        """image, tokens, bad; then the index of the sample it is and the number of its caption, one of the first few.
+    def draw(self, place, captions=None):
+        """image, tokens, bad; then the index of the sample it is and the number of its caption.
 
         captions: how many of a sample's captions may be drawn (None: all).
         """
@@ -2425,10 +2080,8 @@ class TrainSamples(Dataset):
         for bad in range(100):
             index = (first + bad) % len(self.data)
             rng = np.random.default_rng((self.seed, epoch, index))
-            if isinstance(self.data, Mixture):
-                index = self.data.at_epoch(index, epoch)
             try:
-                source, texts = self.data.read(index)
+                source, texts = self.data[index]
                 image = random_resized_crop(source, self.image_size, rng, self.crop_scale)
             except BadSample as error:
                 reason = error
@@ -2438,108 +2091,122 @@ class TrainSamples(Dataset):
             if self.augment is not None:
                 image = self.augment(image, rng)
             return image, self.tokenizer([texts[caption]])[0], int(bad > 0), index, caption
-        raise UserError(f"100 samples in a row cannot be used, from {self.data.key(first)!r} on (last: {reason})")
+        raise UserError(f"100 samples in a row cannot be used, from {self.data.key(first)!r} on "
+                        f"(last: {reason})")
 
 
 class StepSampler(Sampler):
-    """One rank's share of the global batches of steps start..steps - 1, each a list of (epoch, index).
+    """This rank's share of the global batches of steps start..steps - 1, lists of (epoch, index).
 
-    Every epoch is a new permutation of the n samples, cut into global batches; the rest is dropped. Rank r takes each
-    world-th sample of a batch, so the global batch is the same for any number of ranks.
-    Raises UserError when a global batch is larger than the set or not divisible by the number of ranks.
+    Every epoch is a new permutation of the n samples, cut into global batches; the rest is
+    dropped. Rank r takes each world-th sample of a batch, so the global batch is the same for any
+    number of ranks. UserError when a batch is larger than the set or cannot be shared evenly.
     """
-    def __init__(self, n: int, batch: int, steps: int, start: int = 0, seed: int = 0, rank: int = 0, world: int = 1):
-        if batch % world:
-            raise UserError(f"the global batch of {batch} cannot be shared evenly by {world} processes")
+
+    def __init__(self, n, batch, steps, start, seed):
+        if batch < 1 or batch % world_size():
+            raise UserError(f"--batch-size {batch} cannot be shared evenly by {world_size()} "
+                            "processes")
         if n < batch:
-            raise UserError(f"the training set has {n} samples, fewer than one batch of {batch}: lower --batch-size")
-        self.n, self.batch, self.steps, self.start = n, batch, steps, start
-        self.seed, self.rank, self.world = seed, rank, world
+            raise UserError(f"the training set has {n} samples, fewer than one batch of {batch}: "
+                            "lower --batch-size")
+        self.n, self.batch, self.steps, self.start, self.seed = n, batch, steps, start, seed
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.n // self.batch
-
-    def __len__(self) -> int:
+    def __len__(self):
         return max(0, self.steps - self.start)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self):
         current = None
         for step in range(self.start, self.steps):
-            epoch, position = divmod(step, self.steps_per_epoch)
+            epoch, position = divmod(step, self.n // self.batch)
             if epoch != current:
-                generator = torch.Generator().manual_seed(
-                    int(np.random.SeedSequence((self.seed, epoch)).generate_state(1, np.uint64)[0]))
+                sequence = np.random.SeedSequence((self.seed, epoch))
+                seed = int(sequence.generate_state(1, np.uint64)[0])
+                generator = torch.Generator().manual_seed(seed)
                 order, current = torch.randperm(self.n, generator=generator), epoch
-            share = order[position * self.batch + self.rank:(position + 1) * self.batch:self.world]
-            yield [(epoch, index) for index in share.tolist()]
+            batch = order[position * self.batch:(position + 1) * self.batch]
+            yield [(epoch, index) for index in batch[rank()::world_size()].tolist()]
 
 
 class EvalSamples(Dataset):
-    """samples[i] -> (image uint8 (3, S, S), i, label or captions), or None when the sample cannot be used."""
-    def __init__(self, data, image_size: int, resize=resize_center_crop):
+    """samples[i] -> (image uint8 (3, S, S), i, target), or None when it cannot be used."""
+
+    def __init__(self, data, image_size, resize):
         self.data, self.image_size, self.resize = data, image_size, resize
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.data)
 
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, int, int | list[str]] | None:
+    def __getitem__(self, i):
         try:
-            source, target = self.data.read(i)
+            source, target = self.data[i]
             return torch.from_numpy(self.resize(source, self.image_size)), i, target
         except BadSample:
             return None
 
 
-class Loader(DataLoader):
-    """DataLoader that leaves out empty batches and passes on a worker's UserError without the worker's traceback."""
-    def __iter__(self) -> Iterator[tuple]:
+class Fetch(Dataset):
+    """A data set whose UserError comes out as an item: a worker process would bury it in text."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, place):
         try:
-            for batch in super().__iter__():
-                if len(batch[0]):
-                    yield batch
+            return self.samples[place]
         except UserError as error:
-            raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+            return error
 
 
-def train_loader(samples: TrainSamples, sampler: StepSampler, workers: int, device_type: str) -> Loader:
-    """Yields images uint8 (B, 3, S, S), tokens int64 (B, context), number of unusable samples skipped (int).
+def load(samples, collate, workers, **options):
+    """A DataLoader's batches; UserErrors of workers are raised here, empty batches left out."""
+    loader = DataLoader(Fetch(samples), num_workers=workers, worker_init_fn=ignore_ctrl_c,
+                        collate_fn=functools.partial(collate_or_pass, collate), **options)
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        if len(batch[0]):
+            yield batch
+
+
+def collate_or_pass(collate, batch):
+    errors = [item for item in batch if isinstance(item, UserError)]
+    return errors[0] if errors else collate(batch)
+
+
+def train_loader(samples, sampler, workers, device):
+    """Yields images uint8 (B, 3, S, S), tokens int64 (B, context), number of unusable samples.
 
     What `samples` returns beyond these three follows, stacked.
     """
-    return Loader(samples, batch_sampler=sampler, num_workers=workers, collate_fn=_collate_train,
-                  worker_init_fn=_ignore_ctrl_c, pin_memory=device_type == "cuda", persistent_workers=workers > 0)
+    return load(samples, collate_train, workers, batch_sampler=sampler,
+                pin_memory=device.type == "cuda", persistent_workers=workers > 0)
 
 
-def eval_loader(data, image_size: int, batch_size: int, workers: int, resize=resize_center_crop) -> Loader:
-    """Yields images uint8 (b, 3, S, S), their indices in `data` and their labels or captions (lists of b), in order.
+def eval_loader(data, image_size, batch_size, workers, resize=resize_center_crop):
+    """Yields images uint8 (b, 3, S, S), their indices in `data` and their targets, in order.
 
-    Unusable samples are left out: the evaluation sees which indices are missing. resize: or resize_whole.
+    Unusable samples are left out: the evaluation sees which indices are missing.
     """
-    return Loader(EvalSamples(data, image_size, resize), batch_size=batch_size, num_workers=workers,
-                  collate_fn=_collate_eval, worker_init_fn=_ignore_ctrl_c)
+    samples = EvalSamples(data, image_size, resize)
+    return load(samples, collate_eval, workers, batch_size=batch_size)
 
 
-def _ignore_ctrl_c(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it reaches the whole process group; the main process ends the run
+def ignore_ctrl_c(worker):
+    """It reaches the whole process group; the main process ends the run."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _collate_train(batch: list[tuple]) -> tuple:
+def collate_train(batch):
     images, tokens, bad, *more = zip(*batch)
-    return torch.stack(images), trim_padding(torch.stack(tokens)), sum(bad), *map(torch.stack, more)
+    tokens = trim_padding(torch.stack(tokens))
+    return torch.stack(images), tokens, sum(bad), *map(torch.stack, more)
 
 
-def trim_padding(tokens: torch.Tensor, multiple: int = 16) -> torch.Tensor:
-    """(B, context) -> (B, n): without the columns of padding that none of the texts needs.
-
-    A text tower that is causal and read at the end token, or that masks padding, gives the same features and gradients
-    without them. n is a multiple of `multiple`, or the whole context: few shapes for torch.compile.
-    """
-    longest = int(tokens.any(0).nonzero().max()) + 1  # an end token is never 0, padding is
-    return tokens[:, :math.ceil(longest / multiple) * multiple]
-
-
-def _collate_eval(batch: list[tuple | None]) -> tuple:
+def collate_eval(batch):
     good = [sample for sample in batch if sample is not None]
     if not good:
         return (), (), ()
@@ -2547,321 +2214,38 @@ def _collate_eval(batch: list[tuple | None]) -> tuple:
     return torch.stack(images), list(indices), list(targets)
 
 
-def check_bad(bad: int | collections.Counter, seen: int, where: str) -> None:
-    """Report unusable samples in one line. Raises UserError when they are more than 10 % of the samples seen.
+def trim_padding(tokens, multiple=16):
+    """(B, context) -> (B, n): without the columns of padding that none of the texts needs.
 
-    Images that are no longer on the web ("not downloaded") are reported and do not count.
+    A text tower that is causal and read at the end token, or that masks padding, gives the same
+    features and gradients without them. n is a multiple: few shapes for torch.compile.
     """
-    reasons = collections.Counter({"unreadable": bad}) if isinstance(bad, int) else +bad
-    lost = reasons[NOT_DOWNLOADED]
-    count = sum(reasons.values()) - lost
-    if not count and not lost:
+    longest = int(tokens.any(0).nonzero().max()) + 1  # an end token is never 0, padding is
+    return tokens[:, :math.ceil(longest / multiple) * multiple]
+
+
+def check_bad(bad, seen, where):
+    """Report unusable samples in one line. UserError when they are more than 10 % of those seen.
+
+    bad: Counter by reason. Images no longer on the web ("not downloaded") are only reported.
+    """
+    reasons = +bad
+    lost = reasons["not downloaded"]
+    count = sum(reasons.values())
+    if not count:
         return
-    line = (f"{where}: {count + lost:,} of {seen:,} samples cannot be used: "
-            + ", ".join(f"{number:,} {reason}" for reason, number in reasons.most_common()))
-    if count > 0.1 * (seen - lost):
+    words = ", ".join(f"{number:,} {reason}" for reason, number in reasons.most_common())
+    line = f"{where}: {count:,} of {seen:,} samples cannot be used: {words}"
+    if count - lost > 0.1 * (seen - lost):
         raise UserError(f"{line}; more than 10 % is too many (see data/README.md)")
     if rank() == 0:
         print(line)
 
 
-# ------------------------------------------------------------------------------------------- what a configuration names
-
-
-PIXELS = {  # mean and std of the channels: ImageNet's, as in SLIP, and those of OpenAI's CLIP
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-}
-
-
-def training_set(cfg):
-    """The captioned training set a Config names, emoji scenes or a set on disk; with --keep, those samples of it."""
-    if cfg.data == "emoji":
-        data = EmojiScenes("train", cfg.scenes, cfg.image_size, cfg.seed, cfg.concepts, cfg.difficulty, cfg.noise,
-                           cfg.long_tail, cfg.duplicates)
-    else:
-        data = open_train(cfg.data, cfg.root)
-    return keep_only(data, cfg.keep) if cfg.keep else data
-
-
-def vqa_set(cfg, split):
-    """The questions a Config names, about emoji scenes or a set on disk; 500 scenes for "val" and "test"."""
-    if cfg.data != "emoji":
-        return open_vqa(cfg.data, cfg.root, split)
-    if split == "train":
-        return EmojiQuestions(split, cfg.scenes, cfg.image_size, cfg.seed, cfg.concepts, cfg.difficulty, cfg.long_tail,
-                              cfg.duplicates)
-    return EmojiQuestions(split, 500, cfg.image_size, concepts=cfg.concepts, difficulty=cfg.difficulty)
-
-
-def read_keys(path):
-    """Sample keys, one a line."""
-    try:
-        return Path(path).read_text("utf-8", errors="surrogateescape").rstrip("\n").split("\n")
-    except OSError as error:
-        raise UserError(f"{path}: the list of keys cannot be read ({error.strerror})") from None
-
-
-def keep_only(data, path):
-    """The samples of a captioned set whose keys are listed in a file, in the set's order.
-
-    Of a mixture: those of each part, with the same weights; the keys are its own, "coco/000000000139".
-    """
-    if not isinstance(data, Mixture):
-        return Subset(data, listed([data.key(i) for i in range(len(data))], path))
-    keys = [f"{name}/{part.key(i)}" for name, part in zip(data.names, data.parts) for i in range(len(part))]
-    places, ends = listed(keys, path), np.cumsum([0, *data.sizes])
-    kept = [places[(places >= first) & (places < end)] - first for first, end in itertools.pairwise(ends)]
-    return Mixture({name: Subset(part, rows) for name, part, rows in zip(data.names, data.parts, kept) if len(rows)},
-                   data.weights)
-
-
-def listed(keys, path):
-    """The places in `keys` of those that a file lists, ascending. UserError when one is not among them."""
-    wanted = set(read_keys(path))
-    places = np.array([place for place, key in enumerate(keys) if key in wanted], int)
-    if len(places) < len(wanted):
-        raise UserError(f"--keep {path}: {len(wanted) - len(places):,} of its {len(wanted):,} keys are not in the "
-                        "training set")
-    return places
-
-
-def is_captioned(cfg, name):
-    """Whether a set of --eval-data is for retrieval."""
-    return name in CAPTIONED or (name in mixture_weights(cfg.data) and name not in (*LABELLED, "emoji"))
-
-
-def eval_folder(cfg, name):
-    """The folder of a set of --eval-data: --eval-root, or NAME in it where there are several; --root for --data's."""
-    weights = mixture_weights(cfg.data)
-    if cfg.eval_root:
-        return Path(cfg.eval_root) / name if len(evaluation_names(cfg)) > 1 else cfg.eval_root
-    return part_folder(cfg.root, name, weights) if name in weights else None
-
-
-def evaluation_names(cfg):
-    """--eval-data, else the sets of --data: of a mixture those with splits of their own, if there are any."""
-    parts = tuple(mixture_weights(cfg.data))
-    return cfg.eval_data or tuple(name for name in parts if name in ("coco", "flickr30k")) or parts
-
-
-def evaluation_sets(cfg, split):
-    """{name: set} of --eval-data (default: what belongs to --data) in a split, "val" or "test".
-
-    Where no set has a validation split, the part of the training set that is held out serves. UserError when a set is
-    not there.
-    """
-    found = {}
-    for name in evaluation_names(cfg):
-        if name == "emoji":
-            scenes = dict(concepts=cfg.concepts, difficulty=cfg.difficulty)
-            found["concept"] = EmojiClasses(split, cfg.image_size, "concept", **scenes)
-            if split == "test":
-                found["group"] = EmojiClasses(split, cfg.image_size, "group", **scenes)
-                found["retrieval"] = EmojiScenes(split, 1000, cfg.image_size, **scenes)
-        else:
-            open_set = open_retrieval if is_captioned(cfg, name) else open_labelled
-            found[name] = open_set(name, eval_folder(cfg, name), split)
-    found = {name: data for name, data in found.items() if data is not None}
-    if split == "val" and not found and cfg.data not in ("emoji", *LABELLED):
-        weights = mixture_weights(cfg.data)
-        for name in weights:
-            data = open_retrieval(name, part_folder(cfg.root, name, weights), split)
-            if data is not None:
-                return {name: data}
-    return found
-
-
-def number_of_captions(data, most=5):
-    """How many captions an image of a captioned set has, judged by its first readable sample; at most `most`."""
-    for i in range(len(data)):
-        with contextlib.suppress(BadSample):
-            return min(most, len(data.read(i)[1]))
-    raise UserError("the training set holds no readable sample")
-
-
-def loader_workers(cfg):
-    """--workers -1: no extra process for the emoji scenes, else a share of the machine's cores."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return cfg.workers if cfg.workers >= 0 else 0 if cfg.data == "emoji" else min(8, max(1, os.cpu_count() // local))
-
-
-def example_images(sets, image_size, count, resize=resize_center_crop):
-    """(up to count, 3, S, S) uint8 and a caption each, from the first retrieval set of {name: set}; None without."""
-    images, captions = [], []
-    for data in sets.values():
-        for index in range(0 if hasattr(data, "classes") or images else len(data)):
-            if len(images) == count:
-                break
-            with contextlib.suppress(BadSample):
-                source, texts = data.read(index)
-                images.append(torch.from_numpy(resize(source, image_size)))
-                captions.append(texts[0])
-    return (torch.stack(images), captions) if images else None
-
-
-# ---------------------------------------------------------------------------------------------- embeddings on disk
-
-
-def digest(*parts):
-    """Sixteen hexadecimal digits that stand for strings, bytes, or what json can write."""
-    found = hashlib.sha256()
-    for part in parts:
-        found.update(part if isinstance(part, bytes) else json.dumps(part).encode())
-    return found.hexdigest()[:16]
-
-
-def file_digest(path):
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(2**24):
-            found.update(piece)
-    return found.hexdigest()[:16]
-
-
-def data_digest(data, keys):
-    """Of all keys, and of images and captions of up to 256 samples spread over the set."""
-    parts = ["\n".join(keys)]
-    for i in np.unique(np.linspace(0, len(data) - 1, 256).astype(int)).tolist():
-        try:
-            source, captions = data.read(i)
-            parts += [source if isinstance(source, bytes) else source.tobytes(), captions]
-        except BadSample as error:
-            parts.append(str(error))
-    return digest(*parts)
-
-
-def check_product(path, found, wanted):
-    """UserError when the product at `path` was `found` to be made from anything but what is `wanted` now."""
-    unnamed = ("teacher", "data", "embeddings", "kept images")  # digests, which say nothing to the reader
-    for name, value in wanted.items():
-        if found.get(name) != value:
-            other = f"another {name}" if name == "teacher" else f"other {name}" if name in unnamed else \
-                f"{'' if name == 'setting' else name + ' '}{found.get(name)}, not {value}"
-            raise UserError(f"{path} was made from {other}: delete it, or choose another folder")
-
-
-def read_product(path):
-    """The json a stage has left. UserError when it is missing or damaged."""
-    try:
-        return read_json(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is missing or damaged: delete what the stage made and run it again") from error
-
-
-def open_array(path, advice, mode="r"):
-    """A memory map of a .npy file with a vector of floats, or several, per row. UserError, ending in advice, else."""
-    try:
-        array = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError):
-        raise UserError(f"{path} is missing, cut short or no .npy file{advice}") from None
-    if not isinstance(array, np.ndarray) or array.ndim < 2 or array.dtype.kind != "f" or not array.size:
-        what = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else "no .npy array"
-        raise UserError(f"{path} holds {what}, not vectors of floats in rows{advice}")
-    return array if mode == "r" else np.load(path, mmap_mode=mode)
-
-
-class Embeddings:
-    """The teacher's embeddings on disk. Row i of image.npy (n, T) and text.npy (n, C, T) belongs to line i of keys.txt.
-
-    fp16 memory maps, not normalised again; C captions an image. A row of zeros: the image could not be read. A row of
-    NaN: still to do. embeddings.json says from which teacher and data they were made. UserError when a file is damaged.
-    """
-
-    def __init__(self, folder, mode="r"):
-        self.folder, info = Path(folder), read_product(Path(folder) / "embeddings.json")
-        self.fingerprint, self.logit_scale = digest(info["teacher"], info["data"]), info["logit_scale"]
-        self.where, self.advice = self.folder, f": delete {self.folder / 'embeddings.json'} to embed again"
-        self.keys = read_keys(self.folder / "keys.txt")
-        self.open(mode)
-        if not len(self.keys) == len(self.image) == len(self.text):
-            raise UserError(f"{self.folder} has {len(self.keys):,} keys for {len(self.image):,} images and "
-                            f"{len(self.text):,} texts{self.advice}")
-
-    def open(self, mode="r"):
-        self.image = open_array(self.folder / "image.npy", self.advice, mode)
-        self.text = open_array(self.folder / "text.npy", self.advice, mode)
-
-    def __getstate__(self):  # spawned workers open the maps themselves
-        return {**self.__dict__, "image": None, "text": None}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self.open()
-
-
-class ForeignEmbeddings:
-    """Image embeddings (n, T) of any model in a .npy file, for --stage balance and cluster (--embeddings, --keys)."""
-
-    text = logit_scale = None
-    advice = ""
-
-    def __init__(self, path, keys):
-        self.where = path
-        self.image = open_array(Path(path), self.advice)
-        self.keys = read_keys(keys) if keys else [str(i) for i in range(len(self.image))]
-        if len(self.keys) != len(self.image) or len(set(self.keys)) < len(self.keys):
-            raise UserError(f"{keys} has {len(self.keys):,} keys, {len(set(self.keys)):,} of them different; {path} "
-                            f"has {len(self.image):,} rows")
-        self.fingerprint = digest(file_digest(path), self.keys)
-
-
-def usable_rows(embeddings):
-    """The rows that hold an embedding. UserError when one holds NaN or infinity, or none is there."""
-    parts = []
-    for array in filter(lambda a: a is not None, (embeddings.image, embeddings.text)):
-        flat = array.reshape(len(array), -1)
-        largest = np.concatenate([np.abs(np.asarray(flat[start:start + 65536], np.float32)).max(1)
-                                  for start in range(0, len(flat), 65536)])
-        broken = np.flatnonzero(~np.isfinite(largest))
-        if len(broken):
-            raise UserError(f"{len(broken):,} embeddings are NaN or infinite, the first is that of "
-                            f"{embeddings.keys[broken[0]]!r}{embeddings.advice}")
-        parts.append(largest > 0)
-    rows = np.flatnonzero(np.all(parts, 0))
-    if not len(rows):
-        raise UserError(f"{embeddings.where}: every embedding is zero")
-    return rows
-
-
-class Rows:
-    """Unit float32 vectors (m, d) on a device, read by position from one or more memory maps of embeddings.
-
-    With several maps a vector is the normalised sum of their unit rows. rows: ascending. On CUDA all are copied there
-    once, in their own precision, if they fit in half of the free memory.
-    """
-
-    def __init__(self, arrays, rows, device):
-        # double precision sums and integer reductions are not to be had on MPS
-        self.device = torch.device("cpu" if torch.device(device).type == "mps" else device)
-        self.arrays, self.rows = arrays, np.asarray(rows)
-        size = sum(array.dtype.itemsize * array[0].size for array in arrays) * len(rows)
-        if self.device.type == "cuda" and size < torch.cuda.mem_get_info(self.device)[0] / 2:
-            self.arrays = [torch.cat([torch.from_numpy(array[part]).to(self.device) for part in
-                                      np.array_split(self.rows, 1 + len(rows) // 65536)]) for array in arrays]
-            self.rows = None
-
-    def __len__(self):
-        return len(self.arrays[0]) if self.rows is None else len(self.rows)
-
-    def __getitem__(self, positions):
-        """positions: a slice or an index tensor."""
-        if self.rows is None:
-            positions = positions if isinstance(positions, slice) else positions.to(self.device)
-            parts = [F.normalize(array[positions].float(), dim=-1) for array in self.arrays]
-        else:
-            rows = self.rows[positions if isinstance(positions, slice) else positions.cpu().numpy()]
-            if isinstance(positions, slice) and len(rows) and (np.diff(rows) == 1).all():
-                rows = slice(rows[0], rows[-1] + 1)  # read faster
-            parts = [F.normalize(torch.from_numpy(np.array(array[rows], np.float32)).to(self.device), dim=-1)
-                     for array in self.arrays]
-        return parts[0] if len(parts) == 1 else F.normalize(sum(parts), dim=-1)
-
-
-def find_samples(data, embeddings, rows):
-    """The index in `data` of each of these rows of the embeddings, by key."""
-    index_of = {data.key(i): i for i in range(len(data))}
-    return np.array([index_of[embeddings.keys[row]] for row in rows])
+def check_epoch(state, samples, name):
+    """check_bad of what the processes met in an epoch; the count starts anew."""
+    check_bad(collections.Counter(unreadable=total(state["bad"])), samples, name)
+    state["bad"] = 0
 
 
 # ------------------------------------------------------------------------------------- evaluation
@@ -2882,24 +2266,27 @@ def batches(data, image_size, workers, doing, resize=resize_whole, batch_size=64
 def embed_images(encoders, data, image_size, workers):
     """One pass over a set: ({key: (N, D) float32}, its N targets, its N indices in `data`).
 
-    encoders: {key: function of (B, 3, S, S) uint8 -> (B, D)}. Images that cannot be read are left
-    out; UserError when there is none.
+    encoders as in evaluate(). Images that cannot be read are left out; UserError if all are.
     """
     features, targets, indices = {key: [] for key in encoders}, [], []
     loader = batches(data, image_size, workers, "embedding", resize_center_crop, 128)
     for images, places, batch_targets in loader:
-        for key, encode in encoders.items():
-            features[key].append(encode(images).float())
+        for key, (encode_image, _) in encoders.items():
+            features[key].append(encode_image(images).float())
         targets += batch_targets
         indices += places
-    return {key: torch.cat(parts) for key, parts in features.items()}, targets, indices
+    features = {key: torch.cat(parts) for key, parts in features.items()}
+    return features, targets, indices
 
 
 @torch.no_grad()
 def embed_texts(encode_text, tokenizer, texts, block=512):
     """(T, D) float32 features of a list of strings."""
-    blocks = [texts[i:i + block] for i in range(0, len(texts), block)]
-    return torch.cat([encode_text(trim_padding(tokenizer(block))).float() for block in blocks])
+    features = []
+    for start in range(0, len(texts), block):
+        tokens = tokenizer(texts[start:start + block])
+        features.append(encode_text(trim_padding(tokens)).float())
+    return torch.cat(features)
 
 
 def evaluate(encoders, tokenizer, data, image_size, workers):
@@ -2909,21 +2296,23 @@ def evaluate(encoders, tokenizer, data, image_size, workers):
     token ids -> (T, D), of unit length; a key is any hashable. Returns {key: {metric: percent}}.
     Images that could not be read are left out and counted as "unreadable".
     """
-    image_encoders = {key: encode_image for key, (encode_image, _) in encoders.items()}
-    features, targets, _ = embed_images(image_encoders, data, image_size, workers)
+    features, targets, _ = embed_images(encoders, data, image_size, workers)
 
     @functools.cache  # encoders with the same text tower share its features
     def embed(encode_text):
         if data.kind == "classes":
             return zero_shot_classifier(encode_text, tokenizer, data.classes, data.templates)
-        return embed_texts(encode_text, tokenizer, [text for texts in targets for text in texts])
+        texts = [text for captions in targets for text in captions]
+        return embed_texts(encode_text, tokenizer, texts)
 
     scores = {}
     for key, (_, encode_text) in encoders.items():
+        text_features = embed(encode_text)
         if data.kind == "classes":
-            scores[key] = zero_shot(features[key], torch.tensor(targets), embed(encode_text))
+            labels = torch.tensor(targets)
+            scores[key] = zero_shot(features[key], labels, text_features)
         else:
-            scores[key] = retrieval(features[key], embed(encode_text), owners(targets))
+            scores[key] = retrieval(features[key], text_features, owners(targets))
         if len(targets) < len(data):
             scores[key]["unreadable"] = len(data) - len(targets)
     return scores
@@ -2935,7 +2324,8 @@ def score_sets(encoders, tokenizer, sets, image_size, workers):
     for name, data in sets.items():
         found = evaluate(encoders, tokenizer, data, image_size, workers)
         for key, metrics in found.items():
-            scores[key].update({f"{name}_{metric}": value for metric, value in metrics.items()})
+            for metric, value in metrics.items():
+                scores[key][f"{name}_{metric}"] = value
     return scores
 
 
@@ -2964,7 +2354,12 @@ def zero_shot(features, labels, classifier):
     labels = labels.to(scores.device)[:, None]
     best = scores.argsort(dim=1, descending=True, stable=True)
     right = (best == labels) & ~scores.gather(1, labels).isnan()
-    return {f"top{k}": 100 * right[:, :k].any(1).float().mean().item() for k in (1, 5)}
+    return {"top1": percent(right[:, 0]), "top5": percent(right[:, :5].any(1))}
+
+
+def percent(right):
+    """Of a tensor of truths."""
+    return 100 * right.float().mean().item()
 
 
 def owners(captions):
@@ -2998,8 +2393,11 @@ def ranks(scores, own):
 
 def recalls(to_text, to_image):
     """Recall at 1, 5 and 10, both ways, from the rank of each query's best own key."""
-    return {f"{way}_r{k}": 100 * (rank < k).float().mean().item()
-            for way, rank in (("i2t", to_text), ("t2i", to_image)) for k in (1, 5, 10)}
+    found = {}
+    for way, rank in (("i2t", to_text), ("t2i", to_image)):
+        for k in (1, 5, 10):
+            found[f"{way}_r{k}"] = percent(rank < k)
+    return found
 
 
 @torch.no_grad()
@@ -3071,12 +2469,12 @@ def linear_probe(train, val, test, classes, strengths=STRENGTHS):
     """{"top1" in percent, "C"} of L-BFGS logistic regression on frozen features.
 
     A split is (features (N, D), labels (N,)). The inverse regularisation (scikit-learn's C:
-    minimise C * sum of losses + |W|^2 / 2) is chosen on `val`, then train + val are fitted anew. UserError
-    with the place of an image whose features are no numbers.
+    minimise C * sum of losses + |W|^2 / 2) is chosen on `val`, then train + val are fitted anew.
+    UserError with the place of an image whose features are no numbers.
     """
     def accuracy(weights, features, labels):
         found = (with_bias(features) @ weights).argmax(1)
-        return 100 * (found.cpu() == labels.cpu()).float().mean().item()
+        return percent(found.cpu() == labels.cpu())
 
     for features, _ in (train, val, test):
         check_finite(features, range(len(features)))
@@ -3122,7 +2520,7 @@ def fit_logistic(x, y, classes, c, block=65536):
 def probe(encoders, cfg, image_size):
     """--linear-probe: {key: {"<set>_probe_top1", "<set>_probe_C"}} on each set of classes.
 
-    encoders: as embed_images() takes them. Every fifth training image is the validation split.
+    encoders: as evaluate() takes them. Every fifth training image is the validation split.
     """
     def embed(data):
         found, labels, indices = embed_images(encoders, data, image_size, loader_workers(cfg))
@@ -3138,8 +2536,8 @@ def probe(encoders, cfg, image_size):
         (train, y), (test, test_y) = embed(data), embed(tests[name])
         held = torch.arange(len(y)) % 5 == 4
         for key, x in train.items():
-            found = linear_probe((x[~held], y[~held]), (x[held], y[held]),
-                                 (test[key], test_y), len(data.classes))
+            splits = (x[~held], y[~held]), (x[held], y[held]), (test[key], test_y)
+            found = linear_probe(*splits, len(data.classes))
             for metric, value in found.items():
                 scores[key][f"{name}_probe_{metric}"] = value
     return scores
@@ -3154,8 +2552,7 @@ def test_checkpoint(cfg, size, encoders):
     tokenizer = CLIPTokenizer(size.context_length, size.vocab_size)
     cells = score_sets(encoders, tokenizer, sets, size.image_size, loader_workers(cfg))
     if cfg.linear_probe:
-        image_encoders = {key: encode_image for key, (encode_image, _) in encoders.items()}
-        for key, found in probe(image_encoders, cfg, size.image_size).items():
+        for key, found in probe(encoders, cfg, size.image_size).items():
             cells[key].update(found)
     for cell in cells.values():
         for metric in ("top1", "probe_top1"):
@@ -3172,15 +2569,20 @@ def write_results(run, cfg, cells, state):
     cells: {label: {metric: value}}; state: the training loop's counters.
     """
     rows = read_csv(run.path("log.csv"))
-    last = [float(value) for column, value in rows[-1].items()
-            if column.startswith("val_") and value]
-    results = {"cells": cells, "seed": cfg.seed, "steps": state["step"],
-               "best_step": state["best_step"], "best_validation": state["best"],
-               "last_validation": max(last, default=None)}
+    validation = [float(value) for name, value in rows[-1].items()
+                  if name.startswith("val_") and value]
+    results = {
+        "cells": cells,
+        "seed": cfg.seed,
+        "steps": state["step"],
+        "best_step": state["best_step"],
+        "best_validation": state["best"],
+        "last_validation": max(validation, default=None),
+    }
     run.write_json("results.json", results)
     print_table(cells)
-    plot_curves(run.path("curves.png"), rows, math.log(cfg.batch_size),
-                f"{cfg.method} on {cfg.data}")
+    title = f"{cfg.method} on {cfg.data}"
+    plot_curves(run.path("curves.png"), rows, math.log(cfg.batch_size), title)
     return results
 
 
@@ -3188,7 +2590,9 @@ def throughput(encoders, image_size, device):
     """{key: images/s} of image encoders on 256 images of noise; encoders as in evaluate()."""
     shape = (256, 3, image_size, image_size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
-    calls = {key: functools.partial(encode, images) for key, (encode, _) in encoders.items()}
+    calls = {}
+    for key, (encode_image, _) in encoders.items():
+        calls[key] = functools.partial(encode_image, images)
     latency = compare_latency(calls, device, rounds=5)
     return {key: 1000 * len(images) / milliseconds for key, milliseconds in latency.items()}
 
@@ -3533,8 +2937,8 @@ def new_figure(rows, columns, size, title):
     """A figure of `size` inches and its axes (rows, columns); no pyplot, so no backend is asked."""
     from matplotlib.figure import Figure
 
-    figure = Figure(size, layout="constrained")
-    figure.suptitle(fold(title, int(9 * size[0])))
+    figure = Figure(size, layout="compressed")
+    figure.suptitle(fold(title, int(7 * size[0])), fontsize=14)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
@@ -3548,26 +2952,22 @@ def plot_grid(path, rows, names, captions, title, beneath=(), side=1.6):
 
     beneath: a text below each image, in order. side: of an image, in inches.
     """
-    names = [fold(name, 24) for name in names]
-    captions = [fold(caption, int(12 * side), 3) for caption in captions]
     columns = max(map(len, rows))
-    width = side * columns + 0.11 * max(map(len, "\n".join(names).split("\n")))
     below = max((text.count("\n") + 1 for text in beneath), default=0)
-    above = max((caption.count("\n") + 1 for caption in captions), default=0)
-    height = len(rows) * (side + 0.15 + 0.15 * below) + 0.17 * above + 0.5
-    figure, axes = new_figure(len(rows), columns, (max(5, width), height), title)
+    size = side * columns + 2, (side + 0.2 * below) * len(rows) + 1
+    figure, axes = new_figure(len(rows), columns, size, title)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
     for line, images, name in zip(axes, rows, names):
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=12)
+        line[0].set_ylabel(fold(name, 24), rotation=0, ha="right", va="center", fontsize=12)
         for axis, image in zip(line, images):
             axis.imshow(image.permute(1, 2, 0).cpu().numpy())
     for axis, caption in zip(axes[0], captions):
-        axis.set_title(caption, fontsize=10)
+        axis.set_title(fold(caption, int(12 * side), 3), fontsize=10)
     for axis, text in zip(axes.flat, beneath):
         axis.set_xlabel(text, loc="left", fontsize=9)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 def plot_captions(path, images, captions, title):
@@ -3595,21 +2995,20 @@ def plot_retrieval(path, images, captions, scores, texts=6, shown=5):
 
     images (N, 3, S, S) uint8; scores (N, N), image by text.
     """
-    side = images.shape[-1]
-    edge = max(2, side // 12)
-    frame = torch.ones(side, side, dtype=torch.bool)
+    images, shown = images.cpu(), min(shown, len(images))
+    edge = max(2, images.shape[-1] // 12)
+    frame = torch.ones(images.shape[-2:], dtype=torch.bool)
     frame[edge:-edge, edge:-edge] = False
-    green = torch.tensor([[40], [170], [60]], dtype=torch.uint8)
     rows = []
-    for text, image in enumerate(images[:texts].cpu()):
-        best = scores[:, text].topk(min(shown, len(images))).indices.cpu()
-        ranked = images.cpu()[best]
-        image = image.clone()
-        image[:, frame] = green
-        ranked[best == text] = image
-        rows.append(ranked)
+    for text in range(len(captions[:texts])):
+        best = scores[:, text].topk(shown).indices.cpu()
+        row = images[best]
+        edges = (best == text)[:, None, None] & frame  # (shown, S, S)
+        row.permute(0, 2, 3, 1)[edges] = torch.tensor([40, 170, 60], dtype=torch.uint8)
+        rows.append(row)
+    ranks_shown = [f"rank {n + 1}" for n in range(shown)]
     title = f"the best of {len(images)} images for each caption, its own one framed"
-    plot_grid(path, rows, captions[:texts], [f"rank {n + 1}" for n in range(shown)], title)
+    plot_grid(path, rows, captions[:texts], ranks_shown, title)
 
 
 def draw_retrieval(path, encoders, tokenizer, sets, image_size):
