@@ -419,7 +419,8 @@ def find_groups(x, eps=None, remove=None):
     i, j, cosine = best_links(x, count, floor)
     if eps is None:
         next_best = cosine[count].item() if len(cosine) > count else floor
-        eps = math.sqrt(2 - cosine[count - 1].item() - next_best)  # half-way between the two
+        half_way = (cosine[count - 1].item() + next_best) / 2
+        eps = math.sqrt(max(0, 2 - 2 * half_way))
     _, group = spanning_forest(n, i[:count], j[:count])
     return group, eps
 
