@@ -64,7 +64,7 @@ DATA = Path(__file__).resolve().parent / "data"
 
 
 class UserError(Exception):
-    """Something the user gave cannot be used: main prints this one line and exits with code 2."""
+    """Something the user gave cannot be used: run_main prints this line; exit code 2."""
 
 
 class BadSample(Exception):
@@ -158,35 +158,38 @@ def parse_command_line(config_class, description, argv=None):
     """
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    group = parser
-    for field in dataclasses.fields(config_class):
-        default, allowed = field.default, field.metadata["allowed"]
+    group, fields = parser, dataclasses.fields(config_class)
+    for field in fields:
         if field.metadata["section"]:
             group = parser.add_argument_group(field.metadata["section"])
-        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-        help = field.metadata["help"].replace("%", "%%")
-        if shown not in (None, ""):
-            help += f" [{shown}]"
-        # float of `float | None` and of `tuple[float, ...]`
-        kind = getattr(field.type, "__args__", (field.type,))[0]
-        if kind is bool:
-            settings = {"action": argparse.BooleanOptionalAction}
-        else:
-            settings = {"type": kind, "metavar": kind.__name__.upper()}
-        if isinstance(allowed, list):
-            settings = {"choices": allowed}
-        if isinstance(default, tuple):
-            settings["nargs"] = "+"
-        group.add_argument(flag(field.name), help=help, **settings)
+        group.add_argument(flag(field.name), **argument(field))
     given = vars(parser.parse_args(argv))
-    for field in dataclasses.fields(config_class):
+    for field in fields:
         if type(given.get(field.name)) in (int, float):  # a bool is an int as well
             check_range(field, given[field.name])
     return as_fields(given)
 
 
+def argument(field):
+    """What argparse wants to know of a field."""
+    several = isinstance(field.default, tuple)
+    shown = " ".join(map(str, field.default)) if several else field.default
+    help = field.metadata["help"].replace("%", "%%")
+    settings = {"help": help if shown in (None, "") else f"{help} [{shown}]"}
+    kind = getattr(field.type, "__args__", (field.type,))[0]  # of `float | None`, `tuple[float]`
+    if kind is bool:
+        settings["action"] = argparse.BooleanOptionalAction
+    elif isinstance(field.metadata["allowed"], list):
+        settings["choices"] = field.metadata["allowed"]
+    else:
+        settings["type"], settings["metavar"] = kind, kind.__name__.upper()
+    if several:
+        settings["nargs"] = "+"
+    return settings
+
+
 def check_range(field, value):
-    """UserError when a number is outside of its range, by default from 0 on, of counts from 1 on."""
+    """UserError for a number outside of its range, by default from 0 on, of counts from 1."""
     least = min(field.default or 0, 1 if isinstance(value, int) else 0)
     most = math.inf
     if isinstance(field.metadata["allowed"], tuple):
@@ -231,9 +234,10 @@ def fill_config(config_class, recipe, given, stem):
 def saved_config(config_class, path):
     """{field: value} of a run's config.json. UserError when the file is damaged."""
     saved = read_json(path)
-    if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
-        raise UserError(f"{path} holds no config of a run: take another --out")
-    return known_fields(config_class, saved["config"])
+    try:
+        return known_fields(config_class, saved["config"])
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} holds no config of a run: take another --out") from None
 
 
 def known_fields(config_class, saved):
@@ -244,13 +248,10 @@ def known_fields(config_class, saved):
 
 def run_folder(stem, newest):
     """The default run folder: `stem`, stem-2, stem-3, ..., the first free or the newest taken."""
-    number = 1
-    name = stem
-    while Path(name).exists():
-        previous = name
-        number += 1
-        name = f"{stem}-{number}"
-    return previous if newest and number > 1 else name
+    names = [stem]
+    while Path(names[-1]).exists():
+        names.append(f"{stem}-{len(names) + 1}")
+    return names[-2] if newest and len(names) > 1 else names[-1]
 
 
 # ------------------------------------------------------------------------ devices and processes
@@ -270,7 +271,7 @@ def world_size():
 
 
 def start_device(name, seed):
-    """Join the processes torchrun started, pick the device ("auto": CUDA, else MPS, else CPU), seed.
+    """Join the processes torchrun started, pick the device (auto: CUDA, else MPS, else CPU), seed.
 
     Products of float32 matrices stay exact: nothing here allows TF32, so that the logits of every
     loss are float32 also on CUDA, where the towers run in bf16 by default.
@@ -326,12 +327,10 @@ def gather(x):
 
 def average_gradients(parameters):
     """Replace each gradient by its mean over the processes."""
-    if world_size() == 1:
-        return
-    grads = [p.grad for p in parameters if p.grad is not None]
-    for work in [dist.all_reduce(grad, async_op=True) for grad in grads]:
-        work.wait()
-    torch._foreach_div_(grads, world_size())
+    for parameter in parameters:
+        if parameter.grad is not None and world_size() > 1:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= world_size()
 
 
 def mean_over_processes(terms):
@@ -370,7 +369,7 @@ def gather_objects(thing):
 
 
 def on_first(work):
-    """work() on rank 0 while the others wait; all return its result. Its UserError ends them all."""
+    """work() on rank 0 while the others wait; all return its result; a UserError ends all."""
     result = None
     if rank() == 0:
         try:
@@ -388,20 +387,28 @@ def on_first(work):
 SAVE_EVERY = 500  # steps between checkpoints; one is also saved after every epoch
 
 
+@contextlib.contextmanager
+def disk_errors(path):
+    """What goes wrong while a file is written becomes a UserError that names it."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"{path} cannot be written: {reason}") from error
+
+
 def replace_file(path, write):
     """write(temporary path), then rename: nobody ever reads half a file. UserError if it fails."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"{path} cannot be written: {reason}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    with disk_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
 def write_json(path, content):
@@ -449,13 +456,19 @@ def environment():
     """Versions, hardware and git commit, for config.json."""
     git = ["git", "-C", str(DATA.parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        commit = subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL).strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "not a git checkout"
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"commit": commit, "python": platform.python_version(), "torch": torch.__version__,
-            "platform": platform.platform(), "cpu_threads": torch.get_num_threads(), "gpu": gpu,
+            "platform": platform.platform(), "cpu_threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "processes": world_size(), "command": " ".join(sys.argv)}
+
+
+def check_free(cfg):
+    """UserError when --out holds a run that is not to be resumed."""
+    if Path(cfg.out, "log.csv").exists() and not cfg.resume:
+        raise UserError(f"{cfg.out} holds a run: go on with --resume, or choose another --out")
 
 
 class Run:
@@ -470,41 +483,32 @@ class Run:
     def path(self, name):
         return self.folder / name
 
-    def check_free(self, cfg):
-        """UserError when the folder holds a run that is not to be resumed."""
-        if self.path("log.csv").exists() and not cfg.resume:
-            raise UserError(f"{self.folder} holds a run: go on with --resume, or choose another "
-                            "--out")
-
     def start(self, cfg, step):
-        """Write config.json at step 0; later rows of an interrupted run are dropped."""
+        """Write config.json at step 0; later rows of an interrupted run are dropped.
+
+        UserError when the folder holds a run that is not to be resumed.
+        """
         if rank() > 0:
             return
-        self.check_free(cfg)
+        check_free(cfg)
         if step == 0:
             content = {"config": dataclasses.asdict(cfg), "environment": environment()}
             self.write_json("config.json", content)
-        if self.path("log.csv").exists():
-            rows = [row for row in read_csv(self.path("log.csv")) if int(row["step"]) <= step]
-            self.path("log.csv").unlink()
-            for row in rows:
-                self.log(row)
+        path = self.path("log.csv")
+        lines = [",".join(self.columns)]
+        for row in read_csv(path) if path.exists() else []:
+            if int(row["step"]) <= step:
+                lines.append(",".join(row.values()))
+        text = "".join(line + "\n" for line in lines)
+        replace_file(path, lambda temporary: temporary.write_text(text))
 
     def log(self, row):
         """Append a row to log.csv; absent columns stay empty."""
-        if rank() > 0:
-            return
-        path = self.path("log.csv")
-        new = not path.exists()
-        shown = {name: f"{v:.8g}" if isinstance(v, float) else v for name, v in row.items()}
-        try:
-            with open(path, "a", newline="") as file:
-                writer = csv.DictWriter(file, self.columns, restval="", lineterminator="\n")
-                if new:
-                    writer.writeheader()
-                writer.writerow(shown)
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror}") from error
+        cells = [row.get(column, "") for column in self.columns]
+        line = ",".join(f"{v:.8g}" if isinstance(v, float) else str(v) for v in cells)
+        if rank() == 0:
+            with disk_errors(self.path("log.csv")), open(self.path("log.csv"), "a") as file:
+                file.write(line + "\n")
 
     def write_json(self, name, content):
         if rank() == 0:
@@ -660,7 +664,8 @@ def run_arms(cfg, given, arms, baselines, first=()):
         raise UserError(f"--ablate {' '.join(sorted(unknown))}: no such arm; there are: all, "
                         + ", ".join(map(repr, arms)))
     folder = Path(cfg.out)
-    common = {name: v for name, v in given.items() if name not in ("ablate", "seeds", "jobs", "out")}
+    own = ("ablate", "seeds", "jobs", "out")
+    common = {name: value for name, value in given.items() if name not in own}
     wanted = [name for name in arms if "all" in cfg.ablate or name in cfg.ablate]
     commands = []
     for seed in cfg.seeds:
@@ -769,16 +774,17 @@ def paired_differences(found, baseline):
     table = {}
     for name, runs in found.items():
         for cell in runs[0]["cells"]:
-            pairs = [(run["cells"][cell], base[run["seed"]]) for run in runs if run["seed"] in base]
-            if (name, cell) == (baseline, first) or not pairs:
-                continue
-            metrics = [m for m in pairs[0][1] if m in pairs[0][0] and m != "images_per_second"]
-            gains = [{m: ours[m] - theirs[m] for m in metrics} for ours, theirs in pairs]
-            summary = mean_std(gains)
-            for metric in metrics:
-                positive = sum(gain[metric] > 0 for gain in gains)
-                summary[metric] += f" ({positive}/{len(gains)})"
-            table[f"{name}: {cell}"] = summary
+            gains = []
+            for run in runs:
+                theirs = base.get(run["seed"], {})
+                gains.append({metric: value - theirs[metric]
+                              for metric, value in run["cells"][cell].items() if metric in theirs})
+            gains = [gain for gain in gains if any(gain.values())]
+            if gains:
+                table[f"{name}: {cell}"] = summary = mean_std(gains)
+                for metric in summary:
+                    positive = sum(gain[metric] > 0 for gain in gains)
+                    summary[metric] += f" ({positive}/{len(gains)})"
     return table
 
 
@@ -1447,7 +1453,7 @@ def random_crop_box(width, height, rng, scale, ratio):
 
 
 def resize_center_crop(source, size):
-    """uint8 (3, size, size): the shorter side to `size`, then the central square. For evaluation."""
+    """uint8 (3, size, size): the shorter side to `size`, then the central square."""
     image = open_image(source)
     short = min(image.size)
     width, height = (size if side == short else int(size * side / short) for side in image.size)
@@ -1901,7 +1907,7 @@ def parts_of(data):
     for part in data.split("+"):
         name, star, times = part.strip().partition("*")
         if not name or (star and not (times.isdecimal() and int(times) > 0)):
-            raise UserError(f"--data {data}: {part!r} is no NAME or NAME*2, a whole number of times")
+            raise UserError(f"--data {data}: {part!r} is no NAME or NAME*2, whole times")
         if name in names or (name == "emoji" and data != "emoji"):
             raise UserError(f"--data {data}: {name} cannot be mixed in (again)")
         names += [name] * int(times or 1)
@@ -2034,7 +2040,7 @@ def loader_workers(cfg):
 
 
 def example_images(sets, image_size, count, resize=resize_center_crop):
-    """(up to count, 3, S, S) uint8 and a caption each, from the first captioned set; None without."""
+    """(up to count, 3, S, S) uint8 and a caption each, of the first captioned set, or None."""
     for data in sets.values():
         images, captions = [], []
         for i in range(len(data) if data.kind == "captions" else 0):
