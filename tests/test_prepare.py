@@ -53,7 +53,7 @@ def samples_of(data):
 
 
 def write_coco(root, karpathy=False, first=0):
-    """Ten images a folder whose ids are not the numbers in their names, captions in another order."""
+    """Ten images a folder, whose ids are not the numbers in their names."""
     for split, start in (("train2017", first), ("val2017", first + 10)):
         ids = range(start, start + 10)
         write_images(root, [f"{split}/{i + 1:012d}.jpg" for i in ids])
@@ -188,7 +188,8 @@ def write_sbu(root, rows):
 
 def write_table(root, rows, text):
     root.mkdir(exist_ok=True)
-    (root / "Train_GCC-training.tsv").write_bytes(text if isinstance(text, bytes) else text.encode())
+    content = text if isinstance(text, bytes) else text.encode()
+    (root / "Train_GCC-training.tsv").write_bytes(content)
     return write_images(root, [f"images/{i // 4:05d}/{i:09d}.jpg" for i in rows])
 
 
