@@ -2014,7 +2014,7 @@ def evaluation_sets(cfg, image_size, split):
         else:
             label = Path(name).name
             folder = training_folder(cfg, name) if name in parts else None
-            if Path(name).is_dir() and not (DATA / name).is_dir():
+            if label != name or (Path(name).is_dir() and not (DATA / name).is_dir()):
                 folder = name
             found[label] = open_evaluation(label, folder, split)
     found = {name: data for name, data in found.items() if data is not None}

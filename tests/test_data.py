@@ -323,7 +323,7 @@ def test_truncated_shard_keeps_its_whole_samples(tmp_path, at):
     assert [data.key(i) for i in range(len(data))] == [f"0/{i}" for i in range(5 if at == "end"
                                                                               else 3)]
     assert (data.bad.total() > 0) == (at != "end")
-    assert all(data[i][0] == 100 * b"jpg %d" % i for i in range(len(data)))
+    assert all(data[i][0] == 100 * (b"jpg %d" % i) for i in range(len(data)))
 
 
 def test_damaged_and_joined_shards(tmp_path):
