@@ -180,14 +180,15 @@ def parse_command_line(config_class, description, argv=None):
         group.add_argument(flag(field.name), help=help, **settings)
     given = vars(parser.parse_args(argv))
     for field in dataclasses.fields(config_class):
-        if isinstance(given.get(field.name), (int, float)):
+        if type(given.get(field.name)) in (int, float):  # a bool is an int as well
             check_range(field, given[field.name])
     return as_fields(given)
 
 
 def check_range(field, value):
-    """UserError when a number is outside of field's range, by default from 0 on, or not finite."""
-    least, most = min(0, field.default or 0), math.inf
+    """UserError when a number is outside of its range, by default from 0 on, of counts from 1 on."""
+    least = min(field.default or 0, 1 if isinstance(value, int) else 0)
+    most = math.inf
     if isinstance(field.metadata["allowed"], tuple):
         least, most = field.metadata["allowed"]
     if not least <= value <= most or value == math.inf:
@@ -399,7 +400,8 @@ def replace_file(path, write):
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"{path} cannot be written: {reason}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_json(path, content):
@@ -2312,24 +2314,27 @@ def batches(data, image_size, workers, doing, resize=resize_whole, batch_size=64
 def embed_images(encoders, data, image_size, workers):
     """One pass over a set: ({key: (N, D) float32}, its N targets, its N indices in `data`).
 
-    encoders: {key: function of (B, 3, S, S) uint8 -> (B, D)}. Images that cannot be read are left
-    out; UserError when there is none.
+    encoders as in evaluate(). Images that cannot be read are left out; UserError if all are.
     """
     features, targets, indices = {key: [] for key in encoders}, [], []
     loader = batches(data, image_size, workers, "embedding", resize_center_crop, 128)
     for images, places, batch_targets in loader:
-        for key, encode in encoders.items():
-            features[key].append(encode(images).float())
+        for key, (encode_image, _) in encoders.items():
+            features[key].append(encode_image(images).float())
         targets += batch_targets
         indices += places
-    return {key: torch.cat(parts) for key, parts in features.items()}, targets, indices
+    features = {key: torch.cat(parts) for key, parts in features.items()}
+    return features, targets, indices
 
 
 @torch.no_grad()
 def embed_texts(encode_text, tokenizer, texts, block=512):
     """(T, D) float32 features of a list of strings."""
-    blocks = [texts[i:i + block] for i in range(0, len(texts), block)]
-    return torch.cat([encode_text(trim_padding(tokenizer(block))).float() for block in blocks])
+    features = []
+    for start in range(0, len(texts), block):
+        tokens = tokenizer(texts[start:start + block])
+        features.append(encode_text(trim_padding(tokens)).float())
+    return torch.cat(features)
 
 
 def evaluate(encoders, tokenizer, data, image_size, workers):
@@ -2339,21 +2344,23 @@ def evaluate(encoders, tokenizer, data, image_size, workers):
     token ids -> (T, D), of unit length; a key is any hashable. Returns {key: {metric: percent}}.
     Images that could not be read are left out and counted as "unreadable".
     """
-    image_encoders = {key: encode_image for key, (encode_image, _) in encoders.items()}
-    features, targets, _ = embed_images(image_encoders, data, image_size, workers)
+    features, targets, _ = embed_images(encoders, data, image_size, workers)
 
     @functools.cache  # encoders with the same text tower share its features
     def embed(encode_text):
         if data.kind == "classes":
             return zero_shot_classifier(encode_text, tokenizer, data.classes, data.templates)
-        return embed_texts(encode_text, tokenizer, [text for texts in targets for text in texts])
+        texts = [text for captions in targets for text in captions]
+        return embed_texts(encode_text, tokenizer, texts)
 
     scores = {}
     for key, (_, encode_text) in encoders.items():
+        text_features = embed(encode_text)
         if data.kind == "classes":
-            scores[key] = zero_shot(features[key], torch.tensor(targets), embed(encode_text))
+            labels = torch.tensor(targets)
+            scores[key] = zero_shot(features[key], labels, text_features)
         else:
-            scores[key] = retrieval(features[key], embed(encode_text), owners(targets))
+            scores[key] = retrieval(features[key], text_features, owners(targets))
         if len(targets) < len(data):
             scores[key]["unreadable"] = len(data) - len(targets)
     return scores
@@ -2365,7 +2372,8 @@ def score_sets(encoders, tokenizer, sets, image_size, workers):
     for name, data in sets.items():
         found = evaluate(encoders, tokenizer, data, image_size, workers)
         for key, metrics in found.items():
-            scores[key].update({f"{name}_{metric}": value for metric, value in metrics.items()})
+            for metric, value in metrics.items():
+                scores[key][f"{name}_{metric}"] = value
     return scores
 
 
@@ -2394,7 +2402,12 @@ def zero_shot(features, labels, classifier):
     labels = labels.to(scores.device)[:, None]
     best = scores.argsort(dim=1, descending=True, stable=True)
     right = (best == labels) & ~scores.gather(1, labels).isnan()
-    return {f"top{k}": 100 * right[:, :k].any(1).float().mean().item() for k in (1, 5)}
+    return {"top1": percent(right[:, 0]), "top5": percent(right[:, :5].any(1))}
+
+
+def percent(right):
+    """Of a tensor of truths."""
+    return 100 * right.float().mean().item()
 
 
 def owners(captions):
@@ -2428,8 +2441,11 @@ def ranks(scores, own):
 
 def recalls(to_text, to_image):
     """Recall at 1, 5 and 10, both ways, from the rank of each query's best own key."""
-    return {f"{way}_r{k}": 100 * (rank < k).float().mean().item()
-            for way, rank in (("i2t", to_text), ("t2i", to_image)) for k in (1, 5, 10)}
+    found = {}
+    for way, rank in (("i2t", to_text), ("t2i", to_image)):
+        for k in (1, 5, 10):
+            found[f"{way}_r{k}"] = percent(rank < k)
+    return found
 
 
 @torch.no_grad()
@@ -2501,12 +2517,12 @@ def linear_probe(train, val, test, classes, strengths=STRENGTHS):
     """{"top1" in percent, "C"} of L-BFGS logistic regression on frozen features.
 
     A split is (features (N, D), labels (N,)). The inverse regularisation (scikit-learn's C:
-    minimise C * sum of losses + |W|^2 / 2) is chosen on `val`, then train + val are fitted anew. UserError
-    with the place of an image whose features are no numbers.
+    minimise C * sum of losses + |W|^2 / 2) is chosen on `val`, then train + val are fitted anew.
+    UserError with the place of an image whose features are no numbers.
     """
     def accuracy(weights, features, labels):
         found = (with_bias(features) @ weights).argmax(1)
-        return 100 * (found.cpu() == labels.cpu()).float().mean().item()
+        return percent(found.cpu() == labels.cpu())
 
     for features, _ in (train, val, test):
         check_finite(features, range(len(features)))
@@ -2552,7 +2568,7 @@ def fit_logistic(x, y, classes, c, block=65536):
 def probe(encoders, cfg, image_size):
     """--linear-probe: {key: {"<set>_probe_top1", "<set>_probe_C"}} on each set of classes.
 
-    encoders: as embed_images() takes them. Every fifth training image is the validation split.
+    encoders: as evaluate() takes them. Every fifth training image is the validation split.
     """
     def embed(data):
         found, labels, indices = embed_images(encoders, data, image_size, loader_workers(cfg))
@@ -2568,8 +2584,8 @@ def probe(encoders, cfg, image_size):
         (train, y), (test, test_y) = embed(data), embed(tests[name])
         held = torch.arange(len(y)) % 5 == 4
         for key, x in train.items():
-            found = linear_probe((x[~held], y[~held]), (x[held], y[held]),
-                                 (test[key], test_y), len(data.classes))
+            splits = (x[~held], y[~held]), (x[held], y[held]), (test[key], test_y)
+            found = linear_probe(*splits, len(data.classes))
             for metric, value in found.items():
                 scores[key][f"{name}_probe_{metric}"] = value
     return scores
@@ -2584,8 +2600,7 @@ def test_checkpoint(cfg, size, encoders):
     tokenizer = CLIPTokenizer(size.context_length, size.vocab_size)
     cells = score_sets(encoders, tokenizer, sets, size.image_size, loader_workers(cfg))
     if cfg.linear_probe:
-        image_encoders = {key: encode_image for key, (encode_image, _) in encoders.items()}
-        for key, found in probe(image_encoders, cfg, size.image_size).items():
+        for key, found in probe(encoders, cfg, size.image_size).items():
             cells[key].update(found)
     for cell in cells.values():
         for metric in ("top1", "probe_top1"):
@@ -2602,15 +2617,20 @@ def write_results(run, cfg, cells, state):
     cells: {label: {metric: value}}; state: the training loop's counters.
     """
     rows = read_csv(run.path("log.csv"))
-    last = [float(value) for column, value in rows[-1].items()
-            if column.startswith("val_") and value]
-    results = {"cells": cells, "seed": cfg.seed, "steps": state["step"],
-               "best_step": state["best_step"], "best_validation": state["best"],
-               "last_validation": max(last, default=None)}
+    validation = [float(value) for name, value in rows[-1].items()
+                  if name.startswith("val_") and value]
+    results = {
+        "cells": cells,
+        "seed": cfg.seed,
+        "steps": state["step"],
+        "best_step": state["best_step"],
+        "best_validation": state["best"],
+        "last_validation": max(validation, default=None),
+    }
     run.write_json("results.json", results)
     print_table(cells)
-    plot_curves(run.path("curves.png"), rows, math.log(cfg.batch_size),
-                f"{cfg.method} on {cfg.data}")
+    title = f"{cfg.method} on {cfg.data}"
+    plot_curves(run.path("curves.png"), rows, math.log(cfg.batch_size), title)
     return results
 
 
@@ -2618,7 +2638,9 @@ def throughput(encoders, image_size, device):
     """{key: images/s} of image encoders on 256 images of noise; encoders as in evaluate()."""
     shape = (256, 3, image_size, image_size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
-    calls = {key: functools.partial(encode, images) for key, (encode, _) in encoders.items()}
+    calls = {}
+    for key, (encode_image, _) in encoders.items():
+        calls[key] = functools.partial(encode_image, images)
     latency = compare_latency(calls, device, rounds=5)
     return {key: 1000 * len(images) / milliseconds for key, milliseconds in latency.items()}
 
@@ -2963,8 +2985,8 @@ def new_figure(rows, columns, size, title):
     """A figure of `size` inches and its axes (rows, columns); no pyplot, so no backend is asked."""
     from matplotlib.figure import Figure
 
-    figure = Figure(size, layout="constrained")
-    figure.suptitle(fold(title, int(9 * size[0])))
+    figure = Figure(size, layout="compressed")
+    figure.suptitle(fold(title, int(7 * size[0])), fontsize=14)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
@@ -2978,26 +3000,22 @@ def plot_grid(path, rows, names, captions, title, beneath=(), side=1.6):
 
     beneath: a text below each image, in order. side: of an image, in inches.
     """
-    names = [fold(name, 24) for name in names]
-    captions = [fold(caption, int(12 * side), 3) for caption in captions]
     columns = max(map(len, rows))
-    width = side * columns + 0.11 * max(map(len, "\n".join(names).split("\n")))
     below = max((text.count("\n") + 1 for text in beneath), default=0)
-    above = max((caption.count("\n") + 1 for caption in captions), default=0)
-    height = len(rows) * (side + 0.15 + 0.15 * below) + 0.17 * above + 0.5
-    figure, axes = new_figure(len(rows), columns, (max(5, width), height), title)
+    size = side * columns + 2, (side + 0.2 * below) * len(rows) + 1
+    figure, axes = new_figure(len(rows), columns, size, title)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
     for line, images, name in zip(axes, rows, names):
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=12)
+        line[0].set_ylabel(fold(name, 24), rotation=0, ha="right", va="center", fontsize=12)
         for axis, image in zip(line, images):
             axis.imshow(image.permute(1, 2, 0).cpu().numpy())
     for axis, caption in zip(axes[0], captions):
-        axis.set_title(caption, fontsize=10)
+        axis.set_title(fold(caption, int(12 * side), 3), fontsize=10)
     for axis, text in zip(axes.flat, beneath):
         axis.set_xlabel(text, loc="left", fontsize=9)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 def plot_captions(path, images, captions, title):
@@ -3025,21 +3043,20 @@ def plot_retrieval(path, images, captions, scores, texts=6, shown=5):
 
     images (N, 3, S, S) uint8; scores (N, N), image by text.
     """
-    side = images.shape[-1]
-    edge = max(2, side // 12)
-    frame = torch.ones(side, side, dtype=torch.bool)
+    images, shown = images.cpu(), min(shown, len(images))
+    edge = max(2, images.shape[-1] // 12)
+    frame = torch.ones(images.shape[-2:], dtype=torch.bool)
     frame[edge:-edge, edge:-edge] = False
-    green = torch.tensor([[40], [170], [60]], dtype=torch.uint8)
     rows = []
-    for text, image in enumerate(images[:texts].cpu()):
-        best = scores[:, text].topk(min(shown, len(images))).indices.cpu()
-        ranked = images.cpu()[best]
-        image = image.clone()
-        image[:, frame] = green
-        ranked[best == text] = image
-        rows.append(ranked)
+    for text in range(len(captions[:texts])):
+        best = scores[:, text].topk(shown).indices.cpu()
+        row = images[best]
+        edges = (best == text)[:, None, None] & frame  # (shown, S, S)
+        row.permute(0, 2, 3, 1)[edges] = torch.tensor([40, 170, 60], dtype=torch.uint8)
+        rows.append(row)
+    ranks_shown = [f"rank {n + 1}" for n in range(shown)]
     title = f"the best of {len(images)} images for each caption, its own one framed"
-    plot_grid(path, rows, captions[:texts], [f"rank {n + 1}" for n in range(shown)], title)
+    plot_grid(path, rows, captions[:texts], ranks_shown, title)
 
 
 def draw_retrieval(path, encoders, tokenizer, sets, image_size):

@@ -752,8 +752,9 @@ def draw_kept_tokens(path, model, statistics, sets):
     patch = torch.arange(grid ** 2).expand(len(images), -1)  # which patch each token is
     rows = [images]
     for kept in kept_positions:
-        patch = patch.gather(1, kept.cpu())
-        if visual.fuse:
+        if kept is not None:
+            patch = patch.gather(1, kept.cpu())
+        if kept is not None and visual.fuse:
             patch = F.pad(patch, (0, 1), value=grid ** 2)  # the fused token is no patch
         mask = torch.zeros(len(images), grid ** 2 + 1).scatter_(1, patch, 1.0)
         mask = F.interpolate(mask[:, :-1].view(-1, 1, grid, grid), scale_factor=size.patch_size)
@@ -799,7 +800,8 @@ def profile(cfg):
     for rate in KEEP_RATES:
         macs = common.multiply_adds(visual, image, rate)
         _, kept_positions = visual.prune(image, rate)
-        tokens = [str(1 + kept.shape[1] + visual.fuse) for kept in kept_positions]
+        tokens = [str(1 + kept.shape[1] + visual.fuse) for kept in kept_positions
+                  if kept is not None]
         table[f"κ={rate:g}"] = {
             "GMACs": macs / 1e9,
             "tokens": "/".join(tokens), "MACs_x": full / macs,

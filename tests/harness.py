@@ -42,11 +42,14 @@ def call(script, *flags):
     """(exit code, stdout, stderr) of `python SCRIPT.py flags`, run inside this process."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        module = importlib.import_module(script)
+        module, argv = importlib.import_module(script), sys.argv
+        sys.argv = [str(REPO / f"{script}.py"), *map(str, flags)]
         try:
-            code = common.run_main(module.main, list(map(str, flags)))
+            code = common.run_main(module.main, sys.argv[1:])
         except SystemExit as exit:  # --help
             code = exit.code
+        finally:
+            sys.argv = argv
     return code, out.getvalue(), err.getvalue()
 
 

@@ -30,6 +30,7 @@ Letters in shape comments: S side of the canvas in pixels.
 
 import collections
 import csv
+import dataclasses
 import functools
 import itertools
 from pathlib import Path
@@ -40,7 +41,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageOps
 
 from common import UserError
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).parent
 SPLITS = ("train", "val", "test")
 TILE, COLUMNS = 64, 22  # a sheet: tiles of 64 x 64 px, 22 in a row
 LARGE = 80  # px; smaller scenes are kept once drawn: 9,000 of 36 px are 50 MB
@@ -151,8 +152,8 @@ def load_concepts(count):
     "names": the phrase and its synonyms; "category": the group with its article, "an animal";
     "artists": {split: the sets whose drawing of the concept belongs to it}.
     """
-    with open(HERE / "emoji.tsv", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file, delimiter="\t"))
+    lines = (HERE / "emoji.tsv").read_text("utf-8").splitlines()
+    rows = list(csv.DictReader(lines, delimiter="\t"))
     if not 2 <= count <= len(rows):
         raise UserError(f"--concepts {count}: choose 2 to {len(rows)}")
     for concept, row in enumerate(rows):
@@ -183,47 +184,52 @@ def load_drawing(concept, artist):
 
 @functools.cache
 def kept_images(*drawn_from):
-    """{index: image} of the scenes drawn so far, one for all sets that show the same scenes."""
+    """{index: image} of the scenes drawn so far, one dict for all sets that show the same ones."""
     return {}
 
 
+@dataclasses.dataclass
 class EmojiScenes:
     """Scenes with captions, each determined by (split, seed, index).
 
-    split "train" shows the training drawings, with one caption a scene and the web's flaws: `noise`
-    is the share of scenes captioned for a scene drawn at random, `long_tail` the exponent z of
-    concept frequencies 1 / rank^z (0 is uniform), `duplicates` the share of scenes that nearly
-    repeat an earlier one. "val" and "test" show held-out drawings, with five captions a scene,
-    none of them wrong. Images have S x S pixels, S = 9/8 image_size, which leaves room for crops.
+    split "train" shows the training drawings, with one caption a scene and the web's flaws; "val"
+    and "test" show held-out drawings, with five captions a scene, none of them wrong. Images have
+    S x S pixels, S = 9/8 image_size, which leaves room for crops.
     Raises UserError where there are fewer concepts than objects in a scene.
     """
 
+    split: str
+    scenes: int
+    image_size: int
+    seed: int = 0
+    concepts: int = 150
+    difficulty: str = "easy"
+    noise: float = 0.0  # share of training scenes captioned for a scene drawn at random
+    long_tail: float = 0.0  # exponent z of concept frequencies 1 / rank^z; 0: uniform
+    duplicates: float = 0.0  # share of training scenes that nearly repeat an earlier one
+
     kind = "captions"
 
-    def __init__(
-        self,
-        split,
-        scenes,
-        image_size,
-        seed=0,
-        concepts=150,
-        difficulty="easy",
-        noise=0.0,
-        long_tail=0.0,
-        duplicates=0.0,
-    ):
-        self.concepts = load_concepts(concepts)
-        self.difficulty = DIFFICULTIES[difficulty]
-        most = len(self.difficulty.objects)
-        if concepts < most:
-            raise UserError(f"--concepts {concepts}: --difficulty {difficulty} needs {most}")
-        self.split, self.scenes, self.seed = split, scenes, seed
-        self.noise, self.duplicates = noise, duplicates
-        self.canvas = image_size + image_size // 8
-        frequency = 1.0 / np.arange(1, concepts + 1) ** long_tail
-        self.frequency = np.random.default_rng(seed).permutation(frequency / frequency.sum())
+    def __post_init__(self):
+        self.rows = load_concepts(self.concepts)
+        self.setting = DIFFICULTIES[self.difficulty]
+        most = len(self.setting.objects)
+        if self.concepts < most:
+            raise UserError(
+                f"--concepts {self.concepts}: --difficulty {self.difficulty} needs {most} or more"
+            )
+        self.canvas = self.image_size + self.image_size // 8
+        frequency = 1.0 / np.arange(1, self.concepts + 1) ** self.long_tail
+        rng = np.random.default_rng(self.seed)
+        self.frequency = rng.permutation(frequency / frequency.sum())
         self.images = kept_images(
-            split, seed, self.canvas, concepts, difficulty, long_tail, duplicates
+            self.split,
+            self.image_size,
+            self.seed,
+            self.concepts,
+            self.difficulty,
+            self.long_tail,
+            self.duplicates,
         )
         self.texts = {}
         self.bad = collections.Counter()
@@ -252,18 +258,17 @@ class EmojiScenes:
                 for field in ("x", "y", "size"):
                     thing[field] *= 1 + 0.03 * rng.standard_normal()
             return scene
-        shares = self.difficulty.objects
+        shares = self.setting.objects
         count = 1 + rng.choice(len(shares), p=shares)
-        concepts = rng.choice(len(self.concepts), count, replace=False, p=self.frequency)
-        artists = [rng.choice(self.concepts[i]["artists"][self.split]) for i in concepts]
-        return compose_scene(rng, self.difficulty, concepts, artists)
+        concepts = rng.choice(self.concepts, count, replace=False, p=self.frequency)
+        artists = [rng.choice(self.rows[i]["artists"][self.split]) for i in concepts]
+        return compose_scene(rng, self.setting, concepts, artists)
 
     def image(self, index):
         """The scene as an RGB image of S x S pixels. Of large ones only the latest is kept."""
         if index not in self.images:
-            image = render_scene(
-                self._rng(index, 2), self.scene(index), self.difficulty, self.canvas
-            )
+            rng = self._rng(index, 2)
+            image = render_scene(rng, self.scene(index), self.setting, self.canvas)
             if self.canvas > LARGE:
                 self.images.clear()
             self.images[index] = image
@@ -276,11 +281,11 @@ class EmojiScenes:
         if self.split == "train" and rng.random() < self.noise:
             described = int(rng.integers(self.scenes))
         count = 1 if self.split == "train" else 5
-        return caption_scene(rng, self.scene(described), self.concepts, count)
+        return caption_scene(rng, self.scene(described), self.rows, count)
 
     def questions(self, index):
         """[(question, answer)] about the scene, QUESTIONS of them."""
-        return ask_scene(self._rng(index, 3), self.scene(index), self.concepts)
+        return ask_scene(self._rng(index, 3), self.scene(index), self.rows)
 
 
 class EmojiClasses:
@@ -291,15 +296,8 @@ class EmojiClasses:
     kind = "classes"
     templates = ["{}", "a picture of {}", "a drawing of {}"]
 
-    def __init__(
-        self,
-        split,
-        image_size,
-        by="concept",
-        concepts=150,
-        difficulty="easy",
-    ):
-        self.split, self.difficulty = split, DIFFICULTIES[difficulty]
+    def __init__(self, split, image_size, by="concept", concepts=150, difficulty="easy"):
+        self.split, self.setting = split, DIFFICULTIES[difficulty]
         self.canvas = image_size + image_size // 8
         rows = load_concepts(concepts)
         names = [row["phrase" if by == "concept" else "category"] for row in rows]
@@ -317,14 +315,13 @@ class EmojiClasses:
         return len(self.items)
 
     def key(self, index):
-        concept, artist, view = self.items[index]
-        return f"emoji-{self.split}-{concept}-{artist}-{view}"
+        return f"emoji-class-{self.split}-{index:05d}"
 
     def __getitem__(self, index):
         concept, artist, view = self.items[index]
         rng = np.random.default_rng((SPLITS.index(self.split), 1, index, view))
-        scene = compose_scene(rng, self.difficulty, [concept], [artist])
-        image = render_scene(rng, scene, self.difficulty, self.canvas)
+        scene = compose_scene(rng, self.setting, [concept], [artist])
+        image = render_scene(rng, scene, self.setting, self.canvas)
         return image, self.labels[concept]
 
 
@@ -352,7 +349,7 @@ class EmojiQuestions:
         self.scenes = EmojiScenes(
             split, scenes, image_size, seed, concepts, difficulty, 0.0, long_tail, duplicates
         )
-        most = len(self.scenes.difficulty.objects)
+        most = len(self.scenes.setting.objects)
         if concepts <= most:
             raise UserError(f"--concepts {concepts}: questions about these scenes need {most + 1}")
         self.answers = emoji_answers(concepts, difficulty)
@@ -401,18 +398,17 @@ def emoji_words(concepts: int) -> list[str]:
         texts += [*row["names"], row["category"]]
     rng = np.random.default_rng(0)
     thing = {"concept": 0, "x": 0.5, "y": 0.5}
-    for count in (1, 2, 3):  # every form of caption and question once
-        for vertical in (False, True):
-            scene = {"background": "white", "vertical": vertical, "objects": [thing] * count}
-            texts += caption_scene(rng, scene, rows, None)
-            texts += itertools.chain(*ask_scene(rng, scene, rows))
+    for count, vertical in [(1, False), *RELATIONS]:  # every form of caption and question
+        scene = {"background": "white", "vertical": vertical, "objects": [thing] * count}
+        texts += caption_scene(rng, scene, rows, None)
+        texts += itertools.chain(*ask_scene(rng, scene, rows))
     return texts
 
 
 # ---------------------------------------------------------------------------- composing and drawing
 
 
-def compose_scene(rng, difficulty, concepts, artists):
+def compose_scene(rng, setting, concepts, artists):
     """Draw a place and a size for each concept, and the background.
 
     The objects stand in equal strips, in a row or stacked. Returns {"background": name,
@@ -423,20 +419,19 @@ def compose_scene(rng, difficulty, concepts, artists):
     vertical = rng.random() < 0.5
     objects = []
     for strip, (concept, artist) in enumerate(zip(concepts, artists)):
-        size = rng.uniform(*difficulty.scale) * min(1, 1.1 / count)
+        size = rng.uniform(*setting.scale) * min(1, 1.1 / count)
         margin = size * count / 2
         along = (strip + rng.uniform(margin, 1 - margin)) / count
         across = rng.uniform(size / 2, 1 - size / 2)
         x, y = (across, along) if vertical else (along, across)
         objects.append({"concept": concept, "artist": artist, "x": x, "y": y, "size": size})
-    background = list(COLOURS)[rng.integers(difficulty.colours)]
+    background = list(COLOURS)[rng.integers(setting.colours)]
     return {"background": background, "vertical": vertical, "objects": objects}
 
 
-def render_scene(rng, scene, difficulty, canvas):
+def render_scene(rng, scene, setting, canvas):
     """The scene as an RGB image of canvas x canvas pixels."""
-    colour = ImageColor.getrgb(COLOURS[scene["background"]])
-    image = paint_background(rng, colour, difficulty.background, canvas)
+    image = paint_background(rng, COLOURS[scene["background"]], setting.background, canvas)
     for thing in scene["objects"]:
         side = max(2, round(thing["size"] * canvas))
         drawing = jitter(rng, load_drawing(thing["concept"], thing["artist"]), side)
@@ -447,12 +442,12 @@ def render_scene(rng, scene, difficulty, canvas):
 
 
 def paint_background(rng, colour, style, canvas):
-    pixels = np.full((canvas, canvas, 3), colour, np.float32)  # (S, S, 3)
+    pixels = np.array(ImageColor.getrgb(colour))  # (3,), below (S, S, 3)
     if style != "plain":  # a linear gradient towards a darker or lighter shade
         angle = rng.uniform(0, 2 * np.pi)
-        x = np.linspace(-1, 1, canvas)[:, None]
+        x = np.linspace(-1, 1, canvas)[:, None]  # (S, 1), below (S, 1, 1) for y
         y = x[:, None]
-        pixels = pixels + 35 * (np.cos(angle) * x + np.sin(angle) * y)  # (S, 1) and (S, 1, 1)
+        pixels = pixels + 35 * (np.cos(angle) * x + np.sin(angle) * y)
     pixels = pixels + rng.normal(0, 4, (canvas, canvas, 1))
     image = to_image(pixels)
     if style == "clutter":
