@@ -60,7 +60,9 @@ class Lists:
         """Note a file that the lists are made from. One that is absent counts, it may come."""
         stat = path.stat() if path.is_file() else None
         size, time = (stat.st_size, stat.st_mtime_ns) if stat else (None, None)
-        self.sources.append({"file": self.place(path), "size": size, "time": time})
+        source = {"file": self.place(path), "size": size, "time": time}
+        if source not in self.sources:
+            self.sources.append(source)
         return path
 
     def place(self, path):
@@ -103,7 +105,7 @@ class Lists:
         """Write the lists that hold something. UserError if none does, or too much is unusable."""
         if not any(self.lines.values()):
             sources = [source["file"] for source in self.sources if source["size"]]
-            first = "; ".join(list(self.first.values())[:1]) or "they list nothing"
+            first = next(iter(self.first.values()), "they list nothing")
             raise UserError(f"nothing can be used of {', '.join(sources)} in {self.root}: {first} "
                             "(see data/README.md)")
         head = {"name": name, "kind": kind, "made_from": self.sources,

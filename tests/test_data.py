@@ -523,8 +523,8 @@ def test_a_mixture_is_its_parts_one_after_another(corpora, monkeypatch):
 @pytest.mark.parametrize("name", [
     "coco*0", "coco*-1", "coco*two", "coco*", "coco*0.5", "coco+coco*2", "coco+", "+coco",
     "coco+emoji", "emoji*2", "coco*2*3", "coco+vg", "nowhere"])
-def test_data_that_is_none(corpora, name):
-    refusal(training_set, config(data=name, root=corpora if "+" in name else None), 8)
+def test_data_that_is_none(tmp_path, name):
+    refusal(training_set, config(data=name, root=tmp_path if "+" in name else None), 8)
 
 
 def test_held_out_samples_are_not_trained_on(corpora):
