@@ -2019,6 +2019,9 @@ def evaluation_sets(cfg, image_size, split):
             if label != name or (Path(name).is_dir() and not (DATA / name).is_dir()):
                 folder = name
             found[label] = open_evaluation(label, folder, split)
+            if found[label] is None and folder == name and split == "test":
+                raise UserError(f"--eval-data {name} has no test split: a list test.jsonl, or "
+                                "shards in test/ (see data/README.md)")
     found = {name: data for name, data in found.items() if data is not None}
     if split == "val" and not found and cfg.data != "emoji":
         data = open_captions(parts[0], training_folder(cfg, parts[0]), "val")

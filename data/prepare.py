@@ -243,10 +243,10 @@ def coco(lists):
 
 
 def flickr30k(lists):
-    folder = next((lists.root / name for name in ("flickr30k-images", "images")
-                   if (lists.root / name).is_dir()), lists.root)
+    folders = lists.root / "flickr30k-images", lists.root / "images"
     read_karpathy(lists, lists.root / "dataset_flickr30k.json",
-                  lambda image: take(image, "filename"), lambda name: first_file(folder / name))
+                  lambda image: take(image, "filename"),
+                  lambda name: first_file(*(folder / name for folder in folders)))
 
 
 def vg(lists):
@@ -284,8 +284,8 @@ def held_back_by_coco(lists):
               "in, do not test on COCO what is trained on this list")
         return set()
     images = lists.read(splits, "images")
-    coco = {image.get("cocoid") for image in images if karpathy_split(splits, image) != "train"}
-    return {image.get("image_id") for image in lists.read(path) if image.get("coco_id") in coco}
+    coco = {image["cocoid"] for image in images if karpathy_split(splits, image) != "train"}
+    return {image["image_id"] for image in lists.read(path) if image["coco_id"] in coco}
 
 
 def sbu(lists):
@@ -296,10 +296,10 @@ def sbu(lists):
 
 
 def cc3m(lists):
-    for split in ("train", "val"):
-        folder = lists.root / split if (lists.root / split).is_dir() else lists.root
+    root = lists.root
+    for split, folder in (("train", root), ("train", root / "train"), ("val", root / "val")):
         tables = sorted(folder.glob("Train*.tsv")) or sorted(folder.glob("*.tsv"))
-        if tables and (split == "train" or folder != lists.root):
+        if tables:
             rows = read_table(lists.source(tables[0]))
             add_rows(lists, split, tables[0], rows, folder / "images")
 
@@ -398,7 +398,11 @@ def main(argv=None):
     if not given.dir.is_dir():
         raise UserError(f"no folder {given.dir}")
     lists = Lists(given.dir, given.out or given.dir)
-    SETS[given.name](lists)
+    try:
+        SETS[given.name](lists)
+    except (AttributeError, KeyError, TypeError) as error:
+        file = lists.sources[-1]["file"]
+        raise UserError(f"{file} is not of the official form (see data/README.md): {error}")
     lists.write(given.name, "questions" if given.name == "vqav2" else "captions")
 
 

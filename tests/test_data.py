@@ -545,6 +545,7 @@ def test_evaluation_sets(corpora):
         assert name == "coco" and data.key(0) == f"{split}-0"
     folder = config(data="coco", root=corpora / "coco", eval_data=(str(corpora / "sbu"),))
     assert list(evaluation_sets(folder, 8, "val")) == ["sbu"]
+    assert "no test split" in refusal(evaluation_sets, folder, 8, "test")
     assert list(evaluation_sets(config(data="mine+sbu", root=corpora), 8, "val")) == ["mine", "sbu"]
     emoji = evaluation_sets(config(), 40, "test")
     assert {name: data.kind for name, data in emoji.items()} == {

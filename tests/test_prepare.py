@@ -360,13 +360,16 @@ def test_a_file_of_another_form_is_one_line(tmp_path, content, words):
     ("sbu", {"a.json": [1, {"file": "0.jpg"}]}, 'entry 0: no text under "image"'),
     ("sbu", {"a.json": [{"image": "0.jpg", "caption": None}]}, "entry 0: caption is no text"),
     ("flickr30k", {"dataset_flickr30k.json": {"images": [{"filename": "0.jpg"}]}}, '"split"'),
+    ("vg", {"region_descriptions.json": [], "image_data.json": [3], "../coco/dataset_coco.json":
+            {"images": []}}, "image_data.json is not of the official form"),
     ("flickr30k", {"dataset_flickr30k.json": {"images": [{"filename": "0.jpg", "split": "test"}]}},
      'no list under "sentences"'),
 ])
 def test_what_is_missing_is_said(tmp_path, name, files, words):
+    (tmp_path / name).mkdir()
     for file, content in files.items():
-        write_json(tmp_path / file, content)
-    assert words in refusal(name, tmp_path)
+        write_json(tmp_path / name / file, content)
+    assert words in refusal(name, tmp_path / name)
     with pytest.raises(UserError, match="no folder"):
         run(name, tmp_path / "nowhere")
 
