@@ -1453,7 +1453,7 @@ def random_crop_box(width, height, rng, scale, ratio):
 
 
 def resize_center_crop(source, size):
-    """uint8 (3, size, size): the shorter side to `size`, then the central square."""
+    """uint8 (3, size, size): shorter side to `size`, then the central square. For evaluation."""
     image = open_image(source)
     short = min(image.size)
     width, height = (size if side == short else int(size * side / short) for side in image.size)
@@ -1499,6 +1499,21 @@ def read_bytes(path, start=0, size=-1):
         raise BadSample("unreadable file") from error
 
 
+NOT_DOWNLOADED, HELD_BACK = "not downloaded", "in COCO's val or test"
+
+
+def files_below(root, endings):
+    """The files below a folder whose names end so, linked folders too, sorted within a folder."""
+    seen = set()
+    for folder, inside, names in os.walk(root, followlinks=True):
+        place = os.path.realpath(folder)
+        inside[:] = sorted(inside) if place not in seen else []  # a link may lead back up
+        for name in sorted(names) if place not in seen else []:
+            if name.lower().endswith(endings) and not name.startswith("."):
+                yield Path(folder, name)
+        seen.add(place)
+
+
 def is_held_out(path):
     """Whether a path says by itself that it is for validation or test."""
     return re.search(r"(^|[^a-z])(val|valid|validation|test)($|[^a-z])", str(path).lower())
@@ -1520,10 +1535,7 @@ class TarShards:
 
     def __init__(self, root):
         self.root = Path(root)
-        found = []
-        for folder, _, names in os.walk(root, followlinks=True):
-            found += [Path(folder, name) for name in names if not name.startswith(".")]
-        shards = sorted(path for path in found if path.name.endswith((".tar", ".tar.gz", ".tgz")))
+        shards = sorted(files_below(root, (".tar", ".tar.gz", ".tgz")))
         train = [path for path in shards if not is_held_out(path.relative_to(root))]
         self.shards = train or shards
         for path in self.shards:
@@ -1552,23 +1564,29 @@ class TarShards:
         return f"{shard.as_posix()}/{key}"
 
     def __getitem__(self, i):
+        captions = self.captions(i)
+        return self.read(self.rows[i], "image"), captions
+
+    def read(self, row, part):
+        start = int(row[part]) * tarfile.BLOCKSIZE
+        return read_bytes(self.shards[row["shard"]], start, int(row[f"{part}_size"]))
+
+    def captions(self, i):
         row = self.rows[i]
-        path = self.shards[row["shard"]]
-        text = read_bytes(path, int(row["caption"]) * tarfile.BLOCKSIZE, int(row["caption_size"]))
+        text = self.read(row, "caption")
         try:
             texts = json.loads(text).get("caption") if row["json"] else text.decode("utf-8-sig")
         except (ValueError, AttributeError, RecursionError) as error:
             raise BadSample("unreadable caption") from error
-        captions = clean_captions(texts)
-        image = read_bytes(path, int(row["image"]) * tarfile.BLOCKSIZE, int(row["image_size"]))
-        return image, captions
+        return clean_captions(texts)
 
     def _load_index(self):
         """Rows, all keys as one byte array, and the unusable samples, from the cache if it fits."""
         # With the time: tar pads its files, so that a rewritten shard often keeps its size, and
         # old offsets would then pair images with captions wrongly.
-        stats = [(str(path), path.stat()) for path in self.shards]
+        stats = [(str(path.relative_to(self.root)), path.stat()) for path in self.shards]
         state = str([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+        state += "keys end at the last dot"  # as an index of another rule must not be taken
         digest = hashlib.sha256(state.encode(errors="surrogateescape")).hexdigest()[:16]
         cache = self.root / f".index-{digest}.npz"
         with contextlib.suppress(Exception):  # absent, or damaged in any way: build it again
@@ -1643,13 +1661,19 @@ def scan_shard(path, bad):
             samples.append((key, image, caption, not places.get("txt")))
         elif None in places.values():
             cut_off += 1
-        else:
+        elif len(parts.get(first_dot(key), ())) < 2:  # else a mask 1.seg.png beside 1.jpg, 1.txt
             bad["without caption" if image else "without image"] += 1
     # a sound archive ends with blocks of zeros; how many samples lay behind damage is not known
     if not cut_off and (not rest or any(rest)):
         bad["in a damaged shard"] += 1
     bad["cut off"] += cut_off
     return samples
+
+
+def first_dot(name):
+    """The name of a tar's member up to the first dot of its last part."""
+    folder, slash, last = name.rpartition("/")
+    return folder + slash + last.partition(".")[0]
 
 
 class Listed:
@@ -1660,38 +1684,46 @@ class Listed:
     """
 
     def __init__(self, path):
-        self.path = Path(path)
+        self.path, folder = Path(path), Path(path).parent
         with open(path, "rb") as file:
             lengths = np.fromiter((len(line) for line in file), np.int64)
             file.seek(0)
             try:
-                header = json.loads(file.readline())
-                self.name, self.kind, sources = (header[n] for n in ("name", "kind", "made_from"))
+                head = json.loads(file.readline())
+                self.name, self.kind, self.notes = head["name"], head["kind"], head["notes"]
+                self.bad = collections.Counter(head["unusable"])
+                self.command = prepare_command(self.name, folder / head["root"], folder)
+                sources = [(folder / source["file"], source["size"], source["time"])
+                           for source in head["made_from"]]
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{path} is no list of data/prepare.py") from None
         self.starts = (np.cumsum(lengths) - lengths)[1:]
-        self.bad = collections.Counter(header["unusable"])
-        self.answers = header.get("answers")
-        for source in sources:
-            file = Path(source["file"])
+        self.answers = head.get("answers")
+        for file, *before in sources:
             stat = file.stat() if file.exists() else None
-            if stat and (stat.st_size, stat.st_mtime_ns) != (source["size"], source["time"]):
-                raise UserError(f"{file} has changed since {path} was made from it: {PREPARE} "
-                                f"{self.name} {file.parent} --out {self.path.parent}")
+            if stat and [stat.st_size, stat.st_mtime_ns] != before:
+                raise UserError(f"{file} has changed since {path} was made: {self.command}")
         if not len(self):
-            raise UserError(f"{path} lists no sample")
+            raise UserError(f"{path} lists no sample: {self.command}")
 
     def __len__(self):
         return len(self.starts)
 
     def __str__(self):
-        return str(self.path)
+        return "; ".join([str(self.path), *(f"{n:,} {what}" for what, n in self.notes.items())])
 
     def record(self, i):
         """What the list says of a sample, a dict."""
         with open(self.path, "rb") as file:
             file.seek(self.starts[i])
-            return json.loads(file.readline())
+            line = file.readline()
+        try:
+            return json.loads(line)
+        except ValueError:
+            raise UserError(f"{self.path}, line {i + 2}, is damaged: {self.command}") from None
+
+    def captions(self, i):
+        return self.record(i)["captions"]
 
     def key(self, i):
         return self.record(i)["key"]
@@ -1726,10 +1758,18 @@ class Mixture(ConcatDataset):
         self.bad = sum((part.bad for part in dict(zip(names, parts)).values()),
                        collections.Counter())
 
-    def key(self, i):
+    def place(self, i):
+        """(number of the part, index in it)."""
         part = bisect.bisect_right(self.cumulative_sizes, i)
-        start = self.cumulative_sizes[part - 1] if part else 0
-        return f"{self.names[part]}/{self.datasets[part].key(i - start)}"
+        return part, i - (self.cumulative_sizes[part - 1] if part else 0)
+
+    def key(self, i):
+        part, index = self.place(i)
+        return f"{self.names[part]}/{self.datasets[part].key(index)}"
+
+    def captions(self, i):
+        part, index = self.place(i)
+        return self.datasets[part].captions(index)
 
 
 class Subset(torch.utils.data.Subset):
@@ -1742,6 +1782,13 @@ class Subset(torch.utils.data.Subset):
 
     def key(self, i):
         return self.dataset.key(self.indices[i])
+
+    def captions(self, i):
+        return self.dataset.captions(self.indices[i])
+
+    def column(self, name):
+        values = self.dataset.column(name)
+        return [values[i] for i in self.indices]
 
     @property
     def question_kinds(self):
@@ -1774,9 +1821,8 @@ class ImageFolder:
                         if path.is_dir() and not path.name.startswith(".")})
         self.images = []
         for label, name in enumerate(names):
-            files = sorted(path for path in (folder / name).rglob("*") if path.is_file())
-            self.images += [(path, label) for path in files
-                            if path.name.lower().endswith(IMAGE_TYPES)]
+            files = files_below(folder / name, IMAGE_TYPES)
+            self.images += [(path, label) for path in files]
         if not self.images:
             raise UserError(f"no images in class folders of {folder}: one folder of images per "
                             "class is needed (see data/README.md)")
@@ -1810,14 +1856,14 @@ def imagenet_names(folders):
     return [known[folder] for folder in folders]
 
 
-# name -> torchvision class, its arguments for training (linear probe) and for testing
+# name -> torchvision class, the arguments of its parts for training (linear probe) and for testing
 TORCHVISION = {
-    "cifar10": ("CIFAR10", {"train": True}, {"train": False}),
-    "cifar100": ("CIFAR100", {"train": True}, {"train": False}),
-    "flowers102": ("Flowers102", {"split": "train"}, {"split": "test"}),
-    "food101": ("Food101", {"split": "train"}, {"split": "test"}),
-    "oxford_pets": ("OxfordIIITPet", {"split": "trainval"}, {"split": "test"}),
-    "stl10": ("STL10", {"split": "train"}, {"split": "test"}),
+    "cifar10": ("CIFAR10", [{"train": True}], [{"train": False}]),
+    "cifar100": ("CIFAR100", [{"train": True}], [{"train": False}]),
+    "flowers102": ("Flowers102", [{"split": "train"}, {"split": "val"}], [{"split": "test"}]),
+    "food101": ("Food101", [{"split": "train"}], [{"split": "test"}]),
+    "oxford_pets": ("OxfordIIITPet", [{"split": "trainval"}], [{"split": "test"}]),
+    "stl10": ("STL10", [{"split": "train"}], [{"split": "test"}]),
 }
 
 
@@ -1827,10 +1873,11 @@ class TorchvisionSet:
     kind, bad = "classes", collections.Counter()
 
     def __init__(self, name, root, split):
-        made, train, test = TORCHVISION[name]
-        arguments = train if split == "train" else test
+        (made, train, test), parts = TORCHVISION[name], []
         try:
-            self.data = getattr(import_torchvision().datasets, made)(str(root), **arguments)
+            make = getattr(import_torchvision().datasets, made)
+            for arguments in train if split == "train" else test:
+                parts.append(make(str(root), **arguments))
         except ImportError as error:
             raise UserError(f"{name} needs the package {error.name or error}") from None
         except (RuntimeError, OSError) as error:
@@ -1839,7 +1886,8 @@ class TorchvisionSet:
                 f"{name} cannot be read from {root} ({str(error).splitlines()[0]}); get it with: "
                 f"python -c \"import torchvision; torchvision.datasets.{made}('{root}'{words}, "
                 "download=True)\"") from None
-        self.classes = [text.replace("_", " ") for text in self.data.classes]
+        self.data = ConcatDataset(parts)
+        self.classes = [text.replace("_", " ") for text in parts[0].classes]
         self.templates = ["a photo of a {}."]
 
     def __len__(self):
@@ -1857,9 +1905,16 @@ class TorchvisionSet:
 
 # ------------------------------------------------------------------------- what a Config names
 
-PREPARE = "python data/prepare.py"
 PREPARED = ("coco", "flickr30k", "vg", "sbu", "nocaps", "vqav2")
 HELD_OUT = 5000  # at most; the last 1 % of a set without validation split
+
+
+def prepare_command(name, root, out=None):
+    """What makes the lists of a set: what is no known set is taken for a table as CC3M's."""
+    name = name if name in PREPARED else "cc3m"
+    root, out = os.path.normpath(root), os.path.normpath(out or root)
+    elsewhere = f" --out {shlex.quote(out)}" if out != root else ""
+    return f"run python data/prepare.py {name} {shlex.quote(root)}{elsewhere}"
 
 
 def data_folder(name, root):
@@ -1880,8 +1935,9 @@ def open_captions(name, root, split):
     root = data_folder(name, root)
     lists = {part: root / f"{part}.jsonl" for part in ("train", "val", "test")}
     lists = {part: path for part, path in lists.items() if path.is_file()}
-    if not lists and not any(root.rglob("*.tar")) and (name in PREPARED or any(root.glob("*.tsv"))):
-        raise UserError(f"{name} in {root} is not prepared yet: {PREPARE} {name} {root}")
+    official = name in PREPARED or any(root.glob("*.tsv"))
+    if official and not lists and not any(files_below(root, (".tar", ".tgz", ".tar.gz"))):
+        raise UserError(f"{name} in {root} is not prepared yet: {prepare_command(name, root)}")
 
     def open_split(part):
         if lists:
@@ -1907,7 +1963,7 @@ def parts_of(data):
     for part in data.split("+"):
         name, star, times = part.strip().partition("*")
         if not name or (star and not (times.isdecimal() and int(times) > 0)):
-            raise UserError(f"--data {data}: {part!r} is no NAME or NAME*2, whole times")
+            raise UserError(f"--data {data}: {part!r} is no NAME, or NAME*2 (a whole number)")
         if name in names or (name == "emoji" and data != "emoji"):
             raise UserError(f"--data {data}: {name} cannot be mixed in (again)")
         names += [name] * int(times or 1)
@@ -1966,9 +2022,12 @@ def evaluation_sets(cfg, image_size, split):
         else:
             label = Path(name).name
             folder = training_folder(cfg, name) if name in parts else None
-            if os.sep in name:
+            if label != name or (Path(name).is_dir() and not (DATA / name).is_dir()):
                 folder = name
             found[label] = open_evaluation(label, folder, split)
+            if found[label] is None and folder == name and split == "test":
+                raise UserError(f"--eval-data {name} has no test split: a list test.jsonl, or "
+                                "shards in test/ (see data/README.md)")
     found = {name: data for name, data in found.items() if data is not None}
     if split == "val" and not found and cfg.data != "emoji":
         data = open_captions(parts[0], training_folder(cfg, parts[0]), "val")
@@ -1992,7 +2051,7 @@ def open_evaluation(name, root, split):
     root = data_folder(name, root)
     if name in TORCHVISION:
         return TorchvisionSet(name, root, split) if split != "val" else None
-    if name in PREPARED or any(root.glob("*.jsonl")) or any(root.rglob("*.tar")):
+    if name in PREPARED or any(root.glob("*.jsonl")) or any(files_below(root, ".tar")):
         return open_captions(name, root, split) if split != "train" else None
     if split == "val" and not ((root / "val").is_dir() and (root / "test").is_dir()):
         return None  # val/ serves as test
@@ -2009,7 +2068,7 @@ def question_set(cfg, image_size, split):
     root = data_folder(cfg.data, cfg.root)
     path = root / f"{split}.jsonl"
     if not path.is_file():
-        raise UserError(f"{cfg.data}: no {path}; to prepare it: {PREPARE} {cfg.data} {root}")
+        raise UserError(f"{cfg.data}: no {path}: {prepare_command('vqav2', root)}")
     data = Listed(path)
     if data.kind != "questions":
         raise UserError(f"{path} holds no questions")
@@ -2018,14 +2077,11 @@ def question_set(cfg, image_size, split):
 
 
 def number_of_captions(data, most=5):
-    """How many captions an image of a captioned set has, the most of any; at most `most`.
-
-    One reading of the captions, and of whole samples only where they are in shards.
-    """
+    """How many captions an image of a captioned set has, the most of any; at most `most`."""
     number = 1
     for i in range(len(data)):
         with contextlib.suppress(BadSample):
-            number = max(number, len(data[i][1]))
+            number = max(number, len(data.captions(i)))
         if number >= most:
             return most
     return number
@@ -2040,7 +2096,7 @@ def loader_workers(cfg):
 
 
 def example_images(sets, image_size, count, resize=resize_center_crop):
-    """(up to count, 3, S, S) uint8 and a caption each, of the first captioned set, or None."""
+    """(up to count, 3, S, S) uint8 and a caption each, of the first captioned set; else None."""
     for data in sets.values():
         images, captions = [], []
         for i in range(len(data) if data.kind == "captions" else 0):
@@ -2058,7 +2114,23 @@ def example_images(sets, image_size, count, resize=resize_center_crop):
 # -------------------------------------------------------------------------------------- loading
 
 
-class TrainSamples(Dataset):
+class Samples(Dataset):
+    """A data set from which a whole batch is fetched at once, or a UserError in its place.
+
+    Raised in a worker process, the error would come back as the text of a traceback.
+    """
+
+    def __getitems__(self, places):
+        try:
+            return [self[place] for place in places]
+        except UserError as error:
+            return error
+
+    def __len__(self):
+        return len(self.data)
+
+
+class TrainSamples(Samples):
     """samples[(epoch, index)] -> image uint8 (3, S, S), tokens (context,), 1 if replaced, else 0.
 
     The crop and the choice among several captions depend on (seed, epoch, index) alone, not on
@@ -2070,9 +2142,6 @@ class TrainSamples(Dataset):
     def __init__(self, data, tokenizer, image_size, crop_scale, seed, augment=None):
         self.data, self.tokenizer, self.seed = data, tokenizer, seed
         self.image_size, self.crop_scale, self.augment = image_size, crop_scale, augment
-
-    def __len__(self):
-        return len(self.data)
 
     def __getitem__(self, place):
         return self.draw(place)[:3]
@@ -2134,14 +2203,11 @@ class StepSampler(Sampler):
             yield [(epoch, index) for index in batch[rank()::world_size()].tolist()]
 
 
-class EvalSamples(Dataset):
+class EvalSamples(Samples):
     """samples[i] -> (image uint8 (3, S, S), i, target), or None when it cannot be used."""
 
     def __init__(self, data, image_size, resize):
         self.data, self.image_size, self.resize = data, image_size, resize
-
-    def __len__(self):
-        return len(self.data)
 
     def __getitem__(self, i):
         try:
@@ -2151,36 +2217,15 @@ class EvalSamples(Dataset):
             return None
 
 
-class Fetch(Dataset):
-    """A data set whose UserError comes out as an item: a worker process would bury it in text."""
+class Loader(DataLoader):
+    """A DataLoader that raises the UserErrors of its workers and leaves out empty batches."""
 
-    def __init__(self, samples):
-        self.samples = samples
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, place):
-        try:
-            return self.samples[place]
-        except UserError as error:
-            return error
-
-
-def load(samples, collate, workers, **options):
-    """A DataLoader's batches; UserErrors of workers are raised here, empty batches left out."""
-    loader = DataLoader(Fetch(samples), num_workers=workers, worker_init_fn=ignore_ctrl_c,
-                        collate_fn=functools.partial(collate_or_pass, collate), **options)
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        if len(batch[0]):
-            yield batch
-
-
-def collate_or_pass(collate, batch):
-    errors = [item for item in batch if isinstance(item, UserError)]
-    return errors[0] if errors else collate(batch)
+    def __iter__(self):
+        for batch in super().__iter__():
+            if isinstance(batch, UserError):
+                raise batch
+            if len(batch[0]):
+                yield batch
 
 
 def train_loader(samples, sampler, workers, device):
@@ -2188,8 +2233,9 @@ def train_loader(samples, sampler, workers, device):
 
     What `samples` returns beyond these three follows, stacked.
     """
-    return load(samples, collate_train, workers, batch_sampler=sampler,
-                pin_memory=device.type == "cuda", persistent_workers=workers > 0)
+    return Loader(samples, batch_sampler=sampler, num_workers=workers, collate_fn=collate_train,
+                  worker_init_fn=ignore_ctrl_c, pin_memory=torch.device(device).type == "cuda",
+                  persistent_workers=workers > 0)
 
 
 def eval_loader(data, image_size, batch_size, workers, resize=resize_center_crop):
@@ -2198,7 +2244,8 @@ def eval_loader(data, image_size, batch_size, workers, resize=resize_center_crop
     Unusable samples are left out: the evaluation sees which indices are missing.
     """
     samples = EvalSamples(data, image_size, resize)
-    return load(samples, collate_eval, workers, batch_size=batch_size)
+    return Loader(samples, batch_size=batch_size, num_workers=workers, collate_fn=collate_eval,
+                  worker_init_fn=ignore_ctrl_c)
 
 
 def ignore_ctrl_c(worker):
@@ -2207,12 +2254,16 @@ def ignore_ctrl_c(worker):
 
 
 def collate_train(batch):
+    if isinstance(batch, UserError):
+        return batch
     images, tokens, bad, *more = zip(*batch)
     tokens = trim_padding(torch.stack(tokens))
     return torch.stack(images), tokens, sum(bad), *map(torch.stack, more)
 
 
 def collate_eval(batch):
+    if isinstance(batch, UserError):
+        return batch
     good = [sample for sample in batch if sample is not None]
     if not good:
         return (), (), ()
@@ -2233,10 +2284,10 @@ def trim_padding(tokens, multiple=16):
 def check_bad(bad, seen, where):
     """Report unusable samples in one line. UserError when they are more than 10 % of those seen.
 
-    bad: Counter by reason. Images no longer on the web ("not downloaded") are only reported.
+    bad: Counter by reason. What the web no longer has, or is left out on purpose, is only reported.
     """
     reasons = +bad
-    lost = reasons["not downloaded"]
+    lost = reasons[NOT_DOWNLOADED] + reasons[HELD_BACK]
     count = sum(reasons.values())
     if not count:
         return
