@@ -3036,7 +3036,7 @@ def plot_curves(path, rows, chance, title):
             if logged and column.startswith(wanted) and column != "kd_weight":
                 epochs = [float(row["epoch"]) for row in logged]
                 values = [float(row[column]) for row in logged]
-                axis.plot(epochs, values, ".-", label=column)
+                axis.plot(epochs, values, ".-", ms=2, label=column)
         axis.set(xlabel="epoch", ylabel=ylabel)
         axis.legend(fontsize=9)
     figure.savefig(path)
@@ -3059,7 +3059,9 @@ def plot_sweet_spot(path, series):
     figure.savefig(path)
 
 
-COLOURS = {"teacher": "C4", "distilled": "C0", "not distilled": "C1"}
+# family: colour, and on which side of the point the label stands
+FAMILIES = {"teacher": ("C4", "bottom"), "distilled": ("C0", "bottom"),
+            "not distilled": ("C1", "top")}
 
 
 @picture
@@ -3075,8 +3077,10 @@ def plot_efficiency(path, points, title):
         axis.set(xlabel="parameters (M)", ylabel=metric)
         for label, point in points.items():
             mean, std = point["scores"][metric]
-            place, colour = (point["parameters"], mean), COLOURS[point["family"]]
-            axis.errorbar(*place, std, color=colour, marker="o", capsize=3)
-            axis.annotate(f"{label}\n{point['latency']:.3g} ms", place, color=colour)
+            colour, side = FAMILIES[point["family"]]
+            axis.errorbar(point["parameters"], mean, std, color=colour, marker="o", capsize=3)
+            axis.text(point["parameters"], mean, f" {label}, {point['latency']:.3g} ms ",
+                      color=colour, va=side)
+        axis.margins(0.2)
         axis.set_ylim(0)  # a cut axis would make little differences large
     figure.savefig(path)
