@@ -374,7 +374,7 @@ class VisionAttention(nn.Module):
         """(B, N, D) -> (B, N, D)"""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, D/H)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, D/H)
-        out, _ = attend(q, k, v)
+        out = F.scaled_dot_product_attention(q, k, v)
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
@@ -409,11 +409,12 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(width, size.heads) for _ in range(size.layers))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.grad_checkpoint = False
-        linears = [module for module in self.modules() if isinstance(module, nn.Linear)]
-        for weight in (self.cls_token, self.pos_embed, *(linear.weight for linear in linears)):
-            nn.init.trunc_normal_(weight, std=0.02)
-        for linear in linears:
-            nn.init.zeros_(linear.bias)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
 
     def forward(self, image):
         """(B, 3, S, S) normalised pixels -> (B, N, D)"""
@@ -447,10 +448,9 @@ class Attention(nn.Module):
     def __init__(self, width, heads, source_width, dropout):
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.self = nn.ModuleDict()  # BERT's name: attention.self.query
-        self.self["query"] = nn.Linear(width, width)
-        self.self["key"] = nn.Linear(source_width, width)
-        self.self["value"] = nn.Linear(source_width, width)
+        self.self = nn.ModuleDict(dict(  # BERT's name: attention.self.query
+            query=nn.Linear(width, width), key=nn.Linear(source_width, width),
+            value=nn.Linear(source_width, width)))
         self.output = AddNorm(width, width, dropout)
 
     def split(self, x):
@@ -490,33 +490,20 @@ class TextLayer(nn.Module):
         self.intermediate = sequence(dense=nn.Linear(width, 4 * width), act=nn.GELU())
         self.output = AddNorm(4 * width, width, dropout)
 
-    def forward(self, x, mask, source, source_mask, past=None, with_scores=False):
-        """x (R, N, D) -> x, and the scores (R, H, N, M) of self- and (B, H, R/B * N, M) of
+    def forward(self, x, mask=None, source=None, source_mask=None, with_scores=False):
+        """x (R, N, D) -> x, and the scores (R, H, N, N) of self- and (B, H, R/B * N, M) of
         cross-attention, or None.
 
-        source (B, M, its width); None, unimodal: no cross-attention. past, a dict, keeps this
-        layer's keys and values between the steps of a generation: those of the tokens grow, those
-        of the source are computed once.
+        source: the source's keys and values, from crossattention; None: no cross-attention.
         """
         keys_values = self.attention.keys_values(x)
-        if past is not None:
-            if "tokens" in past:
-                keys_values = [torch.cat(two, 2) for two in zip(past["tokens"], keys_values)]
-            past["tokens"] = keys_values
         x, self_scores = self.attention(x, keys_values, mask, with_scores)
-
         cross_scores = None
-        if source is not None and self.crossattention is not None:
-            if past is None or "source" not in past:
-                keys_values = self.crossattention.keys_values(source)
-            else:
-                keys_values = past["source"]
-            if past is not None:
-                past["source"] = keys_values
+        if source is not None:
             # Several beams or answers to one image: their queries stand side by side, so that the
             # image's keys are not copied.
-            queries = x.reshape(len(source), -1, x.shape[-1])  # (B, R/B * N, D)
-            out, cross_scores = self.crossattention(queries, keys_values, source_mask, with_scores)
+            queries = x.reshape(len(source[0]), -1, x.shape[-1])  # (B, R/B * N, D)
+            out, cross_scores = self.crossattention(queries, source, source_mask, with_scores)
             x = out.view_as(x)
         return self.output(self.intermediate(x), x), self_scores, cross_scores
 
@@ -532,9 +519,9 @@ class Embeddings(nn.Module):
         self.dropout = nn.Dropout(size.dropout)
         self.register_buffer("position_ids", torch.arange(size.positions)[None])
 
-    def forward(self, ids, start):
-        """ids (R, N), of which the first stands at position `start` -> (R, N, D)"""
-        positions = self.position_ids[:, start:start + ids.shape[1]]
+    def forward(self, ids):
+        """ids (R, N) -> (R, N, D)"""
+        positions = self.position_ids[:, :ids.shape[1]]
         x = self.word_embeddings(ids) + self.position_embeddings(positions)
         return self.dropout(self.LayerNorm(x))
 
@@ -553,39 +540,39 @@ class TextModel(nn.Module):
 
     def __init__(self, size, source_width, twin=None):
         super().__init__()
-        if size.fusion_layers > size.layers:
-            raise UserError(f"--fusion-layers {size.fusion_layers}: the text network has "
-                            f"{size.layers} layers")
         self.embeddings = Embeddings(size) if twin is None else twin.embeddings
         twins = [None] * size.layers if twin is None else twin.encoder.layer
         first = size.layers - size.fusion_layers
         layers = [TextLayer(size, source_width, i >= first, twins[i]) for i in range(size.layers)]
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
 
-    def forward(self, ids, mask=None, source=None, source_mask=None, causal=False, cache=None,
+    def read(self, source):
+        """What the layers attend to in a source (B, M, its width): the keys and values of each, or
+        None where a layer has no cross-attention."""
+        layers = self.encoder.layer
+        return [layer.crossattention and layer.crossattention.keys_values(source)
+                for layer in layers]
+
+    def forward(self, ids, mask=None, source=None, source_mask=None, causal=False,
                 with_scores=False):
         """ids (R, N) -> Encoded.
 
         mask (R, N) and source_mask (B, M) are True at tokens, False at padding; None: no padding.
-        source (B, M, its width): row r of R attends to source r // (R/B). cache: a list of one
-        dict per layer, empty at the first call.
+        source: what read() gives of B images; row r of R attends to image r // (R/B).
         """
-        N, start = ids.shape[1], 0
-        if cache and cache[0]:
-            start = cache[0]["tokens"][0].shape[2]  # tokens before these
+        N, layers = ids.shape[1], self.encoder.layer
+        source = source or [None] * len(layers)
         if mask is not None:
             mask = mask[:, None, None]  # (R, 1, 1, N)
-        if causal and N > 1:
-            seen = torch.ones(N, start + N, dtype=torch.bool, device=ids.device).tril(start)
+        if causal:
+            seen = torch.ones(N, N, dtype=torch.bool, device=ids.device).tril()
             mask = seen if mask is None else seen & mask  # (R, 1, N, N)
         if source_mask is not None:
             source_mask = source_mask[:, None, None]  # (B, 1, 1, M)
-
-        x, last = self.embeddings(ids, start), self.encoder.layer[-1]
-        for i, layer in enumerate(self.encoder.layer):
-            past = cache[i] if cache else None
-            wanted = with_scores and layer is last
-            x, *scores = layer(x, mask, source, source_mask, past, wanted)
+        x = self.embeddings(ids)
+        for layer, keys_values in zip(layers, source):
+            wanted = with_scores and layer is layers[-1]
+            x, *scores = layer(x, mask, keys_values, source_mask, wanted)
         return Encoded(x, *scores)
 
 
@@ -607,16 +594,13 @@ class PredictionHead(nn.Module):
 
 
 class TextDecoder(nn.Module):
-    """A causal TextModel with LM head."""
+    """A TextModel and the LM head."""
 
     def __init__(self, size, source_width, twin=None):
         super().__init__()
         self.bert = TextModel(size, source_width, twin)
         words = self.bert.embeddings.word_embeddings.weight
         self.cls = nn.ModuleDict({"predictions": PredictionHead(size, words)})
-
-    def forward(self, ids, mask, source, source_mask=None, **options):
-        return self.bert(ids, mask, source, source_mask, causal=True, **options)
 
     def logits(self, states):
         """(R, N, D) -> (R, N, V); follows autocast in training only."""
@@ -690,7 +674,8 @@ class BLIP(nn.Module):
     def fuse(self, ids, mask, image_states, with_scores=False):
         """Multimodal: ids (B, N), image states -> Encoded. The first token becomes [ENC]."""
         ids = begin(ids, self.size.text.enc)
-        return self.text_encoder(ids, mask, image_states, with_scores=with_scores)
+        source = self.text_encoder.read(image_states)
+        return self.text_encoder(ids, mask, source, with_scores=with_scores)
 
     def decoder_states(self, ids, mask, source, source_mask=None, with_scores=False):
         """Causal: ids (R, N) -> Encoded. The first token becomes [DEC].
@@ -698,8 +683,8 @@ class BLIP(nn.Module):
         source (B, M, its width): image states (captions), or states of fused questions, with their
         mask (answers).
         """
-        ids = begin(ids, self.size.text.dec)
-        return self.text_decoder(ids, mask, source, source_mask, with_scores=with_scores)
+        ids, decoder = begin(ids, self.size.text.dec), self.text_decoder.bert
+        return decoder(ids, mask, decoder.read(source), source_mask, True, with_scores)
 
     def decode(self, ids, mask, source, source_mask=None):
         """As decoder_states -> logits (R, N, V) of the token that follows each."""
@@ -725,27 +710,20 @@ class BLIP(nn.Module):
         prompt: token ids that follow [DEC]. Both lengths count [DEC] and prompt. released: see
         beam_search.
         """
-        text = self.size.text
+        text, decoder = self.size.text, self.text_decoder
+        read = decoder.bert.read(source)  # once; the few tokens of a text are computed anew
+
+        def next_logits(ids):
+            """Logits (R, V) of the token after ids (R, N)."""
+            states = decoder.bert(ids, None, read, causal=True).states
+            return decoder.logits(states[:, -1]).float()
+
         ids = torch.tensor([text.dec, *prompt], device=source.device)
-        if not len(ids) < max_length <= text.positions:
-            raise UserError(f"--max-length {max_length}: the prompt has {len(ids)} tokens, the "
-                            f"decoder {text.positions} positions")
-        cache = [{} for _ in range(text.layers)]
-
-        def step(ids, rows=None):
-            """Logits (R, V) of the token after ids (R, N). rows (R,): the row of the last step
-            that each row of this one continues."""
-            if rows is not None:
-                for past in cache:
-                    past["tokens"] = [x.index_select(0, rows) for x in past["tokens"]]
-            states = self.text_decoder(ids, None, source, cache=cache).states
-            return self.text_decoder.logits(states[:, -1]).float()
-
         ids = ids.expand(len(source), -1)  # (B, P)
-        return beam_search(step, ids, text, num_beams, min_length, max_length, released)
+        return beam_search(next_logits, ids, text, num_beams, min_length, max_length, released)
 
     @torch.no_grad()
-    def rank_answers(self, question, question_mask, answers, top=128, label_smoothing=0.1):
+    def rank_answers(self, question, question_mask, answers, top=128):
         """The best of a list of answers, as in BLIP: question (B, M, D) fused states -> (B,) of A.
 
         answers (A, L) ids: [CLS] answer [SEP] padding. The `top` answers with the likeliest first
@@ -760,8 +738,7 @@ class BLIP(nn.Module):
             now = slice(start, start + block)
             ids = answers[best[now]].flatten(0, 1)  # (block * top, L)
             logits = self.decode(ids, ids != pad, question[now], question_mask[now])
-            loss = lm_loss(logits, ids, pad, label_smoothing, reduction="none")
-            losses.append(loss.view(-1, top))
+            losses.append(lm_loss(logits, ids, pad, reduction="none").view(-1, top))
         return best.gather(1, torch.cat(losses).argmin(1, keepdim=True))[:, 0]
 
 
@@ -793,7 +770,7 @@ def count_parameters(blip):
 # ----------------------------------------------------------------------------------- generation
 
 
-def beam_search(step, ids, text, num_beams, min_length, max_length, released):
+def beam_search(next_logits, ids, text, num_beams, min_length, max_length, released):
     """ids (B, P) -> (B, L): the text with the best log-probability / length.
 
     Each step extends the K running beams to their 2K best continuations. Those of the first K that
@@ -810,15 +787,13 @@ def beam_search(step, ids, text, num_beams, min_length, max_length, released):
     finished = torch.full((B, K, max_length), text.pad, device=device)
     finished_score = torch.full((B, K), -math.inf, device=device)
     done = torch.zeros(B, dtype=torch.bool, device=device)
-    first_row = torch.arange(B, device=device)[:, None]
-    logits = step(ids)
     for n in range(P + 1, max_length + 1):  # n tokens after this step
         length = n - 1 if released else n - P
-        beams, V = running.shape[1], logits.shape[1]
-        new = logits.log_softmax(1)  # (B * beams, V)
+        new = next_logits(running.flatten(0, 1)).log_softmax(1)  # (R, V)
+        V = new.shape[1]
         if n <= min_length:
             new[:, text.sep] = -math.inf
-        total = score[:, :, None] + new.view(B, beams, V)
+        total = score[:, :, None] + new.view(B, -1, V)
         score, place = total.flatten(1).topk(2 * K)  # (B, 2K)
         beam, token = place // V, place % V
         candidates = running.take_along_dim(beam[:, :, None], 1)
@@ -836,9 +811,6 @@ def beam_search(step, ids, text, num_beams, min_length, max_length, released):
         done = done | (left / length <= finished_score[:, -1])
         if done.all():  # the one wait for the device
             return finished[:, 0, :n]
-        rows = first_row * beams + beam.gather(1, best)  # (B, K) of the B * beams rows so far
-        if n < max_length:
-            logits = step(running[:, :, -1].reshape(-1, 1), rows.flatten())
 
     length = max_length if released else max_length - P
     cut_off = score.masked_fill(done[:, None], -math.inf) / length
@@ -1164,30 +1136,29 @@ CLASSIFIER = re.compile(r"^(head|heads|head_dist|pre_logits)\.")
 UNUSED = re.compile(r"^(visual_encoder|text_encoder|vision_proj|text_proj)_m\.|^momentum\."
                     r"|^(image|text|number|idx|ptr)_queue$|^queue_ptr$|\.pooler\."
                     r"|^(visual_projection|text_projection)\.|^logit_scale$")
-# Parts that a checkpoint may lack as a whole: a captioner has no encoder, a retriever no decoder.
-PARTS = {"encoder": r"^text_encoder\..*\.attention\.", "itc": r"^(vision|text)_proj\.",
-         "decoder": r"^text_decoder\.(cls\.|.*\.attention\.)", "itm": r"^itm_head\.",
-         "temperature": "^temp$"}
 WORDS = "embeddings.word_embeddings.weight"
 
 
 def load_blip(checkpoint, image_size=None, dropout=0.0, need=()):
     """A BLIP with the weights of a common.Checkpoint: ours, BLIP's own or Hugging Face's.
 
-    image_size: position embeddings are resized to it. need: those of PARTS that must be there; what
-    else is missing stays random.
+    image_size: position embeddings are resized to it. A captioner has no text encoder, a retriever
+    no decoder: what is missing stays random, unless its name begins with one of `need`.
     """
     weights, path = blip_names(checkpoint.weights), checkpoint.path
     size = blip_size(checkpoint, weights)
     vision = replace(size.vision, image_size=image_size or size.vision.image_size)
     size = replace(size, vision=vision, text=replace(size.text, dropout=dropout))
     blip = BLIP(size, is_shared(weights))
-    missing = missing_parts(blip, weights, path) & set(need)
-    if missing:
-        raise UserError(f"{path} has no {' and no '.join(sorted(missing))} weights")
-    positions, count = weights["visual_encoder.pos_embed"], blip.visual_encoder.pos_embed.shape[1]
+    tensors = dict(blip.named_parameters(remove_duplicate=False))  # some have two names
+    held = {id(tensor) for name, tensor in tensors.items() if name in weights}
+    for name, tensor in tensors.items():
+        if id(tensor) not in held and name.startswith(("visual_encoder.", *need)):
+            raise UserError(f"{path} lacks {name}")
+    count = blip.visual_encoder.pos_embed.shape[1]
+    positions = weights["visual_encoder.pos_embed"]
     weights["visual_encoder.pos_embed"] = resize_positions(positions, count, path)
-    # Of two names of one tensor the file may have one: the other, here, is the tensor itself.
+    # Of two names of one tensor the file may have one: the other stands for the tensor itself.
     common.load_weights(blip, {**blip.state_dict(), **weights}, path)
     return blip
 
@@ -1220,50 +1191,25 @@ def is_shared(weights):
     return True
 
 
-def missing_parts(blip, weights, path):
-    """The names of PARTS that a checkpoint lacks. UserError where it has a part of a part."""
-    def part_of(name):
-        matching = (part for part, pattern in PARTS.items() if re.search(pattern, name))
-        return next(matching, None)
-
-    tensors = dict(blip.named_parameters(remove_duplicate=False))
-    held = {id(tensor) for name, tensor in tensors.items() if name in weights}
-    lacking = {part_of(name): name for name, tensor in tensors.items() if id(tensor) not in held}
-    for part in {None, *map(part_of, weights)} & lacking.keys():
-        raise UserError(f"{path} lacks {lacking[part]}")
-    return lacking.keys()
+# The image encoders of the BLIPs that were published, by width; their texts are BERT-Base.
+PUBLISHED = {768: VIT["base"], 1024: VisionSize(1024, 24, 16)}
 
 
 def blip_size(checkpoint, weights):
-    """BLIPSize as saved in our files, else read off the weights; heads are then of BLIP's number:
-    one per 64 of the image width, 12 of text."""
-    saved = checkpoint.size
-    try:
-        width, _, _, patch = weights["visual_encoder.patch_embed.proj.weight"].shape
-        tokens = weights["visual_encoder.pos_embed"].shape[1]
-        text = "text_encoder." if f"text_encoder.{WORDS}" in weights else "text_decoder.bert."
-        vocab, text_width = weights[text + WORDS].shape
-        positions = len(weights[text + "embeddings.position_embeddings.weight"])
-    except KeyError as error:
-        raise UserError(f"{checkpoint.path}: no BLIP weights, {error} is missing") from None
+    """BLIPSize: as saved with ours, else that of a published BLIP."""
+    saved, projection = checkpoint.size, weights.get("visual_encoder.patch_embed.proj.weight")
+    if projection is None or (saved is None and len(projection) not in PUBLISHED):
+        raise UserError(f"{checkpoint.path}: these are no weights of a BLIP")
     if saved:
         vision, text = VisionSize(**saved["vision"]), TextSize(**saved["text"])
         return BLIPSize(vision, text, saved["embed_dim"])
-
-    def count(pattern):
-        return len({match[0] for name in weights if (match := re.match(pattern, name))})
-
-    blocks = count(r"visual_encoder\.blocks\.\d+\.")
-    layers = count(rf"{text}encoder\.layer\.\d+\.")
-    fusion_layers = count(rf"{text}encoder\.layer\.\d+\.crossattention\.")
-    words = weights.get(f"text_decoder.bert.{WORDS}", weights[text + WORDS])
-    tied = torch.equal(weights.get("text_decoder.cls.predictions.decoder.weight", words), words)
-    projection = weights.get("vision_proj.weight")
-    embed_dim = 256 if projection is None else len(projection)
-    image_size = math.isqrt(tokens - 1) * patch
-    return BLIPSize(VisionSize(width, blocks, width // 64, patch, image_size),
-                    TextSize(text_width, layers, fusion_layers, vocab=vocab, positions=positions,
-                             tied_head=tied, dec=vocab - 2, enc=vocab - 1), embed_dim)
+    vision = PUBLISHED[len(projection)]
+    side = math.isqrt(weights["visual_encoder.pos_embed"].shape[1] - 1)
+    words = weights.get(f"text_decoder.bert.{WORDS}")
+    classifier = weights.get("text_decoder.cls.predictions.decoder.weight", words)
+    tied = classifier is None or torch.equal(classifier, words)
+    return BLIPSize(replace(vision, image_size=side * vision.patch),
+                    replace(BERT["base"], tied_head=tied))
 
 
 def resize_positions(positions, count, path):
@@ -1301,18 +1247,18 @@ def load_bert(blip, checkpoint):
     token types and pooler are left out.
     """
     own, weights = blip.state_dict(), {}
-    used = re.compile(r"embeddings\.(word_|position_embeddings|LayerNorm)|encoder\."
-                      r"|cls\.predictions\.(bias|transform)")
+    unused = re.compile(r".*(token_type|position_ids|pooler|seq_relationship|\.decoder\.)")
     for name, tensor in checkpoint.weights.items():
         name = name.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias")
-        if used.match(name):
+        if unused.match(name):
+            continue
+        places = [f"text_encoder.{name}", f"text_decoder.bert.{name}"]
+        if name.startswith("cls."):
             places = [f"text_decoder.{name}"]
-            if not name.startswith("cls."):
-                places = [f"text_encoder.{name}", f"text_decoder.bert.{name}"]
-            for place in places:
-                if name in (WORDS, "cls.predictions.bias") and own[place].ndim == tensor.ndim:
-                    tensor = torch.cat([tensor, own[place][len(tensor):]])
-                weights[place] = tensor
+        if name in (WORDS, "cls.predictions.bias"):
+            rest = own[places[0]][len(tensor):]
+            tensor = torch.cat([tensor, rest]) if rest.shape[1:] == tensor.shape[1:] else tensor
+        weights.update(dict.fromkeys(places, tensor))
     for name in own:
         random = "crossattention" in name or "position_ids" in name
         if name.startswith("text_encoder.") and not random and name not in weights:
