@@ -593,34 +593,18 @@ class PredictionHead(nn.Module):
         return self.decoder(self.transform(states))
 
 
-class TextDecoder(nn.Module):
-    """A TextModel and the LM head."""
-
-    def __init__(self, size, source_width, twin=None):
-        super().__init__()
-        self.bert = TextModel(size, source_width, twin)
-        words = self.bert.embeddings.word_embeddings.weight
-        self.cls = nn.ModuleDict({"predictions": PredictionHead(size, words)})
-
-    def logits(self, states):
-        """(R, N, D) -> (R, N, V); follows autocast in training only."""
-        if self.training:
-            return self.cls.predictions(states)
-        return exactly(self.cls.predictions, states)
-
-
 def exactly(head, states):
     """head(states) in fp32 also under autocast: what is sorted or compared would lose digits."""
     with torch.autocast(states.device.type, enabled=False):
         return head(states.to(next(head.parameters()).dtype))
 
 
-def init_text(encoder, decoder):
+def init_text(encoder, decoder, head):
     """N(0, 0.02) for matrices, zero for biases, as in BERT; what the two share is drawn once."""
     order = [encoder.embeddings]
-    for layer, twin in zip(encoder.encoder.layer, decoder.bert.encoder.layer):
+    for layer, twin in zip(encoder.encoder.layer, decoder.encoder.layer):
         order += [layer.attention, twin, layer]
-    order += [decoder.bert, decoder.cls.predictions.transform]
+    order += [decoder, head.transform]
     for module in nn.ModuleList(order).modules():  # each once
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
@@ -653,11 +637,12 @@ class BLIP(nn.Module):
         vision, text, E = size.vision, size.text, size.embed_dim
         self.visual_encoder = VisionTransformer(vision)
         self.text_encoder = TextModel(text, vision.width)
-        if shared:
-            self.text_decoder = TextDecoder(text, vision.width, self.text_encoder)
-        else:
-            self.text_decoder = TextDecoder(text, text.width)
-        init_text(self.text_encoder, self.text_decoder)
+        bert = TextModel(text, vision.width if shared else text.width,
+                         self.text_encoder if shared else None)
+        head = PredictionHead(text, bert.embeddings.word_embeddings.weight)
+        self.text_decoder = nn.ModuleDict({"bert": bert})
+        self.text_decoder["cls"] = nn.ModuleDict({"predictions": head})
+        init_text(self.text_encoder, bert, head)
         self.vision_proj = nn.Linear(vision.width, E)
         self.text_proj = nn.Linear(text.width, E)
         self.itm_head = nn.Linear(text.width, 2)  # class 1: the text matches the image
@@ -688,8 +673,12 @@ class BLIP(nn.Module):
 
     def decode(self, ids, mask, source, source_mask=None):
         """As decoder_states -> logits (R, N, V) of the token that follows each."""
-        states = self.decoder_states(ids, mask, source, source_mask).states
-        return self.text_decoder.logits(states)
+        return self.logits(self.decoder_states(ids, mask, source, source_mask).states)
+
+    def logits(self, states):
+        """Decoder states (R, N, D) -> (R, N, V); follows autocast in training only."""
+        head = self.text_decoder.cls.predictions
+        return head(states) if self.training else exactly(head, states)
 
     def image_feature(self, states):
         """Image states -> (B, E) of unit length, for ITC."""
@@ -705,22 +694,24 @@ class BLIP(nn.Module):
 
     @torch.no_grad()
     def generate(self, source, prompt=(), num_beams=3, min_length=5, max_length=20, released=True):
-        """Captions of source (B, M, its width): ids (B, L) with [DEC], prompt, [SEP], padding.
+        """A caption of each source (B, M, its width): token ids from [DEC] to [SEP], B lists.
 
         prompt: token ids that follow [DEC]. Both lengths count [DEC] and prompt. released: see
         beam_search.
         """
-        text, decoder = self.size.text, self.text_decoder
-        read = decoder.bert.read(source)  # once; the few tokens of a text are computed anew
+        decoder = self.text_decoder.bert
+        read = decoder.read(source)  # once; the few tokens of a text are computed anew
 
-        def next_logits(ids):
-            """Logits (R, V) of the token after ids (R, N)."""
-            states = decoder.bert(ids, None, read, causal=True).states
-            return decoder.logits(states[:, -1]).float()
+        def next_log_p(texts):
+            """R lists of N ids -> log-probabilities (R, V) of the token that follows."""
+            ids = torch.tensor(texts, device=source.device)
+            states = decoder(ids, None, read, causal=True).states
+            return self.logits(states[:, -1]).float().log_softmax(1)
 
-        ids = torch.tensor([text.dec, *prompt], device=source.device)
-        ids = ids.expand(len(source), -1)  # (B, P)
-        return beam_search(next_logits, ids, text, num_beams, min_length, max_length, released)
+        text = self.size.text
+        prompts = [[text.dec, *prompt]] * len(source)
+        return beam_search(next_log_p, prompts, text.sep, num_beams, min_length, max_length,
+                           released)
 
     @torch.no_grad()
     def rank_answers(self, question, question_mask, answers, top=128):
@@ -729,17 +720,17 @@ class BLIP(nn.Module):
         answers (A, L) ids: [CLS] answer [SEP] padding. The `top` answers with the likeliest first
         token are scored whole by the training loss, with its label smoothing [BLIP's code].
         """
-        B, top, pad = len(question), min(top, len(answers)), self.size.text.pad
-        first = self.decode(answers[:1, :1].expand(B, 1), None, question, question_mask)[:, 0]
-        best = first[:, answers[:, 1]].topk(top).indices  # (B, top) of A
-        block = max(1, 1024 // top)  # questions at a time: the logits of BERT's words are large
-        losses = []
-        for start in range(0, B, block):
-            now = slice(start, start + block)
-            ids = answers[best[now]].flatten(0, 1)  # (block * top, L)
-            logits = self.decode(ids, ids != pad, question[now], question_mask[now])
-            losses.append(lm_loss(logits, ids, pad, reduction="none").view(-1, top))
-        return best.gather(1, torch.cat(losses).argmin(1, keepdim=True))[:, 0]
+        first = answers[:1, :1].expand(len(question), 1)
+        logits = self.decode(first, None, question, question_mask)[:, 0]  # (B, V)
+        top = min(top, len(answers))
+        likeliest = logits[:, answers[:, 1]].topk(top).indices  # (B, top) of A
+        losses, pad = [], self.size.text.pad
+        for chosen, states, mask in zip(likeliest, question, question_mask):
+            ids = answers[chosen]  # (top, L)
+            logits = self.decode(ids, ids != pad, states[None], mask[None])
+            losses.append(lm_loss(logits, ids, pad, reduction="none"))
+        best = torch.stack(losses).argmin(1, keepdim=True)
+        return likeliest.gather(1, best)[:, 0]
 
 
 def untied(blip):
@@ -770,52 +761,48 @@ def count_parameters(blip):
 # ----------------------------------------------------------------------------------- generation
 
 
-def beam_search(next_logits, ids, text, num_beams, min_length, max_length, released):
-    """ids (B, P) -> (B, L): the text with the best log-probability / length.
+def beam_search(next_log_p, prompts, sep, num_beams, min_length, max_length, released):
+    """B prompts of P ids -> B texts: each the one with the best log-probability / length.
 
     Each step extends the K running beams to their 2K best continuations. Those of the first K that
     end, with [SEP], compete for the K places of finished texts; the K best that do not end run on,
     and compete too when they have max_length tokens. An image is done once the best that is left
     scores no better than the worst of K finished texts. One beam is greedy search.
 
-    released: as BLIP's release, the length counts [DEC] and prompt and not [SEP], and the best
-    that is left is that of all 2K continuations. False: as transformers 5, the length counts the
-    new tokens with [SEP], and the best that is left is a running one.
+    released: as in BLIP's release, the length counts [DEC] and prompt and not [SEP], and the best
+    that is left is that of all 2K continuations. False: as in transformers 5, the length counts
+    the new tokens with [SEP], and the best that is left is a running one.
     """
-    (B, P), K, device = ids.shape, num_beams, ids.device
-    running, score = ids[:, None], torch.zeros(B, 1, device=device)  # one beam at first
-    finished = torch.full((B, K, max_length), text.pad, device=device)
-    finished_score = torch.full((B, K), -math.inf, device=device)
-    done = torch.zeros(B, dtype=torch.bool, device=device)
+    B, P, K = len(prompts), len(prompts[0]), num_beams
+    running = [[(0.0, prompt)] for prompt in prompts]  # log-probability and ids of each beam
+    finished = [[] for _ in range(B)]  # log-probability / length and ids, the best first
+    done = [False] * B
     for n in range(P + 1, max_length + 1):  # n tokens after this step
-        length = n - 1 if released else n - P
-        new = next_logits(running.flatten(0, 1)).log_softmax(1)  # (R, V)
-        V = new.shape[1]
+        log_p = next_log_p([ids for beams in running for _, ids in beams])  # (R, V)
         if n <= min_length:
-            new[:, text.sep] = -math.inf
-        total = score[:, :, None] + new.view(B, -1, V)
-        score, place = total.flatten(1).topk(2 * K)  # (B, 2K)
-        beam, token = place // V, place % V
-        candidates = running.take_along_dim(beam[:, :, None], 1)
-        candidates = torch.cat([candidates, token[:, :, None]], 2)  # (B, 2K, n)
-        ends, left = token == text.sep, score[:, 0]
-
-        ending = score.masked_fill(~ends | done[:, None], -math.inf)[:, :K] / length
-        padded = F.pad(candidates[:, :K], (0, max_length - n), value=text.pad)
-        finished_score, best = torch.cat([finished_score, ending], 1).topk(K)
-        finished = torch.cat([finished, padded], 1).take_along_dim(best[:, :, None], 1)
-
-        score, best = score.masked_fill(ends, -math.inf).topk(K)
-        running = candidates.take_along_dim(best[:, :, None], 1)  # (B, K, n)
-        left = left if released else score[:, 0]
-        done = done | (left / length <= finished_score[:, -1])
-        if done.all():  # the one wait for the device
-            return finished[:, 0, :n]
+            log_p[:, sep] = -math.inf
+        V, length = log_p.shape[1], n - 1 if released else n - P
+        before = torch.tensor([[score for score, _ in beams] for beams in running])
+        total = before.to(log_p.device)[:, :, None] + log_p.view(B, -1, V)
+        scores, places = total.flatten(1).topk(2 * K)  # (B, 2K)
+        for image, found in enumerate(zip(scores.tolist(), places.tolist())):
+            beams = running[image]
+            longer = [(score, [*beams[place // V][1], place % V]) for score, place in zip(*found)]
+            running[image] = [beam for beam in longer if beam[1][-1] != sep][:K]
+            if not done[image]:
+                ended = [(score / length, ids) for score, ids in longer[:K] if ids[-1] == sep]
+                finished[image] = sorted(finished[image] + ended, reverse=True)[:K]
+                left = longer if released else running[image]
+                full = len(finished[image]) == K
+                done[image] = full and finished[image][-1][0] >= left[0][0] / length
+        if all(done):
+            break
 
     length = max_length if released else max_length - P
-    cut_off = score.masked_fill(done[:, None], -math.inf) / length
-    best = torch.cat([finished_score, cut_off], 1).argmax(1)  # (B,) of 2K
-    return torch.cat([finished, running], 1).take_along_dim(best[:, None, None], 1)[:, 0]
+    for image in range(B):
+        if not done[image]:
+            finished[image] += [(score / length, ids) for score, ids in running[image]]
+    return [max(texts)[1] for texts in finished]
 
 
 # --------------------------------------------------------------------------------------- losses
@@ -914,8 +901,8 @@ class Forward:
     """
 
     def __init__(self, blip, image, ids, mask, with_scores=False):
-        self.blip, self.image, self.with_scores = blip, image, with_scores
-        self.ids, self.mask = ids, mask
+        self.blip, self.image, self.ids, self.mask = blip, image, ids, mask
+        self.with_scores = with_scores
 
     @cached_property
     def image_states(self):
@@ -959,16 +946,12 @@ class DLIP(nn.Module):
         self.prompt_length = prompt_length  # P, [DEC] included
         self.momentum = None
         if cfg.task == ("retrieval",) if cfg.stage == "finetune" else cfg.vlp:
-            self.start_momentum()
-
-    def start_momentum(self):
-        """A copy of what ITC reads, equal to the student; queues of random features of no image."""
-        self.momentum = frozen_copy(self.student)
-        del self.momentum.text_decoder, self.momentum.itm_head, self.momentum.temp
-        Q, E = self.cfg.queue_size, self.student.size.embed_dim
-        for name in ("image_queue", "text_queue"):
-            self.register_buffer(name, F.normalize(torch.randn(Q, E), dim=1))
-        self.register_buffer("number_queue", torch.full((Q,), -1))
+            self.momentum = frozen_copy(student)  # of what ITC reads
+            del self.momentum.text_decoder, self.momentum.itm_head, self.momentum.temp
+            Q, E = cfg.queue_size, student.size.embed_dim  # at first of no image
+            self.register_buffer("image_queue", F.normalize(torch.randn(Q, E), dim=1))
+            self.register_buffer("text_queue", F.normalize(torch.randn(Q, E), dim=1))
+            self.register_buffer("number_queue", torch.full((Q,), -1))
 
     def train(self, mode=True):
         super().train(mode)
@@ -1014,7 +997,7 @@ class DLIP(nn.Module):
             vlp["itc"] = itc_loss(ours.img, ours.text, slow.img, slow.text, image_keys, text_keys,
                                   same, student.temp, alpha)
             vlp["itm"] = self.matching(ours, *self.negatives(ours, slow, number, floor=1e-4))
-            logits = student.text_decoder.logits(ours.decoded.states)
+            logits = student.logits(ours.decoded.states)
             vlp["lm"] = lm_loss(logits, ids, self.pad)
             self.enqueue(image_keys, text_keys)
 
@@ -1078,7 +1061,7 @@ class DLIP(nn.Module):
         return F.cross_entropy(logits, target)  # leaves -100 out
 
     def retrieve(self, image, ids, number, alpha):
-        """Fine-tuning for retrieval: L_ITC and L_ITM; all captions of an image are its positives."""
+        """Fine-tuning for retrieval: L_ITC and L_ITM; an image's other captions are positives."""
         ours = Forward(self.student, image, ids, ids != self.pad)
         self.update_momentum(self.cfg.momentum)
         slow = Forward(self.momentum, image, ids, ours.mask)
@@ -1131,11 +1114,6 @@ VISION_NAMES = (
     (r"\.mlp\.(0|linear_1)\.", ".mlp.fc1."),
     (r"\.mlp\.(3|linear_2)\.", ".mlp.fc2."),
 )
-CLASSIFIER = re.compile(r"^(head|heads|head_dist|pre_logits)\.")
-# Momentum copies and queues, and what Hugging Face's BlipModel has of its own: no part of a BLIP.
-UNUSED = re.compile(r"^(visual_encoder|text_encoder|vision_proj|text_proj)_m\.|^momentum\."
-                    r"|^(image|text|number|idx|ptr)_queue$|^queue_ptr$|\.pooler\."
-                    r"|^(visual_projection|text_projection)\.|^logit_scale$")
 WORDS = "embeddings.word_embeddings.weight"
 
 
@@ -1155,12 +1133,20 @@ def load_blip(checkpoint, image_size=None, dropout=0.0, need=()):
     for name, tensor in tensors.items():
         if id(tensor) not in held and name.startswith(("visual_encoder.", *need)):
             raise UserError(f"{path} lacks {name}")
-    count = blip.visual_encoder.pos_embed.shape[1]
-    positions = weights["visual_encoder.pos_embed"]
-    weights["visual_encoder.pos_embed"] = resize_positions(positions, count, path)
-    # Of two names of one tensor the file may have one: the other stands for the tensor itself.
-    common.load_weights(blip, {**blip.state_dict(), **weights}, path)
+    load_named(blip, weights, path)
     return blip
+
+
+def load_named(module, weights, path):
+    """Those of the weights that the module has, position embeddings at its size; what else it has
+    stays as it is."""
+    own = module.state_dict()  # not copies: where two names have one tensor, either will do
+    for name in own.keys() & weights.keys():
+        own[name] = weights[name]
+        if name.endswith("pos_embed"):
+            count = module.state_dict()[name].shape[1]
+            own[name] = resize_positions(weights[name], count, path)
+    common.load_weights(module, own, path)
 
 
 def blip_names(weights):
@@ -1171,8 +1157,7 @@ def blip_names(weights):
         if name.startswith("vision_model."):
             name = "visual_encoder." + vision_name(name.removeprefix("vision_model."))
         name = re.sub(r"^text_model\.", "text_encoder.", name)
-        if not UNUSED.search(name):
-            renamed[name] = tensor
+        renamed[name] = tensor
     return renamed
 
 
@@ -1229,15 +1214,11 @@ def resize_positions(positions, count, path):
 def load_vision(visual_encoder, checkpoint):
     """Start an image encoder from an ImageNet ViT (timm, DeiT, torchvision) or from a BLIP's."""
     weights = {}
-    prefix = re.compile(r"^(visual_encoder|vision_model)\.")
-    of_blip = any(prefix.match(name) for name in checkpoint.weights)
     for name, tensor in checkpoint.weights.items():
-        if not CLASSIFIER.match(name) and (prefix.match(name) or not of_blip):
-            weights[vision_name(prefix.sub("", name))] = tensor
-    if "pos_embed" in weights:
-        count = visual_encoder.pos_embed.shape[1]
-        weights["pos_embed"] = resize_positions(weights["pos_embed"], count, checkpoint.path)
-    common.load_weights(visual_encoder, weights, checkpoint.path)
+        name = re.sub(r"^(visual_encoder|vision_model)\.", "", name)
+        weights[vision_name(name)] = tensor
+    refuse_missing(visual_encoder.state_dict(), weights, checkpoint.path)
+    load_named(visual_encoder, weights, checkpoint.path)
 
 
 def load_bert(blip, checkpoint):
@@ -1247,23 +1228,22 @@ def load_bert(blip, checkpoint):
     token types and pooler are left out.
     """
     own, weights = blip.state_dict(), {}
-    unused = re.compile(r".*(token_type|position_ids|pooler|seq_relationship|\.decoder\.)")
     for name, tensor in checkpoint.weights.items():
         name = name.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias")
-        if unused.match(name):
-            continue
-        places = [f"text_encoder.{name}", f"text_decoder.bert.{name}"]
-        if name.startswith("cls."):
-            places = [f"text_decoder.{name}"]
-        if name in (WORDS, "cls.predictions.bias"):
-            rest = own[places[0]][len(tensor):]
-            tensor = torch.cat([tensor, rest]) if rest.shape[1:] == tensor.shape[1:] else tensor
-        weights.update(dict.fromkeys(places, tensor))
-    for name in own:
-        random = "crossattention" in name or "position_ids" in name
-        if name.startswith("text_encoder.") and not random and name not in weights:
-            raise UserError(f"{checkpoint.path}: no BERT of this size, {name} is missing")
-    common.load_weights(blip, {**own, **weights}, checkpoint.path)
+        for place in (f"text_encoder.{name}", f"text_decoder.bert.{name}", f"text_decoder.{name}"):
+            if place in own and own[place].shape[1:] == tensor.shape[1:]:
+                tensor = torch.cat([tensor, own[place][len(tensor):]])
+            weights[place] = tensor
+    needed = [name for name in own if name.startswith("text_encoder.")
+              and "crossattention" not in name and "position_ids" not in name]
+    refuse_missing(needed, weights, checkpoint.path)
+    load_named(blip, weights, checkpoint.path)
+
+
+def refuse_missing(names, weights, path):
+    for name in names:
+        if name not in weights:
+            raise UserError(f"{path} lacks {name}")
 
 
 # ------------------------------------------------------------------------------------------------------------- training
