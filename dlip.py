@@ -56,8 +56,9 @@ import math
 import re
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -81,10 +82,10 @@ from common import (
     world_size,
 )
 
-# Letters in shape comments: B images or texts (in the losses: b of this process against the B of all), N tokens, M
-# tokens attended to, D width, E width of the joint embedding, Q length of a queue, H heads, V vocabulary, K beams or
-# answers per image, R rows of the decoder (B, or B * K), P tokens of the prompt, L of the longest text, A answers to
-# choose from.
+# Letters in shape comments: B images or texts (in the losses: b of this process against the B of
+# all), N tokens, M tokens attended to, D width, E width of the joint embedding, Q length of a queue,
+# H heads, V vocabulary, R rows of the decoder (B, or several beams or answers to each of B), P
+# tokens of the prompt with [DEC], L of the longest text; K beams; A answers to choose from.
 
 # --------------------------------------------------------------------------------------------------------------- config
 
@@ -294,14 +295,14 @@ class VisionSize:
 
 @dataclass(frozen=True)
 class TextSize:
-    """Sizes and special tokens. [DEC] and [ENC] are the two that BLIP adds at the end of BERT's vocabulary."""
+    """Sizes and special tokens; [DEC] and [ENC] are BLIP's additions to BERT's vocabulary."""
 
     width: int
     layers: int
+    fusion_layers: int  # how many, from the top, have cross-attention
     heads: int = 12
     vocab: int = 30524
     positions: int = 512
-    fusion_layers: int | None = None  # cross-attention in the top k layers only; None: in all
     dropout: float = 0.1
     tied_head: bool = True  # the LM head classifies with the word embeddings
     pad: int = 0
@@ -311,61 +312,53 @@ class TextSize:
     enc: int = 30523
 
 
+@dataclass(frozen=True)
+class BLIPSize:
+    vision: VisionSize
+    text: TextSize
+    embed_dim: int = 256
+
+
 # DLIP's Table 1. Every BERT keeps 12 heads, so that text maps match the teacher's head for head.
-VIT = {"tiny": VisionSize(192, 12, 3), "small": VisionSize(384, 12, 6), "middle": VisionSize(576, 12, 9),
-       "base": VisionSize(768, 12, 12)}
-BERT = {"tiny": TextSize(192, 4), "small": TextSize(384, 6), "middle": TextSize(576, 8), "base": TextSize(768, 12)}
+VIT = {"tiny": VisionSize(192, 12, 3), "small": VisionSize(384, 12, 6),
+       "middle": VisionSize(576, 12, 9), "base": VisionSize(768, 12, 12)}
+BERT = {"tiny": TextSize(192, 4, 4), "small": TextSize(384, 6, 6),
+        "middle": TextSize(576, 8, 8), "base": TextSize(768, 12, 12)}
 
 
-# The same four for the emoji scenes: small + small, the student, has 22.6 % of the parameters of base + base.
+# The same for the emoji scenes: small + small, the student, has 22.6 % of base + base.
 DEMO_VIT = {"tiny": VisionSize(32, 4, 2, 8, 40), "small": VisionSize(64, 4, 2, 8, 40),
             "middle": VisionSize(96, 4, 3, 8, 40), "base": VisionSize(128, 4, 4, 8, 40)}
-DEMO_BERT = {"tiny": TextSize(32, 2, 4, positions=32), "small": TextSize(64, 3, 4, positions=32),
-             "middle": TextSize(96, 3, 4, positions=32), "base": TextSize(128, 4, 4, positions=32)}
+DEMO_BERT = {"tiny": TextSize(32, 2, 2, 4, positions=32),
+             "small": TextSize(64, 3, 3, 4, positions=32),
+             "middle": TextSize(96, 3, 3, 4, positions=32),
+             "base": TextSize(128, 4, 4, 4, positions=32)}
 SIZES = {"demo": (DEMO_VIT, DEMO_BERT), "paper": (VIT, BERT)}
 
 
-# ---------------------------------------------------------------------------------------------------------------- model
+# ---------------------------------------------------------------------------------------- model
 
 
-class Trace:
-    """Asks a forward pass for the maps and states of some layers (negative: counted from the last), keyed as asked.
+def attend(q, k, v, mask=None, dropout=0.0, with_scores=False):
+    """softmax(scores) v, and if wanted the scores q k^T / sqrt(D/H) themselves.
 
-    Afterwards states[l] (B, N, D) is what layer l gave, self_maps[l] (B, H, N, N) and cross_maps[l] (B, H, N, M) its
-    attention probabilities before dropout. All carry gradient. maps=False leaves the fused attention kernel on.
+    q (B, H, N, D/H), k and v (B, H, M, D/H); mask True where attention is allowed, broadcast to
+    (B, H, N, M). Scores are float32, the least number where it is not allowed; the fused kernel,
+    which keeps them to itself, runs where nobody asks for them.
     """
-
-    def __init__(self, *layers, maps=True):
-        self.layers, self.maps = layers, maps
-        self.states, self.self_maps, self.cross_maps = {}, {}, {}
-
-    def keys(self, layer, depth):
-        """The names under which layer `layer` of `depth` was asked for."""
-        wrong = [key for key in self.layers if not -depth <= key < depth]
-        if wrong:
-            raise UserError(f"there is no layer {wrong[0]}: the network has {depth} layers")
-        return [key for key in self.layers if key % depth == layer]
-
-    def note(self, keys, states, self_map, cross_map=None):
-        for key in keys:
-            self.states[key] = states
-            for maps, found in ((self.self_maps, self_map), (self.cross_maps, cross_map)):
-                if found is not None:
-                    maps[key] = found
-
-
-def attend(q, k, v, mask=None, dropout=0.0, with_map=False):
-    """softmax(q k^T / sqrt(D/H)) v and, if wanted, the softmax: the fused kernel keeps it to itself.
-
-    q (B, H, N, D/H), k and v (B, H, M, D/H), mask True where attention is allowed, broadcast to (B, H, N, M).
-    """
-    if not with_map:
+    if not with_scores:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout), None
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, H, N, M)
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    found = scores.float().softmax(-1)
-    return F.dropout(found, dropout).to(v.dtype) @ v, found
+    scores = scores.float()
+    weights = F.dropout(scores.softmax(-1), dropout)
+    return weights.to(v.dtype) @ v, scores
+
+
+def sequence(**layers):
+    """nn.Sequential whose layers have names, those of published weights."""
+    return nn.Sequential(OrderedDict(layers))
 
 
 class VisionAttention(nn.Module):
@@ -377,11 +370,12 @@ class VisionAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x, with_map=False):
-        """(B, N, D) -> (B, N, D), and the map (B, H, N, N) or None."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, N, D/H)
-        out, found = attend(q, k, v, with_map=with_map)
-        return self.proj(out.transpose(1, 2).flatten(2)), found
+    def forward(self, x):
+        """(B, N, D) -> (B, N, D)"""
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, D/H)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, D/H)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -392,47 +386,46 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = VisionAttention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(width, 4 * width), act=nn.GELU(),
-                                             fc2=nn.Linear(4 * width, width)))
+        fc1 = nn.Linear(width, 4 * width)
+        self.mlp = sequence(fc1=fc1, act=nn.GELU(), fc2=nn.Linear(4 * width, width))
 
-    def forward(self, x, with_map=False):
-        out, found = self.attn(self.norm1(x), with_map)
-        x = x + out
-        return x + self.mlp(self.norm2(x)), found
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
 
 
 class VisionTransformer(nn.Module):
-    """ViT without a head: all tokens, CLS first, after the final norm."""
+    """ViT without a head, named as timm's: all tokens, CLS first, after the final norm."""
 
     def __init__(self, size):
         super().__init__()
-        self.size, width = size, size.width
-        if size.image_size % size.patch or width % size.heads:
-            raise UserError(f"image size {size.image_size} and width {width} must be multiples of patch {size.patch} "
-                            f"and of {size.heads} heads")
-        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, width, size.patch, size.patch)))
+        width, patch = size.width, size.patch
+        if size.image_size % patch:
+            raise UserError(f"image size {size.image_size} is no multiple of the patch's {patch}")
+        self.patch_embed = sequence(proj=nn.Conv2d(3, width, patch, patch))
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + (size.image_size // size.patch) ** 2, width))
+        tokens = 1 + (size.image_size // patch) ** 2
+        self.pos_embed = nn.Parameter(torch.empty(1, tokens, width))
         self.blocks = nn.ModuleList(Block(width, size.heads) for _ in range(size.layers))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.grad_checkpoint = False
-        for weight in (self.cls_token, self.pos_embed, *(m.weight for m in self.modules() if isinstance(m, nn.Linear))):
-            nn.init.trunc_normal_(weight, std=0.02)
-        for linear in (m for m in self.modules() if isinstance(m, nn.Linear)):
-            nn.init.zeros_(linear.bias)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
 
-    def forward(self, image, trace=None):
-        """(B, 3, S, S) normalised pixels -> (B, N, D). Traced states are the blocks' outputs, before the final norm."""
+    def forward(self, image):
+        """(B, 3, S, S) normalised pixels -> (B, N, D)"""
         x = self.patch_embed(image).flatten(2).transpose(1, 2)  # (B, N-1, D)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed  # float32 under autocast
-        for i, block in enumerate(self.blocks):
-            keys = trace.keys(i, len(self.blocks)) if trace else ()
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
+        x = x + self.pos_embed  # float32 under autocast
+        for block in self.blocks:
             if self.grad_checkpoint and torch.is_grad_enabled():
-                x, found = checkpoint(block, x, bool(keys) and trace.maps, use_reentrant=False)
+                x = checkpoint(block, x, use_reentrant=False)
             else:
-                x, found = block(x, bool(keys) and trace.maps)
-            if keys:
-                trace.note(keys, x, found)
+                x = block(x)
         return self.norm(x)
 
 
@@ -450,13 +443,14 @@ class AddNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """BERT's attention sublayer. Keys and values come from the tokens themselves or from a source of another width."""
+    """BERT's attention sublayer; keys and values come from the tokens or from a source."""
 
     def __init__(self, width, heads, source_width, dropout):
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.self = nn.ModuleDict(dict(query=nn.Linear(width, width), key=nn.Linear(source_width, width),
-                                       value=nn.Linear(source_width, width)))  # BERT's name: attention.self.query
+        self.self = nn.ModuleDict(dict(  # BERT's name: attention.self.query
+            query=nn.Linear(width, width), key=nn.Linear(source_width, width),
+            value=nn.Linear(source_width, width)))
         self.output = AddNorm(width, width, dropout)
 
     def split(self, x):
@@ -466,131 +460,156 @@ class Attention(nn.Module):
         """(B, M, source width) -> keys and values, each (B, H, M, D/H)."""
         return self.split(self.self.key(source)), self.split(self.self.value(source))
 
-    def forward(self, x, keys_values, mask=None, with_map=False):
-        """(B, N, D) -> (B, N, D), and the map (B, H, N, M) or None."""
+    def forward(self, x, keys_values, mask=None, with_scores=False):
+        """(B, N, D) -> (B, N, D), and the scores (B, H, N, M) or None."""
         q = self.split(self.self.query(x))
-        out, found = attend(q, *keys_values, mask, self.dropout if self.training else 0.0, with_map)
-        return self.output(out.transpose(1, 2).flatten(2), x), found
+        dropout = self.dropout if self.training else 0.0
+        out, scores = attend(q, *keys_values, mask, dropout, with_scores)
+        return self.output(out.transpose(1, 2).flatten(2), x), scores
 
 
 class TextLayer(nn.Module):
-    """Self-attention of the mode, then cross-attention and feed-forward, which all modes share."""
+    """Self-attention, cross-attention to a source, feed-forward.
 
-    def __init__(self, size, source_width, roles, fuses):
-        super().__init__()
-        width, heads, dropout = size.width, size.heads, size.dropout
-        if "encoder" in roles:
-            self.attention = Attention(width, heads, width, dropout)
-        if "decoder" in roles:
-            self.decoder_attention = Attention(width, heads, width, dropout)
-        self.crossattention = Attention(width, heads, source_width, dropout) if fuses else None
-        self.intermediate = nn.Sequential(OrderedDict(dense=nn.Linear(width, 4 * width), act=nn.GELU()))
-        self.output = AddNorm(4 * width, width, dropout)
-
-    def forward(self, x, mode, mask, source, source_mask, past=None, with_map=False):
-        """x (R, N, D), source (B, M, source width) -> x, self map (R, H, N, M), cross map (B, H, R/B * N, M).
-
-        `past`, a dict, keeps this layer's keys and values between the steps of a generation: those of the tokens grow,
-        those of the source are computed once.
-        """
-        attention = self.decoder_attention if mode == "decoder" else self.attention
-        keys_values = attention.keys_values(x)
-        if past is not None:
-            if "tokens" in past:
-                keys_values = tuple(torch.cat(pair, 2) for pair in zip(past["tokens"], keys_values))
-            past["tokens"] = keys_values
-        x, self_map = attention(x, keys_values, mask, with_map)
-        cross_map = None
-        if mode != "text" and self.crossattention is not None:
-            keys_values = past["source"] if past and "source" in past else self.crossattention.keys_values(source)
-            if past is not None:
-                past["source"] = keys_values
-            # Several beams or answers to one image: their queries stand side by side, the image's keys are not copied.
-            queries = x.reshape(len(keys_values[0]), -1, x.shape[-1])  # (B, R/B * N, D)
-            out, cross_map = self.crossattention(queries, keys_values, source_mask, with_map)
-            x = out.view_as(x)
-        return self.output(self.intermediate(x), x), self_map, cross_map
-
-
-class PredictionHead(nn.Module):
-    """BERT's LM head: dense, GELU, LayerNorm, then the word embeddings themselves as classifier, with a bias.
-
-    tied=False: a classifier of its own, which some BLIP checkpoints may hold (load_blip).
+    In pre-training a layer of the decoder shares all but self-attention with its `twin`, the
+    encoder's layer. fuses: whether there is cross-attention.
     """
 
-    def __init__(self, width, vocab, tied):
+    def __init__(self, size, source_width, fuses, twin=None):
         super().__init__()
-        self.transform = nn.Sequential(OrderedDict(dense=nn.Linear(width, width), act=nn.GELU(),
-                                                   LayerNorm=nn.LayerNorm(width, eps=1e-12)))
-        self.decoder = None if tied else nn.Linear(width, vocab, bias=False)
-        self.bias = nn.Parameter(torch.zeros(vocab))
+        width, heads, dropout = size.width, size.heads, size.dropout
+        self.attention = Attention(width, heads, width, dropout)
+        if twin is not None:
+            self.crossattention = twin.crossattention
+            self.intermediate = twin.intermediate
+            self.output = twin.output
+            return
+        self.crossattention = None
+        if fuses:
+            self.crossattention = Attention(width, heads, source_width, dropout)
+        self.intermediate = sequence(dense=nn.Linear(width, 4 * width), act=nn.GELU())
+        self.output = AddNorm(4 * width, width, dropout)
 
-    def forward(self, x, word_embeddings):
-        """(R, N, D), (V, D) -> (R, N, V)"""
-        return F.linear(self.transform(x), self.decoder.weight if self.decoder else word_embeddings, self.bias)
+    def forward(self, x, mask=None, source=None, source_mask=None, with_scores=False):
+        """x (R, N, D) -> x, and the scores (R, H, N, N) of self- and (B, H, R/B * N, M) of
+        cross-attention, or None.
+
+        source: the source's keys and values, from crossattention; None: no cross-attention.
+        """
+        keys_values = self.attention.keys_values(x)
+        x, self_scores = self.attention(x, keys_values, mask, with_scores)
+        cross_scores = None
+        if source is not None:
+            # Several beams or answers to one image: their queries stand side by side, so that the
+            # image's keys are not copied.
+            queries = x.reshape(len(source[0]), -1, x.shape[-1])  # (B, R/B * N, D)
+            out, cross_scores = self.crossattention(queries, source, source_mask, with_scores)
+            x = out.view_as(x)
+        return self.output(self.intermediate(x), x), self_scores, cross_scores
+
+
+class Embeddings(nn.Module):
+    """Words and positions; BLIP has no token types."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(size.vocab, size.width, padding_idx=size.pad)
+        self.position_embeddings = nn.Embedding(size.positions, size.width)
+        self.LayerNorm = nn.LayerNorm(size.width, eps=1e-12)
+        self.dropout = nn.Dropout(size.dropout)
+        self.register_buffer("position_ids", torch.arange(size.positions)[None])
+
+    def forward(self, ids):
+        """ids (R, N) -> (R, N, D)"""
+        positions = self.position_ids[:, :ids.shape[1]]
+        x = self.word_embeddings(ids) + self.position_embeddings(positions)
+        return self.dropout(self.LayerNorm(x))
+
+
+class Encoded(NamedTuple):
+    """What a text network gives: states of all tokens and, where asked for, the attention scores
+    of the last layer."""
+
+    states: torch.Tensor  # (R, N, D)
+    self_scores: torch.Tensor | None  # (R, H, N, N)
+    cross_scores: torch.Tensor | None  # (B, H, R/B * N, M)
 
 
 class TextModel(nn.Module):
-    """BLIP's MED: a BERT that is text encoder, image-grounded encoder and image-grounded decoder in one.
+    """BERT with cross-attention to a source of width source_width; `twin`: see TextLayer."""
 
-    With both roles (pre-training) it holds two sets of self-attention; all else is shared. source_width is the width of
-    what it cross-attends to.
-    """
-
-    def __init__(self, size, source_width, roles=("encoder", "decoder")):
+    def __init__(self, size, source_width, twin=None):
         super().__init__()
-        self.size, self.source_width, self.roles, width = size, source_width, roles, size.width
-        fusion = size.layers if size.fusion_layers is None else size.fusion_layers
-        if width % size.heads:
-            raise UserError(f"text width {width} is no multiple of {size.heads} heads")
-        if not 0 <= fusion <= size.layers:
-            raise UserError(f"of {size.layers} text layers {fusion} cannot have cross-attention")
-        self.embeddings = nn.ModuleDict(dict(word_embeddings=nn.Embedding(size.vocab, width, padding_idx=size.pad),
-                                             position_embeddings=nn.Embedding(size.positions, width),
-                                             LayerNorm=nn.LayerNorm(width, eps=1e-12)))
-        self.dropout = nn.Dropout(size.dropout)
-        self.encoder = nn.ModuleDict(dict(layer=nn.ModuleList(
-            TextLayer(size, source_width, roles, fuses=i >= size.layers - fusion) for i in range(size.layers))))
-        if "decoder" in roles:
-            self.cls = nn.ModuleDict(dict(predictions=PredictionHead(width, size.vocab, size.tied_head)))
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+        self.embeddings = Embeddings(size) if twin is None else twin.embeddings
+        twins = [None] * size.layers if twin is None else twin.encoder.layer
+        first = size.layers - size.fusion_layers
+        layers = [TextLayer(size, source_width, i >= first, twins[i]) for i in range(size.layers)]
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
 
-    def forward(self, ids, mask=None, mode="text", source=None, source_mask=None, cache=None, trace=None):
-        """ids (R, N) -> states (R, N, D).
+    def read(self, source):
+        """What the layers attend to in a source (B, M, its width): the keys and values of each, or
+        None where a layer has no cross-attention."""
+        layers = self.encoder.layer
+        return [layer.crossattention and layer.crossattention.keys_values(source)
+                for layer in layers]
 
-        mask (R, N) and source_mask (B, M) are True at tokens, False at padding; None: no padding. R is a multiple of B:
-        row r attends to source r // (R / B). cache: a list of one dict per layer, empty at the first call.
+    def forward(self, ids, mask=None, source=None, source_mask=None, causal=False,
+                with_scores=False):
+        """ids (R, N) -> Encoded.
+
+        mask (R, N) and source_mask (B, M) are True at tokens, False at padding; None: no padding.
+        source: what read() gives of B images; row r of R attends to image r // (R/B).
         """
-        layers, start = self.encoder.layer, 0
-        if cache and cache[0]:
-            start = cache[0]["tokens"][0].shape[2]  # tokens before these
-        N = ids.shape[1]
-        if start + N > self.size.positions:
-            raise UserError(f"a text of {start + N} tokens: the model has {self.size.positions} positions")
-        x = self.embeddings.word_embeddings(ids) + self.embeddings.position_embeddings.weight[start:start + N]
-        x = self.dropout(self.embeddings.LayerNorm(x))
-        mask = None if mask is None else mask.bool()[:, None, None]  # (R, 1, 1, N)
-        if mode == "decoder" and N > 1:
-            causal = torch.ones(N, start + N, dtype=torch.bool, device=ids.device).tril(start)
-            mask = causal if mask is None else causal & mask  # (R, 1, N, N)
-        source_mask = None if source_mask is None else source_mask.bool()[:, None, None]  # (B, 1, 1, M)
-        for i, layer in enumerate(layers):
-            keys = trace.keys(i, len(layers)) if trace else ()
-            x, self_map, cross_map = layer(x, mode, mask, source, source_mask, cache[i] if cache else None,
-                                           bool(keys) and trace.maps)
-            if keys:
-                trace.note(keys, x, self_map, cross_map)
-        return x
+        N, layers = ids.shape[1], self.encoder.layer
+        source = source or [None] * len(layers)
+        if mask is not None:
+            mask = mask[:, None, None]  # (R, 1, 1, N)
+        if causal:
+            seen = torch.ones(N, N, dtype=torch.bool, device=ids.device).tril()
+            mask = seen if mask is None else seen & mask  # (R, 1, N, N)
+        if source_mask is not None:
+            source_mask = source_mask[:, None, None]  # (B, 1, 1, M)
+        x = self.embeddings(ids)
+        for layer, keys_values in zip(layers, source):
+            wanted = with_scores and layer is layers[-1]
+            x, *scores = layer(x, mask, keys_values, source_mask, wanted)
+        return Encoded(x, *scores)
 
-    def logits(self, states):
-        """(R, N, D) -> (R, N, V); in evaluation without autocast, whose bf16 would make ties among the likeliest."""
-        words, half = self.embeddings.word_embeddings.weight, torch.is_autocast_enabled(states.device.type)
-        with torch.autocast(states.device.type, enabled=half and self.training):
-            return self.cls.predictions(states if self.training else states.to(words.dtype), words)
+
+class PredictionHead(nn.Module):
+    """BERT's LM head. Its classifier is the word embeddings, but for BLIP's released pre-training
+    checkpoints (tied_head=False): until 15 February 2022 its code separated the two by mistake."""
+
+    def __init__(self, size, words):
+        super().__init__()
+        dense, norm = nn.Linear(size.width, size.width), nn.LayerNorm(size.width, eps=1e-12)
+        self.transform = sequence(dense=dense, act=nn.GELU(), LayerNorm=norm)
+        self.bias = nn.Parameter(torch.zeros(size.vocab))
+        self.decoder = nn.Linear(size.width, size.vocab, device="meta")  # draws nothing
+        self.decoder.weight = words if size.tied_head else nn.Parameter(torch.zeros_like(words))
+        self.decoder.bias = self.bias
+
+    def forward(self, states):
+        return self.decoder(self.transform(states))
+
+
+def exactly(head, states):
+    """head(states) in fp32 also under autocast: what is sorted or compared would lose digits."""
+    with torch.autocast(states.device.type, enabled=False):
+        return head(states.to(next(head.parameters()).dtype))
+
+
+def init_text(encoder, decoder, head):
+    """N(0, 0.02) for matrices, zero for biases, as in BERT; what the two share is drawn once."""
+    order = [encoder.embeddings]
+    for layer, twin in zip(encoder.encoder.layer, decoder.encoder.layer):
+        order += [layer.attention, twin, layer]
+    order += [decoder, head.transform]
+    for module in nn.ModuleList(order).modules():  # each once
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
 
 
 def unit(x):
@@ -598,640 +617,633 @@ def unit(x):
     return F.normalize(x.float(), dim=-1)
 
 
-class BLIP(nn.Module):
-    """Image encoder, text network, projections for ITC, head for ITM.
-
-    shared=False gives the decoder embeddings, cross-attention and feed-forward of its own, as BLIP does when it
-    fine-tunes VQA: the answer decoder attends to states of the text encoder, not to the image.
-    """
-
-    def __init__(self, vision, text, embed_dim=256, shared=True):
-        super().__init__()
-        self.visual_encoder = VisionTransformer(vision)
-        self.text = TextModel(text, vision.width, ("encoder", "decoder") if shared else ("encoder",))
-        self.text_decoder = None if shared else TextModel(text, text.width, ("decoder",))
-        self.vision_proj = nn.Linear(vision.width, embed_dim)
-        self.text_proj = nn.Linear(text.width, embed_dim)
-        self.itm_head = nn.Linear(text.width, 2)  # class 1: the text matches the image
-        self.temp = nn.Parameter(torch.tensor(0.07))
-
-    @property
-    def decoder(self):
-        return self.text_decoder or self.text
-
-    def encode_image(self, image, trace=None):
-        """(B, 3, S, S) normalised pixels -> (B, M, vision width), CLS first."""
-        return self.visual_encoder(image, trace)
-
-    def encode_text(self, ids, mask=None, trace=None):
-        """Unimodal: ids (B, N) -> states (B, N, D). The first token becomes [CLS]."""
-        return self.text(begin(ids, self.text.size.cls), mask, "text", trace=trace)
-
-    def fuse(self, ids, mask, image_states, trace=None):
-        """Multimodal: ids (B, N), image_states (B, M, vision width) -> states (B, N, D). First token: [ENC]."""
-        return self.text(begin(ids, self.text.size.enc), mask, "multimodal", image_states, trace=trace)
-
-    def decode(self, ids, mask, source, source_mask=None, trace=None):
-        """Causal: ids (R, N), source (B, M, its width) -> logits (R, N, V) of the token after each. First token: [DEC].
-
-        source: image states (captions), or the states of fused questions with their mask (answers).
-        """
-        return self.decoder.logits(self.decoder_states(ids, mask, source, source_mask, trace))
-
-    def decoder_states(self, ids, mask, source, source_mask=None, trace=None):
-        """What decode computes its logits from: (R, N, D)."""
-        return self.decoder(begin(ids, self.text.size.dec), mask, "decoder", source, source_mask, trace=trace)
-
-    def image_feature(self, states):
-        """Image states -> (B, E) of unit length, for ITC."""
-        return unit(self.vision_proj(states[:, 0]))
-
-    def text_feature(self, states):
-        """Unimodal text states -> (B, E) of unit length, for ITC."""
-        return unit(self.text_proj(states[:, 0]))
-
-    def match(self, states):
-        """Fused states -> (B, 2) logits of no match and match, without autocast: re-ranking sorts them."""
-        with torch.autocast(states.device.type, enabled=False):
-            return self.itm_head(states[:, 0].to(self.itm_head.weight.dtype))
-
-    @torch.no_grad()
-    def generate(self, source, prompt=(), num_beams=3, min_length=5, max_length=20, repetition_penalty=1.0,
-                 source_mask=None):
-        """Captions (or answers) to source (B, M, its width): ids (B, L) with [DEC], prompt, [SEP], then padding.
-
-        prompt: token ids that follow [DEC]. Both lengths count [DEC] and the prompt, as in transformers.
-        """
-        size = self.decoder.size
-        ids = torch.tensor([size.dec, *prompt], device=source.device).expand(len(source), -1)  # (B, P)
-        if not len(prompt) + 1 < max_length <= size.positions:
-            raise UserError(f"max_length {max_length}: the prompt has {len(prompt) + 1} tokens, the decoder "
-                            f"{size.positions} positions")
-        cache = [{} for _ in range(size.layers)]
-
-        def step(ids, rows=None):
-            """Logits (R, V) of the next token. rows: which row of the last step each row of this one continues."""
-            if rows is not None:
-                for past in cache:
-                    past["tokens"] = tuple(x.index_select(0, rows) for x in past["tokens"])
-            states = self.decoder(ids, None, "decoder", source, source_mask, cache)
-            return self.decoder.logits(states[:, -1]).float()
-
-        search = greedy_search if num_beams == 1 else beam_search
-        return search(step, ids, size.sep, size.pad, num_beams, min_length, max_length, repetition_penalty)
-
-    @torch.no_grad()
-    def rank_answers(self, question, question_mask, answers, k=128, label_smoothing=0.1):
-        """The best of a list of answers, as in BLIP's VQA: question (B, M, D) fused states -> (B,) places in the list.
-
-        answers (A, L) ids: [CLS] answer [SEP] padding. The k answers with the likeliest first token are scored in full
-        by the training loss, with its label smoothing as in BLIP's code; 0 gives the log-likelihood.
-        """
-        B, k = len(question), min(k, len(answers))
-        pad, start = self.decoder.size.pad, answers[:1, :1].expand(B, 1)
-        first = self.decode(start, None, question, question_mask)[:, 0]  # (B, V)
-        top = first[:, answers[:, 1]].topk(k).indices  # (B, K) of A
-        losses, block = [], max(1, 1024 // k)  # questions at a time: 1,024 answers make 0.4 G logits of BERT's words
-        masks = itertools.repeat(None) if question_mask is None else question_mask.split(block)
-        for chosen, source, mask in zip(top.split(block), question.split(block), masks):
-            ids = answers[chosen].flatten(0, 1)  # (block * K, L)
-            logits = self.decode(ids, ids != pad, source, mask)
-            losses.append(lm_loss(logits, ids, pad, label_smoothing, reduction="none").view(-1, k))
-        return top.gather(1, torch.cat(losses).argmin(1, keepdim=True))[:, 0]
-
-    def untie_decoder(self):
-        """Give the decoder a copy of what it shares with the encoder: the start of BLIP's VQA fine-tuning.
-
-        Its cross-attention reads text states instead of image states: where the widths differ, the keys and values
-        start afresh (A7).
-        """
-        vision_width, text = self.text.source_width, self.text
-        weights, place = text.state_dict(), text.embeddings.word_embeddings.weight
-        self.text_decoder = TextModel(text.size, text.size.width, ("decoder",)).to(place.device, place.dtype)
-        self.text = TextModel(text.size, vision_width, ("encoder",)).to(place.device, place.dtype)
-        fresh = re.compile(r"crossattention\.self\.(key|value)" if vision_width != text.size.width else "$^")
-        for module in (self.text, self.text_decoder):
-            own = module.state_dict()
-            module.load_state_dict({name: own[name] if module is self.text_decoder and fresh.search(name)
-                                    else weights[name] for name in own})
-            module.train(self.training)
-
-
 def begin(ids, token):
-    """ids (B, N) with another first token: the one of the mode."""
+    """ids (R, N) with another first token: the one of the mode."""
     return torch.cat([torch.full_like(ids[:, :1], token), ids[:, 1:]], 1)
 
 
-def count_parameters(model):
-    """{"vision", "text", "decoder", "heads"}: the paper counts the first two; text has its cross-attention."""
+class BLIP(nn.Module):
+    """Image encoder, text encoder and decoder, projections for ITC, head for ITM.
+
+    Modules and parameters are named as in BLIP's code, so that the files of each open in the
+    other. shared: text encoder and decoder have all but self-attention and LM head in common
+    (pre-training). False: they are two networks, and the decoder attends to states of the text
+    encoder, not to the image, as where BLIP answers questions.
+    """
+
+    def __init__(self, size, shared=True):
+        super().__init__()
+        self.size, self.shared = size, shared
+        vision, text, E = size.vision, size.text, size.embed_dim
+        self.visual_encoder = VisionTransformer(vision)
+        self.text_encoder = TextModel(text, vision.width)
+        bert = TextModel(text, vision.width if shared else text.width,
+                         self.text_encoder if shared else None)
+        head = PredictionHead(text, bert.embeddings.word_embeddings.weight)
+        self.text_decoder = nn.ModuleDict({"bert": bert})
+        self.text_decoder["cls"] = nn.ModuleDict({"predictions": head})
+        init_text(self.text_encoder, bert, head)
+        self.vision_proj = nn.Linear(vision.width, E)
+        self.text_proj = nn.Linear(text.width, E)
+        self.itm_head = nn.Linear(text.width, 2)  # class 1: the text matches the image
+        self.temp = nn.Parameter(torch.tensor(0.07))
+
+    def encode_image(self, image):
+        """(B, 3, S, S) normalised pixels -> states (B, M, vision width), CLS first."""
+        return self.visual_encoder(image)
+
+    def encode_text(self, ids, mask=None):
+        """Unimodal: ids (B, N) -> states (B, N, D). The first token becomes [CLS]."""
+        return self.text_encoder(begin(ids, self.size.text.cls), mask).states
+
+    def fuse(self, ids, mask, image_states, with_scores=False):
+        """Multimodal: ids (B, N), image states -> Encoded. The first token becomes [ENC]."""
+        ids = begin(ids, self.size.text.enc)
+        source = self.text_encoder.read(image_states)
+        return self.text_encoder(ids, mask, source, with_scores=with_scores)
+
+    def decoder_states(self, ids, mask, source, source_mask=None, with_scores=False):
+        """Causal: ids (R, N) -> Encoded. The first token becomes [DEC].
+
+        source (B, M, its width): image states (captions), or states of fused questions, with their
+        mask (answers).
+        """
+        ids, decoder = begin(ids, self.size.text.dec), self.text_decoder.bert
+        return decoder(ids, mask, decoder.read(source), source_mask, True, with_scores)
+
+    def decode(self, ids, mask, source, source_mask=None):
+        """As decoder_states -> logits (R, N, V) of the token that follows each."""
+        return self.logits(self.decoder_states(ids, mask, source, source_mask).states)
+
+    def logits(self, states):
+        """Decoder states (R, N, D) -> (R, N, V); follows autocast in training only."""
+        head = self.text_decoder.cls.predictions
+        return head(states) if self.training else exactly(head, states)
+
+    def image_feature(self, states):
+        """Image states -> (B, E) of unit length, for ITC."""
+        return unit(exactly(self.vision_proj, states[:, 0]))
+
+    def text_feature(self, states):
+        """Text states -> (B, E) of unit length, for ITC."""
+        return unit(exactly(self.text_proj, states[:, 0]))
+
+    def match(self, states):
+        """Fused states -> (B, 2) logits of no match and match."""
+        return exactly(self.itm_head, states[:, 0])
+
+    @torch.no_grad()
+    def generate(self, source, prompt=(), num_beams=3, min_length=5, max_length=20, released=True):
+        """A caption of each source (B, M, its width): token ids from [DEC] to [SEP], B lists.
+
+        prompt: token ids that follow [DEC]. Both lengths count [DEC] and prompt. released: see
+        beam_search.
+        """
+        decoder = self.text_decoder.bert
+        read = decoder.read(source)  # once; the few tokens of a text are computed anew
+
+        def next_log_p(texts):
+            """R lists of N ids -> log-probabilities (R, V) of the token that follows."""
+            ids = torch.tensor(texts, device=source.device)
+            states = decoder(ids, None, read, causal=True).states
+            return self.logits(states[:, -1]).float().log_softmax(1)
+
+        text = self.size.text
+        prompts = [[text.dec, *prompt]] * len(source)
+        return beam_search(next_log_p, prompts, text.sep, num_beams, min_length, max_length,
+                           released)
+
+    @torch.no_grad()
+    def rank_answers(self, question, question_mask, answers, top=128):
+        """The best of a list of answers, as in BLIP: question (B, M, D) fused states -> (B,) of A.
+
+        answers (A, L) ids: [CLS] answer [SEP] padding. The `top` answers with the likeliest first
+        token are scored whole by the training loss, with its label smoothing [BLIP's code].
+        """
+        first = answers[:1, :1].expand(len(question), 1)
+        logits = self.decode(first, None, question, question_mask)[:, 0]  # (B, V)
+        top = min(top, len(answers))
+        likeliest = logits[:, answers[:, 1]].topk(top).indices  # (B, top) of A
+        losses, pad = [], self.size.text.pad
+        for chosen, states, mask in zip(likeliest, question, question_mask):
+            ids = answers[chosen]  # (top, L)
+            logits = self.decode(ids, ids != pad, states[None], mask[None])
+            losses.append(lm_loss(logits, ids, pad, reduction="none"))
+        best = torch.stack(losses).argmin(1, keepdim=True)
+        return likeliest.gather(1, best)[:, 0]
+
+
+def untied(blip):
+    """A BLIP with shared=False and the same weights: the start of BLIP's VQA fine-tuning.
+
+    Its decoder reads text states instead of image states: where the widths differ, keys and values
+    of its cross-attention start afresh (A7).
+    """
+    size, other = blip.size, BLIP(blip.size, shared=False)
+    weights = blip.state_dict()
+    if size.vision.width != size.text.width:
+        fresh = re.compile(r"text_decoder\..*crossattention\.self\.(key|value)")
+        weights = {name: w for name, w in weights.items() if not fresh.match(name)}
+    other.load_state_dict(weights, strict=False)
+    return other
+
+
+def count_parameters(blip):
+    """{"vision", "text", "decoder", "heads"}: the paper counts the first two; text has its
+    cross-attention, decoder only what it does not share."""
+    part_of = {"visual_encoder": "vision", "text_encoder": "text", "text_decoder": "decoder"}
     counts = dict(vision=0, text=0, decoder=0, heads=0)
-    for name, parameter in model.named_parameters():
-        part = "vision" if name.startswith("visual_encoder.") else \
-            "decoder" if re.search(r"decoder_attention\.|\.cls\.predictions\.|^text_decoder\.", name) else \
-            "text" if name.startswith("text.") else "heads"
-        counts[part] += parameter.numel()
+    for name, parameter in blip.named_parameters():  # what is shared once, in text_encoder
+        counts[part_of.get(name.split(".")[0], "heads")] += parameter.numel()
     return counts
 
 
-# ----------------------------------------------------------------------------------------------------------- generation
+# ----------------------------------------------------------------------------------- generation
 
 
-def adjust(scores, ids, sep, min_length, penalty):
-    """scores (R, V) of the next token of ids (R, n), in place: penalise used tokens, no [SEP] before min_length."""
-    if penalty != 1:
-        seen = scores.gather(1, ids)
-        scores.scatter_(1, ids, torch.where(seen < 0, seen * penalty, seen / penalty))
-    if ids.shape[1] < min_length:
-        scores[:, sep] = -math.inf
-    return scores
+def beam_search(next_log_p, prompts, sep, num_beams, min_length, max_length, released):
+    """B prompts of P ids -> B texts: each the one with the best log-probability / length.
 
+    Each step extends the K running beams to their 2K best continuations. Those of the first K that
+    end, with [SEP], compete for the K places of finished texts; the K best that do not end run on,
+    and compete too when they have max_length tokens. An image is done once the best that is left
+    scores no better than the worst of K finished texts. One beam is greedy search.
 
-def greedy_search(step, ids, sep, pad, num_beams, min_length, max_length, penalty):
-    """The likeliest token at every step: ids (B, P) -> (B, L)."""
-    finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    logits = step(ids)
-    while True:
-        token = adjust(logits, ids, sep, min_length, penalty).argmax(1).masked_fill(finished, pad)  # (B,)
-        ids = torch.cat([ids, token[:, None]], 1)
-        finished |= token == sep
-        if ids.shape[1] == max_length or finished.all():  # the one wait for the device
-            return ids
-        logits = step(token[:, None])
-
-
-def beam_search(step, ids, sep, pad, num_beams, min_length, max_length, penalty):
-    """ids (B, P) -> (B, L): the best finished text by mean log-probability of its new tokens, [SEP] included.
-
-    transformers' beam search (length_penalty 1, early_stopping False). Each step extends the K running beams to their
-    2K best continuations; the K best that do not end run on, and those of the first K that end compete for the K
-    places of finished texts. An image is done once its best running beam scores below the worst of K finished texts.
+    released: as in BLIP's release, the length counts [DEC] and prompt and not [SEP], and the best
+    that is left is that of all 2K continuations. False: as in transformers 5, the length counts
+    the new tokens with [SEP], and the best that is left is a running one.
     """
-    B, P, K = *ids.shape, num_beams
-    first_row = torch.arange(B, device=ids.device)[:, None]
-    running, score = ids[:, None], torch.zeros(B, 1, device=ids.device)  # (B, beams, n), (B, beams): one beam at first
-    texts = torch.full((B, K, max_length), pad, device=ids.device)
-    text_score = torch.full((B, K), -math.inf, device=ids.device)
-    done = torch.zeros(B, dtype=torch.bool, device=ids.device)
-    logits = step(ids)
+    B, P, K = len(prompts), len(prompts[0]), num_beams
+    running = [[(0.0, prompt)] for prompt in prompts]  # log-probability and ids of each beam
+    finished = [[] for _ in range(B)]  # log-probability / length and ids, the best first
+    done = [False] * B
     for n in range(P + 1, max_length + 1):  # n tokens after this step
-        beams, V = running.shape[1], logits.shape[1]
-        new = adjust(logits.log_softmax(1), running.flatten(0, 1), sep, min_length, penalty)
-        score, place = (score[:, :, None] + new.view(B, beams, V)).flatten(1).topk(2 * K)  # (B, 2K)
-        beam, token = place // V, place % V
-        candidates = torch.cat([running.take_along_dim(beam[:, :, None], 1), token[:, :, None]], 2)  # (B, 2K, n)
-        ends = (token == sep) | (n == max_length)
+        log_p = next_log_p([ids for beams in running for _, ids in beams])  # (R, V)
+        if n <= min_length:
+            log_p[:, sep] = -math.inf
+        V, length = log_p.shape[1], n - 1 if released else n - P
+        before = torch.tensor([[score for score, _ in beams] for beams in running])
+        total = before.to(log_p.device)[:, :, None] + log_p.view(B, -1, V)
+        scores, places = total.flatten(1).topk(2 * K)  # (B, 2K)
+        for image, found in enumerate(zip(scores.tolist(), places.tolist())):
+            beams = running[image]
+            longer = [(score, [*beams[place // V][1], place % V]) for score, place in zip(*found)]
+            running[image] = [beam for beam in longer if beam[1][-1] != sep][:K]
+            if not done[image]:
+                ended = [(score / length, ids) for score, ids in longer[:K] if ids[-1] == sep]
+                finished[image] = sorted(finished[image] + ended, reverse=True)[:K]
+                left = longer if released else running[image]
+                full = len(finished[image]) == K
+                done[image] = full and finished[image][-1][0] >= left[0][0] / length
+        if all(done):
+            break
 
-        finishing = score.masked_fill(~ends | done[:, None], -math.inf)[:, :K] / (n - P)
-        padded = F.pad(candidates[:, :K], (0, max_length - n), value=pad)
-        text_score, best = torch.cat([text_score, finishing], 1).topk(K)
-        texts = torch.cat([texts, padded], 1).take_along_dim(best[:, :, None], 1)
-
-        score, best = score.masked_fill(ends, -math.inf).topk(K)
-        running = candidates.take_along_dim(best[:, :, None], 1)  # (B, K, n)
-        done = done | (score[:, 0] / (n - P) <= text_score[:, -1])
-        if n == max_length or done.all():  # the one wait for the device
-            return texts[:, 0, :n]
-        rows = (first_row * beams + beam.gather(1, best)).flatten()  # (B * K,) among the B * beams rows so far
-        logits = step(running[:, :, -1].reshape(-1, 1), rows)
+    length = max_length if released else max_length - P
+    for image in range(B):
+        if not done[image]:
+            finished[image] += [(score / length, ids) for score, ids in running[image]]
+    return [max(texts)[1] for texts in finished]
 
 
-# --------------------------------------------------------------------------------------------------------------- losses
+# --------------------------------------------------------------------------------------- losses
 
 
 def mean_where(x, where):
     """The mean of x over the True places of `where`, of the same shape, of all processes.
 
-    Each process divides its sum by the mean count, so that averaging their gradients gives that of one process.
+    Each process divides its sum by the mean count, so that averaging their gradients gives that of
+    one process.
     """
     where = where.to(x.dtype)
     count = common.sum_over_processes(where.sum().detach().clone()) / world_size()
     return (x * where).sum() / count.clamp_min(1)
 
 
-def itc_loss(u, v, image_keys, text_keys, same, teacher_u, teacher_v, temp, alpha):
+def scaled_cosines(queries, keys, temp):
+    """Cosines / temp of unit rows, (b, n), in fp32 also under autocast."""
+    with torch.autocast(queries.device.type, enabled=False):
+        return queries @ keys.T / temp
+
+
+def itc_loss(u, v, u_m, v_m, image_keys, text_keys, same, temp, alpha):
     """Image-text contrast with momentum targets [BLIP, after ALBEF], the mean of both directions.
 
-    u, v (b, E): unit features of this process's images and texts, with gradient; teacher_u, teacher_v (b, E) those of
-    the momentum encoders; keys (K, E): momentum features of all processes' batches, then of the queue. same (b, K):
-    which keys are of the same image, as 0 and 1. Target: alpha softmax(teacher_u keys^T / temp) + (1 - alpha) same.
+    u, v (b, E): unit features of this process's images and texts, with gradient; u_m, v_m (b, E)
+    those of the momentum encoders; keys (B + Q, E): momentum features of all processes' batches,
+    then of the queue. same (b, B + Q): which keys are of the same image.
+    Target: alpha softmax(u_m keys^T / temp) + (1 - alpha) same, each row of which sums to one.
     """
-    one_hot, loss = same / same.sum(1, keepdim=True), 0.0
-    for query, teacher, keys in ((u, teacher_u, text_keys), (v, teacher_v, image_keys)):
-        soft = (teacher @ keys.T / temp.detach()).softmax(1)
-        target = alpha * soft + (1 - alpha) * one_hot  # (b, K)
-        loss = loss - (target * (query @ keys.T / temp).log_softmax(1)).sum(1).mean() / 2
+    hard, loss = same / same.sum(1, keepdim=True), 0.0
+    for query, query_m, keys in ((u, u_m, text_keys), (v, v_m, image_keys)):
+        soft = scaled_cosines(query_m, keys, temp.detach()).softmax(1)
+        target = alpha * soft + (1 - alpha) * hard  # (b, B + Q)
+        log_p = scaled_cosines(query, keys, temp).log_softmax(1)
+        loss = loss - (target * log_p).sum(1).mean() / 2
     return loss
 
 
-def draw_negatives(similarity, same):
-    """For each row an index of another pair, with probability softmax(similarity) outside of `same`. (b, b) -> (b,)
+@torch.no_grad()
+def draw_negatives(scores, same, floor=0.0):
+    """For each row the index of another pair, (b, b) -> (b,); -1 where all are of the same image.
 
-    The maximum of similarity + Gumbel noise has this distribution, and unlike torch.multinomial it makes nobody wait.
+    Drawn with probability softmax(scores) + floor outside of `same`: BLIP's floor is 1e-4 in
+    pre-training, which keeps easy negatives coming, and 0 in fine-tuning. The maximum of
+    log-probability + Gumbel noise has this distribution, and unlike torch.multinomial it makes
+    nobody wait for the device.
     """
-    gumbel = -torch.empty_like(similarity).exponential_().log()
-    return (similarity + gumbel).masked_fill(same, -math.inf).argmax(1)
+    log_floor = torch.full_like(scores, floor).log()
+    log_p = torch.logaddexp(scores.log_softmax(1), log_floor)
+    gumbel = -torch.empty_like(scores).exponential_().log()
+    drawn = (log_p + gumbel).masked_fill(same, -math.inf).argmax(1)
+    return drawn.masked_fill(same.all(1), -1)
 
 
-def lm_loss(logits, ids, pad=0, label_smoothing=0.1, prompt=0, reduction="mean"):
-    """Cross-entropy of each token given those before it [BLIP], label smoothing 0.1, padding ignored.
+def lm_loss(logits, ids, pad=0, label_smoothing=0.1, prompt=1, reduction="mean"):
+    """Cross-entropy of each token given those before it [BLIP], label smoothing 0.1.
 
-    logits (B, N, V) and the ids (B, N) they were computed from. The first `prompt` tokens of ids ([DEC] included) are
-    not predicted. reduction "mean": over the tokens of all processes; "none": the sum over each text, (B,).
+    logits (R, N, V) and the ids (R, N) they were computed from. Not predicted are padding and the
+    first `prompt` tokens, [DEC] included. reduction "mean": over the tokens of all processes;
+    "none": the sum over each text, (R,).
     """
-    target = ids.masked_fill(ids == pad, -100)[:, 1:]  # (B, N-1)
-    target = target.masked_fill(torch.arange(1, ids.shape[1], device=ids.device) < prompt, -100)
+    target = ids.masked_fill(ids == pad, -100)
+    target[:, :prompt] = -100
+    target = target[:, 1:]  # (R, N-1)
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), target.flatten(), reduction="none",
                            label_smoothing=label_smoothing).view(target.shape)
     return mean_where(loss, target != -100) if reduction == "mean" else loss.sum(1)
 
 
 def representation_loss(student, teacher):
-    """Mean of 1 - cosine of unit rows, (b, E) each [paper, L_HR; form: A1]. Trains the student alone."""
+    """L_HR [paper; form: A1]: mean of 1 - cosine of unit rows (b, E). Trains the student alone."""
     return (1 - (student * teacher.detach()).sum(-1)).mean()
 
 
-def attention_loss(student, teacher, queries, keys, form="kl"):
-    """KL(teacher map || student map), averaged over heads and queries [paper, L_AT].
+def attention_loss(student, teacher, queries):
+    """L_AT [paper]: KL(teacher map || student map), the mean over heads and queries.
 
-    Maps (B, H, N, M) of probabilities; queries (B, N) and keys (B, M) are True at tokens, False at padding. form
-    "double-softmax": KL between softmax(map / 0.05) over the keys, as in a public reimplementation; keys that a causal
-    map hides then count as probability 0, that is with weight e^0.
+    Scores (b, H, N, M), whose softmax is the map; queries (b, N) are True at tokens, False at
+    padding. Trains the student alone.
     """
-    student, teacher = student.float(), teacher.detach().float()
-    if form == "double-softmax":
-        hidden = ~keys[:, None, None]
-        student, teacher = ((x / 0.05).masked_fill(hidden, -math.inf).softmax(-1) for x in (student, teacher))
-    tiny = torch.finfo(torch.float32).tiny  # a masked key has probability 0 in both maps and adds 0
-    kl = teacher * (teacher.clamp_min(tiny).log() - student.clamp_min(tiny).log())
-    return mean_where(kl.sum(-1).mean(1), queries)  # (B, N) -> scalar
+    student, teacher = student.log_softmax(-1), teacher.detach().log_softmax(-1)
+    kl = F.kl_div(student, teacher, reduction="none", log_target=True)
+    return mean_where(kl.sum(-1).mean(1), queries)  # (b, N) -> scalar
 
 
-def similarity_kd(student, teacher, temp):
-    """KL(teacher || student) between the softmaxes of in-batch similarities, both directions (A3).
+# --------------------------------------------------------------------------------------- method
 
-    student and teacher: (u, v), unit features (b, E) each.
+
+class Forward:
+    """A BLIP's forward pass over b image-text pairs; a part runs when it is first asked for.
+
+    img, text, vl_e and vl_d (b, E) are the paper's four representations, after the ITC projection
+    of the model itself (A1): CLS of the image, CLS of the text, [ENC] of the fusion encoder, [DEC]
+    of the decoder.
     """
-    logits = [(u @ v.T / temp.detach()) for u, v in (student, teacher)]
-    return sum(F.kl_div(s.log_softmax(1), t.detach().log_softmax(1), reduction="batchmean", log_target=True)
-               for s, t in (logits, [x.T for x in logits])) / 2
 
+    def __init__(self, blip, image, ids, mask, with_scores=False):
+        self.blip, self.image, self.ids, self.mask = blip, image, ids, mask
+        self.with_scores = with_scores
 
-def token_kd(student, teacher, where):
-    """KL(teacher || student) between next-token distributions (A3): logits (b, N, V), where (b, N)."""
-    kl = F.kl_div(student.float().log_softmax(-1), teacher.detach().float().log_softmax(-1), reduction="none",
-                  log_target=True).sum(-1)
-    return mean_where(kl, where)
+    @cached_property
+    def image_states(self):
+        return self.blip.encode_image(self.image)  # (b, M, D)
 
+    @cached_property
+    def img(self):
+        return self.blip.image_feature(self.image_states)
 
-# --------------------------------------------------------------------------------------------------------------- method
+    @cached_property
+    def text(self):
+        return self.blip.text_feature(self.blip.encode_text(self.ids, self.mask))
+
+    @cached_property
+    def fused(self):
+        return self.blip.fuse(self.ids, self.mask, self.image_states, self.with_scores)
+
+    @cached_property
+    def decoded(self):
+        source = self.image_states
+        return self.blip.decoder_states(self.ids, self.mask, source, None, self.with_scores)
+
+    @cached_property
+    def vl_e(self):
+        return self.blip.text_feature(self.fused.states)
+
+    @cached_property
+    def vl_d(self):
+        return self.blip.text_feature(self.decoded.states)
 
 
 class DLIP(nn.Module):
-    """The student, a BLIP, with BLIP's momentum encoders and queues. The teacher is no part of it: it never changes.
+    """The student, a BLIP, with BLIP's momentum encoders and queues: pre-training and fine-tuning.
 
-    A step of pre-training; all weights are 1, as in the paper, and the right column names the method:
-
-        momentum <- m momentum + (1 - m) student                                                   update_momentum
-        L_ITC    images against texts, in the batch and the queues; then enqueue                   contrast
-        L_ITM    the pair, and a hard negative for its image and for its text                      matching
-        L_LM     the caption, word by word
-        L_HR     1 - cosine to the teacher: Img, Text, VL_E (fusion encoder), VL_D (decoder)       distil
-        L_AT     KL to the teacher's maps: self- and cross-attention of the last layers            distil
+    The teacher, another BLIP, is no part of it: it never changes.
     """
 
     def __init__(self, cfg, student, prompt_length=1):
         super().__init__()
-        self.cfg, self.student, self.pad = cfg, student, student.text.size.pad
-        self.prompt_length = prompt_length  # [DEC] included
+        self.cfg, self.student, self.pad = cfg, student, student.size.text.pad
+        self.prompt_length = prompt_length  # P, [DEC] included
         self.momentum = None
-        self.contrasts = cfg.task == ("retrieval",) if cfg.stage == "finetune" else cfg.vlp
-        if self.contrasts:
-            self.start_momentum()
-
-    def start_momentum(self):
-        """Copies of what ITC reads, equal to the student; queues of random unit features of no image."""
-        student, E = self.student, self.student.text_proj.out_features
-        text = TextModel(replace(student.text.size, fusion_layers=0), student.text.source_width, ("encoder",))
-        self.momentum = nn.ModuleDict(dict(visual_encoder=copy.deepcopy(student.visual_encoder), text=text,
-                                           vision_proj=copy.deepcopy(student.vision_proj),
-                                           text_proj=copy.deepcopy(student.text_proj)))
-        self.momentum.eval().requires_grad_(False)
-        self.update_momentum(0.0)
-        for name in ("image_queue", "text_queue"):
-            self.register_buffer(name, F.normalize(torch.randn(self.cfg.queue_size, E), dim=1))
-        self.register_buffer("index_queue", torch.full((self.cfg.queue_size,), -1))
+        if cfg.task == ("retrieval",) if cfg.stage == "finetune" else cfg.vlp:
+            self.momentum = frozen_copy(student)  # of what ITC reads
+            del self.momentum.text_decoder, self.momentum.itm_head, self.momentum.temp
+            Q, E = cfg.queue_size, student.size.embed_dim  # at first of no image
+            self.register_buffer("image_queue", F.normalize(torch.randn(Q, E), dim=1))
+            self.register_buffer("text_queue", F.normalize(torch.randn(Q, E), dim=1))
+            self.register_buffer("number_queue", torch.full((Q,), -1))
 
     def train(self, mode=True):
         super().train(mode)
         if self.momentum is not None:
-            self.momentum.eval()
+            self.momentum.eval()  # no dropout
         return self
+
+    def forward(self, image, texts, number, alpha, teacher=None):
+        """(loss, terms) of a batch.
+
+        image (b, 3, S, S); texts [ids (b, N)], for VQA [questions, answers]; number (b,) of the
+        image in the data.
+        """
+        if self.cfg.stage != "finetune":
+            loss, terms = self.pretrain(image, *texts, alpha, teacher)
+        elif self.cfg.task == ("retrieval",):
+            loss, terms = self.retrieve(image, *texts, number, alpha)
+        else:
+            write = self.caption if self.cfg.task == ("caption",) else self.answer
+            loss = write(image, *texts)
+            terms = {"lm": loss}
+        terms = {"loss": loss, **terms}
+        return loss, {name: term.detach() for name, term in terms.items()}
+
+    def pretrain(self, image, ids, alpha, teacher):
+        """L = L_ITC + L_ITM + L_LM + lambda_HR L_HR + lambda_AT L_AT; the paper's lambdas are 1.
+
+        BLIP's three losses, then the teacher's two [paper] on the same pairs. What no term reads
+        is not computed.
+        """
+        cfg, student, mask = self.cfg, self.student, ids != self.pad
+        with_scores = teacher is not None and cfg.attn != ("none",)
+        ours = Forward(student, image, ids, mask, with_scores)
+        vlp, hr, at = {}, {}, {}
+
+        if cfg.vlp:
+            self.update_momentum(cfg.momentum)
+            slow = Forward(self.momentum, image, ids, mask)
+            first = rank() * len(ids)  # a pair's image and text belong together, and no others
+            number = torch.arange(first, first + len(ids), device=ids.device)
+            image_keys, text_keys, numbers = self.keys(slow, number)
+            same = number[:, None] == numbers  # (b, B + Q)
+            vlp["itc"] = itc_loss(ours.img, ours.text, slow.img, slow.text, image_keys, text_keys,
+                                  same, student.temp, alpha)
+            vlp["itm"] = self.matching(ours, *self.negatives(ours, slow, number, floor=1e-4))
+            logits = student.logits(ours.decoded.states)
+            vlp["lm"] = lm_loss(logits, ids, self.pad)
+            self.enqueue(image_keys, text_keys)
+
+        if teacher is not None:
+            theirs = Forward(teacher, image, ids, mask, with_scores)
+            for part in HR_PARTS:
+                if part in cfg.hr:
+                    pair = getattr(ours, part), getattr(theirs, part)
+                    hr[f"hr_{part}"] = representation_loss(*pair)
+            if "self" in cfg.attn:  # of fusion encoder and decoder
+                encoder, decoder = (
+                    attention_loss(our.self_scores, their.self_scores, mask)
+                    for our, their in ((ours.fused, theirs.fused), (ours.decoded, theirs.decoded)))
+                at["at_self"] = encoder + decoder
+            if "cross" in cfg.attn:
+                pair = ours.fused.cross_scores, theirs.fused.cross_scores
+                at["at_cross"] = attention_loss(*pair, mask)
+
+        loss = sum(vlp.values())
+        loss = loss + cfg.lambda_hr * sum(hr.values()) + cfg.lambda_at * sum(at.values())
+        return loss, {**vlp, **hr, **at}
 
     @torch.no_grad()
     def update_momentum(self, m):
         """Momentum encoders <- m themselves + (1 - m) student."""
         source = dict(self.student.named_parameters())
         names, averages = zip(*self.momentum.named_parameters())
-        torch._foreach_lerp_(list(averages), [source[name].detach() for name in names], 1 - m)
+        torch._foreach_lerp_(list(averages), [source[name] for name in names], 1 - m)
 
-    def forward(self, image, texts, index, alpha, teacher=None):
-        """(loss, terms) of a batch, after the paper's and BLIP's code.
-
-        image (b, 3, S, S); texts [ids (b, N)], for VQA [questions, answers]; index (b,) of the images in the data.
-        """
-        if self.cfg.stage != "finetune":
-            terms = self.pretrain(image, *texts, alpha, teacher)
-        elif self.cfg.task == ("retrieval",):
-            terms = self.retrieve(image, *texts, index, alpha)
-        else:
-            terms = {"lm": self.write(image, *texts) if self.cfg.task == ("caption",) else self.answer(image, *texts)}
-        weights = {"hr": self.cfg.lambda_hr, "at": self.cfg.lambda_at, "kd_itc": self.cfg.kd_itc,
-                   "kd_lm": self.cfg.kd_lm}
-        loss = sum(weights.get(name.split(":")[0], 1.0) * term for name, term in terms.items())
-        return loss, {name.replace(":", "_"): term.detach() for name, term in {"loss": loss, **terms}.items()}
-
-    def pretrain(self, image, ids, alpha, teacher):
-        """BLIP's losses on image-text pairs, and the teacher's."""
-        student, mask, terms = self.student, ids != self.pad, {}
-        states = student.encode_image(image)  # (b, M, D)
-        u, v = student.image_feature(states), student.text_feature(student.encode_text(ids, mask))  # (b, E)
-        enc_trace = dec_trace = None
-        if teacher:
-            enc_trace, dec_trace = (Trace(-1, maps="none" not in self.cfg.attn) for _ in range(2))
-        if self.contrasts:
-            terms["itc"], similarity = self.contrast(image, ids, mask, u, v, None, alpha)
-        fused = student.fuse(ids, mask, states, enc_trace)
-        if self.contrasts:
-            terms["itm"] = self.matching(fused, ids, mask, states, similarity)
-        decoded = student.decoder_states(ids, mask, states, trace=dec_trace)
-        if self.cfg.vlp:
-            terms["lm"] = lm_loss(student.decoder.logits(decoded), ids, self.pad)
-        if teacher:
-            terms.update(self.distil(teacher, image, ids, mask, u, v, fused, decoded, enc_trace, dec_trace))
-        return terms
-
-    def contrast(self, image, ids, mask, u, v, index, alpha):
-        """L_ITC; and for ITM the similarities of this process's images with its texts, the reverse, and which belong
-        together, (b, b) each.
-
-        index None, in pre-training: only a pair's own image and text belong together. Else those with the same index.
-        """
-        b, temp = len(u), self.student.temp
-        self.update_momentum(self.cfg.momentum)
-        with torch.no_grad():
-            m = self.momentum
-            teacher_u = unit(m.vision_proj(m.visual_encoder(image)[:, 0]))
-            teacher_v = unit(m.text_proj(m.text(begin(ids, m.text.size.cls), mask)[:, 0]))
-            u_batch, v_batch = gather(teacher_u), gather(teacher_v)
-            own = slice(rank() * b, (rank() + 1) * b)
-            number = torch.arange(len(u_batch), device=u.device) if index is None else gather(index)  # (B,)
-            numbers = torch.cat([number, self.index_queue])
-            same = number[own, None] == numbers  # (b, B + Q)
-            image_keys, text_keys = torch.cat([u_batch, self.image_queue]), torch.cat([v_batch, self.text_queue])
-        with torch.autocast(u.device.type, enabled=False):
-            loss = itc_loss(u, v, image_keys, text_keys, same.float(), teacher_u, teacher_v, temp, alpha)
-            with torch.no_grad():
-                similarity = (u @ teacher_v.T / temp, v @ teacher_u.T / temp, same[:, own])
-        self.enqueue(u_batch, v_batch, torch.full_like(number, -1) if index is None else number)
-        return loss, similarity
+    def keys(self, slow, number):
+        """What ITC contrasts with: momentum features of images and of texts, (B + Q, E) each, those
+        of all processes' batches, then the queue; and the numbers of their images (B + Q,)."""
+        pairs = ((slow.img, self.image_queue), (slow.text, self.text_queue),
+                 (number, self.number_queue))
+        return [torch.cat([gather(new), queue]) for new, queue in pairs]
 
     @torch.no_grad()
-    def enqueue(self, image_keys, text_keys, index):
-        """The newest come first, the oldest leave."""
-        for queue, new in ((self.image_queue, image_keys), (self.text_queue, text_keys), (self.index_queue, index)):
-            queue.copy_(torch.cat([new, queue])[:len(queue)])
+    def enqueue(self, *keys):
+        """The newest keys come first, the oldest leave. Pre-training leaves the numbers alone."""
+        for queue, new in zip((self.image_queue, self.text_queue, self.number_queue), keys):
+            queue.copy_(new[:len(queue)])
 
-    def matching(self, fused, ids, mask, states, similarity):
-        """L_ITM: cross-entropy on [ENC] over b pairs, b images with a wrong text, b texts with a wrong image."""
-        of_image, of_text, same = similarity
-        wrong_text, wrong_image = draw_negatives(of_image, same), draw_negatives(of_text, same)
-        negative = self.student.fuse(torch.cat([ids[wrong_text], ids]), torch.cat([mask[wrong_text], mask]),
-                                     torch.cat([states, states[wrong_image]]))
-        logits = torch.cat([self.student.match(fused), self.student.match(negative)])  # (3b, 2)
-        target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-        target[:len(fused)] = 1
-        return F.cross_entropy(logits, target)
+    def negatives(self, ours, slow, number, floor):
+        """For each image a wrong text, for each text a wrong image, of this process: (b,) each."""
+        same, temp = number[:, None] == number, self.student.temp
+        wrong_text = draw_negatives(scaled_cosines(ours.img, slow.text, temp), same, floor)
+        wrong_image = draw_negatives(scaled_cosines(ours.text, slow.img, temp), same, floor)
+        return wrong_text, wrong_image
 
-    def distil(self, teacher, image, ids, mask, u, v, fused, decoded, enc_trace, dec_trace):
-        """The terms of L_HR and L_AT, and of the logits where flags ask for them. The teacher sees the same pairs."""
-        cfg, student, terms = self.cfg, self.student, {}
-        with torch.no_grad():
-            t_enc, t_dec = (Trace(-1, maps=enc_trace.maps) for _ in range(2))
-            t_states = teacher.encode_image(image)
-            t_fused = teacher.fuse(ids, mask, t_states, t_enc)
-            t_decoded = teacher.decoder_states(ids, mask, t_states, trace=t_dec)
-            t_u = teacher.image_feature(t_states)
-            t_v = teacher.text_feature(teacher.encode_text(ids, mask))
-        pairs = {"img": lambda: (u, t_u), "text": lambda: (v, t_v),
-                 "vl_e": lambda: (student.text_feature(fused), teacher.text_feature(t_fused)),
-                 "vl_d": lambda: (student.text_feature(decoded), teacher.text_feature(t_decoded))}
-        for part in [part for part in pairs if part in cfg.hr]:
-            terms[f"hr:{part}"] = representation_loss(*pairs[part]())
-        every = torch.ones(t_states.shape[:2], dtype=torch.bool, device=image.device)  # image tokens
-        if "self" in cfg.attn:
-            terms["at:self"] = sum(attention_loss(ours.self_maps[-1], theirs.self_maps[-1], mask, mask, cfg.attn_form)
-                                   for ours, theirs in ((enc_trace, t_enc), (dec_trace, t_dec)))
-        if "cross" in cfg.attn:
-            terms["at:cross"] = attention_loss(enc_trace.cross_maps[-1], t_enc.cross_maps[-1], mask, every,
-                                               cfg.attn_form)
-        if cfg.kd_itc:
-            with torch.autocast(u.device.type, enabled=False):
-                terms["kd_itc"] = similarity_kd((u, v), (t_u, t_v), student.temp)
-        if cfg.kd_lm:
-            logits, t_logits = student.decoder.logits(decoded), teacher.decoder.logits(t_decoded)
-            terms["kd_lm"] = token_kd(logits[:, :-1], t_logits[:, :-1], mask[:, 1:])
-        return terms
+    def matching(self, ours, wrong_text, wrong_image):
+        """L_ITM: cross-entropy on [ENC] over b pairs, b images with a wrong text, b texts with a
+        wrong image; those that have no wrong one (-1) do not count."""
+        ids, mask, image = ours.ids, ours.mask, ours.image_states
+        negative = self.student.fuse(torch.cat([ids[wrong_text], ids]),
+                                     torch.cat([mask[wrong_text], mask]),
+                                     torch.cat([image, image[wrong_image]]))
+        logits = torch.cat([self.student.match(ours.fused.states),
+                            self.student.match(negative.states)])  # (3b, 2)
+        absent = torch.cat([wrong_text, wrong_image]) < 0
+        target = torch.cat([torch.ones_like(wrong_text), torch.where(absent, -100, 0)])
+        return F.cross_entropy(logits, target)  # leaves -100 out
 
-    def retrieve(self, image, ids, index, alpha):
-        """Fine-tuning for retrieval: L_ITC and L_ITM, where other captions of the same image are positives too."""
-        student, mask = self.student, ids != self.pad
-        states = student.encode_image(image)
-        u, v = student.image_feature(states), student.text_feature(student.encode_text(ids, mask))
-        itc, similarity = self.contrast(image, ids, mask, u, v, index, alpha)
-        return {"itc": itc, "itm": self.matching(student.fuse(ids, mask, states), ids, mask, states, similarity)}
+    def retrieve(self, image, ids, number, alpha):
+        """Fine-tuning for retrieval: L_ITC and L_ITM; an image's other captions are positives."""
+        ours = Forward(self.student, image, ids, ids != self.pad)
+        self.update_momentum(self.cfg.momentum)
+        slow = Forward(self.momentum, image, ids, ours.mask)
+        image_keys, text_keys, numbers = self.keys(slow, number)
+        same = number[:, None] == numbers
+        itc = itc_loss(ours.img, ours.text, slow.img, slow.text, image_keys, text_keys, same,
+                       self.student.temp, alpha)
+        itm = self.matching(ours, *self.negatives(ours, slow, number, floor=0.0))
+        self.enqueue(image_keys, text_keys, numbers)
+        return itc + itm, {"itc": itc, "itm": itm}
 
-    def write(self, image, ids):
+    def caption(self, image, ids):
         """Fine-tuning for captions: L_LM of what follows the prompt."""
         logits = self.student.decode(ids, ids != self.pad, self.student.encode_image(image))
         return lm_loss(logits, ids, self.pad, prompt=self.prompt_length)
 
     def answer(self, image, question, answer):
-        """Fine-tuning for VQA: L_LM of the answer, summed over its tokens, given the states of the fused question."""
+        """Fine-tuning for VQA: L_LM of the answer, summed over its tokens, given the states of the
+        fused question."""
         mask = question != self.pad
-        states = self.student.fuse(question, mask, self.student.encode_image(image))
+        states = self.student.fuse(question, mask, self.student.encode_image(image)).states
         logits = self.student.decode(answer, answer != self.pad, states, mask)
         return lm_loss(logits, answer, self.pad, reduction="none").mean()
 
 
-# ------------------------------------------------------------------------------------------------------------- weights
+def frozen_copy(module):
+    return copy.deepcopy(module).eval().requires_grad_(False)
 
 
-# Name rules, tried in order on each name: Hugging Face's BLIP, then torchvision's ViT. timm, DeiT and BLIP need none.
+# -------------------------------------------------------------------------------------- weights
+
+# Vision names of Hugging Face's BLIP, then of torchvision's ViT, as timm, DeiT and BLIP have them.
 VISION_NAMES = (
-    (r"^embeddings\.class_embedding$", "cls_token"), (r"^embeddings\.position_embedding$", "pos_embed"),
-    (r"^embeddings\.patch_embedding\.", "patch_embed.proj."), (r"^encoder\.layers\.(\d+)\.", r"blocks.\1."),
-    (r"\.self_attn\.qkv\.", ".attn.qkv."), (r"\.self_attn\.projection\.", ".attn.proj."),
-    (r"\.layer_norm([12])\.", r".norm\1."), (r"^post_layernorm\.", "norm."),
-    (r"^class_token$", "cls_token"), (r"^encoder\.pos_embedding$", "pos_embed"), (r"^conv_proj\.", "patch_embed.proj."),
-    (r"^encoder\.layers\.encoder_layer_(\d+)\.", r"blocks.\1."), (r"^encoder\.ln\.", "norm."),
-    (r"\.ln_([12])\.", r".norm\1."), (r"\.self_attention\.in_proj_", ".attn.qkv."),
-    (r"\.self_attention\.out_proj\.", ".attn.proj."), (r"\.mlp\.(?:0|linear_1)\.", ".mlp.fc1."),
-    (r"\.mlp\.(?:3|linear_2)\.", ".mlp.fc2."), (r"^(?:head|heads|head_dist|pre_logits)\..*", ""),
+    (r"^embeddings\.class_embedding$", "cls_token"),
+    (r"^embeddings\.position_embedding$", "pos_embed"),
+    (r"^embeddings\.patch_embedding\.", "patch_embed.proj."),
+    (r"^encoder\.layers\.(\d+)\.", r"blocks.\1."),
+    (r"\.self_attn\.qkv\.", ".attn.qkv."),
+    (r"\.self_attn\.projection\.", ".attn.proj."),
+    (r"\.layer_norm([12])\.", r".norm\1."),
+    (r"^post_layernorm\.", "norm."),
+    (r"^class_token$", "cls_token"),
+    (r"^encoder\.pos_embedding$", "pos_embed"),
+    (r"^conv_proj\.", "patch_embed.proj."),
+    (r"^encoder\.layers\.encoder_layer_(\d+)\.", r"blocks.\1."),
+    (r"^encoder\.ln\.", "norm."),
+    (r"\.ln_([12])\.", r".norm\1."),
+    (r"\.self_attention\.in_proj_", ".attn.qkv."),
+    (r"\.self_attention\.out_proj\.", ".attn.proj."),
+    (r"\.mlp\.(0|linear_1)\.", ".mlp.fc1."),
+    (r"\.mlp\.(3|linear_2)\.", ".mlp.fc2."),
 )
-TEXT_NAMES = (
-    (r"^text_model\.", "text_encoder."), (r"^text_encoder\.(?!pooler)", "text."),
-    (r"^text_decoder\.bert\.(.*\.)attention\.", r"text_decoder.\1decoder_attention."),
-    (r"^text_decoder\.bert\.", "text_decoder."), (r"\.predictions\.decoder\.bias$", ".predictions.bias"),
-)
-# Momentum copies and queues, buffers, and what belongs to the pooled features of Hugging Face's BlipModel, not to BLIP.
-UNUSED = re.compile(r"^(visual_encoder|text_encoder|vision_proj|text_proj)_m\.|^(image|text|idx|ptr)_queue$|^queue_ptr$"
-                    r"|\.position_ids$|\.pooler\.|^(visual_projection|text_projection)\.|^logit_scale$")
-# Parts that a checkpoint may lack as a whole. The first that matches a name of ours is its part.
-PARTS = {"decoder": r"^text_decoder\.|\.decoder_attention\.|\.cls\.predictions\.", "encoder": r"^text\..*\.attention\.",
-         "itc": r"^(vision|text)_proj\.", "itm": r"^itm_head\.", "temp": "^temp$"}
+WORDS = "embeddings.word_embeddings.weight"
 
 
-def rename(name, rules):
-    for pattern, new in rules:
+def load_blip(checkpoint, image_size=None, dropout=0.0, need=()):
+    """A BLIP with the weights of a common.Checkpoint: ours, BLIP's own or Hugging Face's.
+
+    image_size: position embeddings are resized to it. A captioner has no text encoder, a retriever
+    no decoder: what is missing stays random, unless its name begins with one of `need`.
+    """
+    weights, path = blip_names(checkpoint.weights), checkpoint.path
+    size = blip_size(checkpoint, weights)
+    vision = replace(size.vision, image_size=image_size or size.vision.image_size)
+    size = replace(size, vision=vision, text=replace(size.text, dropout=dropout))
+    blip = BLIP(size, is_shared(weights))
+    tensors = dict(blip.named_parameters(remove_duplicate=False))  # some have two names
+    held = {id(tensor) for name, tensor in tensors.items() if name in weights}
+    for name, tensor in tensors.items():
+        if id(tensor) not in held and name.startswith(("visual_encoder.", *need)):
+            raise UserError(f"{path} lacks {name}")
+    load_named(blip, weights, path)
+    return blip
+
+
+def load_named(module, weights, path):
+    """Those of the weights that the module has, position embeddings at its size; what else it has
+    stays as it is."""
+    own = module.state_dict()  # not copies: where two names have one tensor, either will do
+    for name in own.keys() & weights.keys():
+        own[name] = weights[name]
+        if name.endswith("pos_embed"):
+            count = module.state_dict()[name].shape[1]
+            own[name] = resize_positions(weights[name], count, path)
+    common.load_weights(module, own, path)
+
+
+def blip_names(weights):
+    """{BLIP's name: tensor}"""
+    renamed = {}
+    for name, tensor in weights.items():
+        name = name.removeprefix("student.")  # of a run of ours
+        if name.startswith("vision_model."):
+            name = "visual_encoder." + vision_name(name.removeprefix("vision_model."))
+        name = re.sub(r"^text_model\.", "text_encoder.", name)
+        renamed[name] = tensor
+    return renamed
+
+
+def vision_name(name):
+    for pattern, new in VISION_NAMES:
         name = re.sub(pattern, new, name)
     return name
 
 
-def resize_positions(positions, count):
-    """(1, 1 + g*g, D) position embeddings -> (1, count, D), bicubic as in BLIP's code (no antialiasing,
-    unlike common's, which is CLIP's)."""
-    if positions.shape[1] == count:
+def is_shared(weights):
+    """Whether encoder and decoder have in common what pre-training ties."""
+    for name, tensor in weights.items():
+        twin = weights.get(name.replace("text_decoder.bert.", "text_encoder."))
+        if twin is not None and ".attention." not in name and not torch.equal(tensor, twin):
+            return False
+    return True
+
+
+# The image encoders of the BLIPs that were published, by width; their texts are BERT-Base.
+PUBLISHED = {768: VIT["base"], 1024: VisionSize(1024, 24, 16)}
+
+
+def blip_size(checkpoint, weights):
+    """BLIPSize: as saved with ours, else that of a published BLIP."""
+    saved, projection = checkpoint.size, weights.get("visual_encoder.patch_embed.proj.weight")
+    if projection is None or (saved is None and len(projection) not in PUBLISHED):
+        raise UserError(f"{checkpoint.path}: these are no weights of a BLIP")
+    if saved:
+        vision, text = VisionSize(**saved["vision"]), TextSize(**saved["text"])
+        return BLIPSize(vision, text, saved["embed_dim"])
+    vision = PUBLISHED[len(projection)]
+    side = math.isqrt(weights["visual_encoder.pos_embed"].shape[1] - 1)
+    words = weights.get(f"text_decoder.bert.{WORDS}")
+    classifier = weights.get("text_decoder.cls.predictions.decoder.weight", words)
+    tied = classifier is None or torch.equal(classifier, words)
+    return BLIPSize(replace(vision, image_size=side * vision.patch),
+                    replace(BERT["base"], tied_head=tied))
+
+
+def resize_positions(positions, count, path):
+    """(1, 1 + g*g, D) position embeddings -> (1, count, D), bicubic without antialiasing as in
+    BLIP's code."""
+    old, new = math.isqrt(positions.shape[1] - 1), math.isqrt(count - 1)
+    if old ** 2 != positions.shape[1] - 1:
+        raise UserError(f"{path}: {positions.shape[1]} position embeddings are no square grid with "
+                        "one CLS token (a distilled DeiT has two: take the plain one)")
+    if old == new:
         return positions
-    old, new = (math.isqrt(n - 1) for n in (positions.shape[1], count))
-    if (old ** 2, new ** 2) != (positions.shape[1] - 1, count - 1):
-        raise UserError(f"{positions.shape[1]} position embeddings are no square grid with one CLS token (a distilled "
-                        "DeiT has two: take the plain one)")
-    grid = positions[:, 1:].transpose(1, 2).unflatten(2, (old, old))  # (1, D, g, g)
+    grid = positions[:, 1:].float().transpose(1, 2).unflatten(2, (old, old))  # (1, D, g, g)
     grid = F.interpolate(grid, (new, new), mode="bicubic", align_corners=False)
     return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], 1)
 
 
-def copy_weights(module, weights, what):
-    """load_state_dict, with one line that names what does not fit."""
-    own = module.state_dict()
-    for kind, names in (("lack", [n for n in own if n not in weights]),
-                        ("have, unknown to the model,", [n for n in weights if n not in own])):
-        if names:
-            raise UserError(f"{what} {kind} {names[0]} and {len(names) - 1} more")
-    for name, tensor in own.items():
-        if tensor.shape != weights[name].shape:
-            raise UserError(f"{what}: {name} is {tuple(weights[name].shape)}, the model's {tuple(tensor.shape)}")
-    module.load_state_dict(weights)
+def load_vision(visual_encoder, checkpoint):
+    """Start an image encoder from an ImageNet ViT (timm, DeiT, torchvision) or from a BLIP's."""
+    weights = {}
+    for name, tensor in checkpoint.weights.items():
+        name = re.sub(r"^(visual_encoder|vision_model)\.", "", name)
+        weights[vision_name(name)] = tensor
+    refuse_missing(visual_encoder.state_dict(), weights, checkpoint.path)
+    load_named(visual_encoder, weights, checkpoint.path)
 
 
-def load_vision(visual_encoder, weights):
-    """Start an image encoder from ImageNet weights (timm, DeiT, torchvision) or from those of a BLIP."""
-    for prefix in ("visual_encoder.", "vision_model."):
-        if any(name.startswith(prefix) for name in weights):
-            weights = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
-    weights = {rename(name, VISION_NAMES): w.float() for name, w in weights.items()}
-    weights.pop("", None)  # classifiers
-    if "dist_token" in weights:
-        raise UserError("these are weights of a distilled DeiT, with a second class token: take the plain one")
-    if "pos_embed" in weights:
-        weights["pos_embed"] = resize_positions(weights["pos_embed"], visual_encoder.pos_embed.shape[1])
-    copy_weights(visual_encoder, weights, "the image weights")
+def load_bert(blip, checkpoint):
+    """Start the text networks of a BLIP from a BERT: both self-attentions get BERT's.
 
-
-def load_bert(text, weights):
-    """Start a text network from a BERT: both self-attentions get BERT's, cross-attention stays random.
-
-    So do the embeddings of [DEC] and [ENC], which BERT lacks. BERT's segment embeddings and pooler are left out.
+    Cross-attention and the embeddings of [DEC] and [ENC], which BERT lacks, stay random; BERT's
+    token types and pooler are left out.
     """
-    own, found = text.state_dict(), {}
-    for name, tensor in weights.items():
-        name = rename(name, ((r"^bert\.", ""), (r"\.gamma$", ".weight"), (r"\.beta$", ".bias")))
-        if re.match(r"embeddings\.(word_|position_emb|LayerNorm)|encoder\.|cls\.predictions\.(bias|transform)", name):
-            found[name] = tensor.float()
-            if ".attention." in name:
-                found[name.replace(".attention.", ".decoder_attention.")] = found[name]
-    for name in ("embeddings.word_embeddings.weight", "cls.predictions.bias"):
-        if name in found and name in own and len(found[name]) < len(own[name]):
-            found[name] = torch.cat([found[name], own[name][len(found[name]):].cpu()])
-    random = {name: tensor for name, tensor in own.items() if "crossattention." in name or name.startswith("cls.")}
-    absent = r"\.attention\." if "encoder" not in text.roles else r"decoder_attention\.|^cls\."
-    if len(text.roles) == 1:
-        found = {name: tensor for name, tensor in found.items() if not re.search(absent, name)}
-    copy_weights(text, {**random, **found}, "the BERT weights")
+    own, weights = blip.state_dict(), {}
+    for name, tensor in checkpoint.weights.items():
+        name = name.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias")
+        for place in (f"text_encoder.{name}", f"text_decoder.bert.{name}", f"text_decoder.{name}"):
+            if place in own and own[place].shape[1:] == tensor.shape[1:]:
+                tensor = torch.cat([tensor, own[place][len(tensor):]])
+            weights[place] = tensor
+    needed = [name for name in own if name.startswith("text_encoder.")
+              and "crossattention" not in name and "position_ids" not in name]
+    refuse_missing(needed, weights, checkpoint.path)
+    load_named(blip, weights, checkpoint.path)
 
 
-def load_blip(weights, image_size=None, vision_heads=None, need=(), **text):
-    """A BLIP checkpoint, {name: tensor}, as Salesforce or Hugging Face released it -> (BLIP, parts it does not hold).
-
-    Sizes are read off the weights. What leaves no trace there is BLIP's unless given: vision_heads (of width 64) and,
-    as fields of TextSize, heads, dropout and special tokens. Parts are "encoder", "decoder", "itc", "itm" and "temp":
-    a captioner has no encoder, a retriever no decoder; they stay random. `need` names parts that must be there.
-
-    Encoder and decoder share weights only in pre-training: where they differ, as after VQA fine-tuning, the model has
-    shared=False. An LM head that differs from the word embeddings is kept (tied_head=False): BLIP's pre-training code
-    separated the two until 15 February 2022, when the arguments of its tie_encoder_decoder_weights were swapped.
-    """
-    weights, shared = blip_names(weights)
-    vision, text = blip_sizes(weights, vision_heads, text)
-    embed_dim = len(weights["vision_proj.weight"]) if "vision_proj.weight" in weights else 256
-    model, missing = BLIP(vision, text, embed_dim, shared), set()
-    own, held = model.state_dict(), {part_of(name) for name in weights}
-    for name, tensor in own.items():
-        if part_of(name) not in held:
-            missing.add(part_of(name))
-            weights[name] = tensor
-    if missing & set(need):
-        raise UserError(f"this checkpoint has no {' and no '.join(sorted(missing & set(need)))} weights")
-    copy_weights(model, weights, "the BLIP weights")
-    if image_size and image_size != vision.image_size:
-        resized = VisionTransformer(replace(vision, image_size=image_size))
-        load_vision(resized, model.visual_encoder.state_dict())
-        model.visual_encoder = resized
-    return model, missing
-
-
-def part_of(name):
-    return next((part for part, pattern in PARTS.items() if re.search(pattern, name)), "always there")
-
-
-def blip_names(weights):
-    """({our name: tensor}, whether encoder and decoder share what pre-training ties)."""
-    found = {}
-    for name, tensor in weights.items():
-        if not UNUSED.search(name):
-            if name.startswith("vision_model."):
-                name = "visual_encoder." + rename(name.removeprefix("vision_model."), VISION_NAMES)
-            found[rename(name, TEXT_NAMES)] = tensor.float()
-    twins = {name: name.replace("text_decoder.", "text.", 1) for name in found if name.startswith("text_decoder.")}
-    shared = all(torch.equal(found[name], found[twin]) for name, twin in twins.items() if twin in found)
-    for name, twin in twins.items() if shared else ():
-        found[twin] = found.pop(name)
-    head = "cls.predictions.decoder.weight"
-    for text in ("text.", "text_decoder."):
-        words = found.get(f"{text}embeddings.word_embeddings.weight")
-        if text + head in found and words is not None and torch.equal(found[text + head], words):
-            del found[text + head]
-    return found, shared
-
-
-def blip_sizes(weights, vision_heads, text):
-    """(VisionSize, TextSize) of weights in our names."""
-    def count(pattern):
-        return len({match[1] for name in weights if (match := re.match(pattern, name))})
-
-    try:
-        width, patch = (weights["visual_encoder.patch_embed.proj.weight"].shape[i] for i in (0, 3))
-        grid = math.isqrt(weights["visual_encoder.pos_embed"].shape[1] - 1)
-        vocab, text_width = weights["text.embeddings.word_embeddings.weight"].shape
-        positions = len(weights["text.embeddings.position_embeddings.weight"])
-    except KeyError as error:
-        raise UserError(f"these are no BLIP weights: there is no {error.args[0]}") from None
-    blocks, layers = count(r"visual_encoder\.blocks\.(\d+)\."), count(r"text\.encoder\.layer\.(\d+)\.")
-    fusion = count(r"text\.encoder\.layer\.(\d+)\.crossattention\.")
-    sizes = dict(vocab=vocab, positions=positions, fusion_layers=fusion, dec=vocab - 2, enc=vocab - 1,
-                 tied_head=count(r"(.*)\.cls\.predictions\.decoder\.weight") == 0)
-    vision = VisionSize(width, blocks, vision_heads or max(1, width // 64), patch, grid * patch)
-    return vision, TextSize(text_width, layers, **{**sizes, **text})
+def refuse_missing(names, weights, path):
+    for name in names:
+        if name not in weights:
+            raise UserError(f"{path} lacks {name}")
 
 
 # ------------------------------------------------------------------------------------------------------------- training
