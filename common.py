@@ -3056,30 +3056,3 @@ def plot_sweet_spot(path, series):
     axes[1].invert_xaxis()
     axes[1].legend()
     figure.savefig(path)
-
-
-# family: colour, and on which side of the point the label stands
-FAMILIES = {"teacher": ("C4", "bottom"), "distilled": ("C0", "bottom"),
-            "not distilled": ("C1", "top")}
-
-
-@picture
-def plot_efficiency(path, points, title):
-    """Each metric's score against the parameters, in millions; the latency stands by the name.
-
-    points: {label: {"parameters", "latency" in ms, "scores": {metric: (mean, std)}, "family"}},
-    all with the same metrics.
-    """
-    metrics = next(iter(points.values()))["scores"]
-    figure, (axes,) = new_figure(1, len(metrics), (6 * len(metrics), 5), title)
-    for axis, metric in zip(axes, metrics):
-        axis.set(xlabel="parameters (M)", ylabel=metric)
-        for label, point in points.items():
-            mean, std = point["scores"][metric]
-            colour, side = FAMILIES[point["family"]]
-            axis.errorbar(point["parameters"], mean, std, color=colour, marker="o", capsize=3)
-            axis.text(point["parameters"], mean, f" {label}, {point['latency']:.3g} ms ",
-                      color=colour, va=side)
-        axis.margins(0.2)
-        axis.set_ylim(0)  # a cut axis would make little differences large
-    figure.savefig(path)
