@@ -1123,7 +1123,7 @@ LOG_COLUMNS = ["step", "epoch", "lr", "loss", "nce", "cluster_hard", "cluster_kl
 
 
 def train(cfg, loaded=None):
-    """The stages up to --stage: prepare the data, distil, validate after every epoch, evaluate."""
+    """Prepare the data, distil, validate after every epoch, evaluate at the end."""
     device = common.start_device(cfg.device, cfg.seed)
     amp, scaler = common.mixed_precision(cfg.precision, device)
     run = common.Run(cfg.out, LOG_COLUMNS)
@@ -1134,10 +1134,7 @@ def train(cfg, loaded=None):
     statistics = size.pixel_statistics(device)
     test = common.evaluation_sets(cfg, size.image_size, "test")  # what is missing is said now
     validation = next(iter(common.evaluation_sets(cfg, size.image_size, "val").values()), None)
-    prepared = prepare(cfg, size, tokenizer, device)
-    if prepared is None:
-        return
-    samples, taught = prepared
+    samples, taught = prepare(cfg, size, tokenizer, device)
 
     torch.manual_seed(cfg.seed)
     model = build(cfg, loaded, **taught).to(device)
@@ -1355,6 +1352,9 @@ def main(argv=None):
         ablate(cfg, given)
     elif cfg.evaluate or cfg.stage == "evaluate":
         evaluate_checkpoint(cfg, loaded)
+    elif cfg.stage in ("embed", "balance", "cluster"):
+        size, _ = common.clip_size(cfg, loaded)
+        prepare(cfg, size, None, common.start_device(cfg.device, cfg.seed))
     else:
         train(cfg, loaded)
         if cfg.stage == "all" and cfg.method == "clip_cid" and rank() == 0:
