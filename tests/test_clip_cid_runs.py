@@ -11,10 +11,14 @@ import re
 import shutil
 from pathlib import Path
 
+import clip_cid
+import common
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+
 from harness import (
     COCO_MINI,
     SERVER,
@@ -33,10 +37,6 @@ from harness import (
     write_photos,
     write_shard,
 )
-from PIL import Image
-
-import clip_cid
-import common
 
 TINY = ["--preset", "tiny", "--batch-size", 16, "--epochs", 2, "--log-every", 1, "--k", 8,
         "--device", "cpu", "--workers", 0]
