@@ -702,18 +702,14 @@ class CLIPCID(nn.Module):
         teacher the loss is CLIP's. seed: of the clusters that --sample-rate draws."""
         cfg = self.cfg
         nce = info_nce(similarities(self.student.logit_scale.exp(), u, v))
-        terms = {"nce": nce}
-        loss = nce
-        if t_image is not None:
-            p, q = unit(self.project_image(u)), unit(self.project_text(v))  # P_v u, P_t v: (b, T)
-            loss = cfg.nce_weight * nce
-            if cfg.cluster_weight:
-                cluster, cluster_terms = self.cluster_loss(p, t_image, label, seed)
-                loss = loss + cfg.cluster_weight * cluster
-                terms.update(cluster_terms)
-            if cfg.instance_weight:
-                terms["instance"] = self.instance_loss(u, v, p, q, t_image, t_text)
-                loss = loss + cfg.instance_weight * terms["instance"]
+        if t_image is None:
+            return nce, {"nce": nce.detach()}
+        p = unit(self.project_image(u))  # P_v u, (b, T)
+        q = unit(self.project_text(v))  # P_t v, (b, T)
+        cluster, terms = self.cluster_loss(p, t_image, label, seed)
+        instance = self.instance_loss(u, v, p, q, t_image, t_text)
+        loss = cfg.nce_weight * nce + cfg.cluster_weight * cluster + cfg.instance_weight * instance
+        terms.update(nce=nce, instance=instance)
         return loss, {name: term.detach() for name, term in terms.items()}
 
     def cluster_loss(self, p, t_image, label, seed):
@@ -802,9 +798,10 @@ def read_stage(path, settings, read=common.read_json):
     if found is None:
         return None
     for name, value in settings.items():
-        if found.get(name) != value:
-            raise UserError(f"{path} was made with {name} {found.get(name)!s:.80}, not "
-                            f"{value!s:.80}: delete it, or choose another folder")
+        was = found.get(name) if isinstance(found, dict) else None
+        if was != value:
+            raise UserError(f"{path} was made with {name} {was!s:.80}, not {value!s:.80}: delete "
+                            "it, or choose another folder")
     return found
 
 
@@ -917,8 +914,8 @@ def balance(cfg, size, data, embeddings, device):
         lines = []
         for number in largest:
             members = rows[group == number]
-            removed = np.setdiff1d(members, kept)
-            lines.append(np.concatenate([np.intersect1d(members, kept), removed]))
+            kept_first = np.argsort(~np.isin(members, kept), kind="stable")
+            lines.append(members[kept_first])
         captions = ["kept"] + ["removed"] * (SHOWN - 1)
         draw_samples(out / "balance.png", data, embeddings, lines, size, captions, "largest groups")
     if rank() == 0:
@@ -987,7 +984,7 @@ class TaughtSamples(common.TrainSamples):
     """TrainSamples, and the teacher's embeddings, fp16 (T,), of the image and of the caption drawn,
     and the cluster.
 
-    rows (n,): the embeddings' row of each sample, found by key; label (n,): its cluster.
+    rows: the embeddings' row of each sample, found by key; label: its cluster.
     """
 
     def __init__(self, embeddings, rows, label, *how):
