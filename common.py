@@ -1304,8 +1304,7 @@ class BertTokenizer:
         if words is not None:
             kept = set(BERT_SPECIALS)
             for word in split_words(" ".join(words)):
-                kept.add(word)
-                kept.update("##" + c for c in word)
+                kept.update([word], word, ("##" + c for c in word))
                 kept.update(self._tokens[i] for i in self._pieces(word))
             self._set_tokens([token for token in self._tokens if token in kept])
 

@@ -58,6 +58,7 @@ class Lists:
 
     def source(self, path):
         """Note a file that the lists are made from. One that is absent counts, it may come."""
+        self.latest = path
         stat = path.stat() if path.is_file() else None
         size, time = (stat.st_size, stat.st_mtime_ns) if stat else (None, None)
         source = {"file": self.place(path), "size": size, "time": time}
@@ -401,8 +402,8 @@ def main(argv=None):
     try:
         SETS[given.name](lists)
     except (AttributeError, KeyError, TypeError) as error:
-        file = lists.sources[-1]["file"]
-        raise UserError(f"{file} is not of the official form (see data/README.md): {error}")
+        raise UserError(f"{lists.latest} is not of the official form (see data/README.md): "
+                        f"{error}") from error
     lists.write(given.name, "questions" if given.name == "vqav2" else "captions")
 
 
