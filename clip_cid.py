@@ -31,8 +31,8 @@ are refused.
 
 Measured on the emoji scenes, 32,000 samples seen, 3 seeds, 2 CPU cores, torch 2.13.0 (README has
 the table, the commands and the commit): zero-shot top-1 on unseen drawings 21.2 ± 1.2, against
-12.8 ± 1.7 for the same student without a teacher and 39.5 for the teacher. Not run at the paper's
-scale.
+12.8 ± 1.7 for the same student without a teacher and 39.5 for the teacher; with frozen prototypes
+(--prototypes teacher) and one epoch of warm-up, the defaults then. Not run at the paper's scale.
 
 Assumptions. [paper]: its abstract or a summary of it; [figure]: its architecture figure;
 [sibling]: a paper of the same group that shares its parts; [choice]: ours.
