@@ -402,9 +402,8 @@ def cosines_with_earlier(rows):
 def find_groups(x, eps=None, remove=None):
     """Connected components of the graph that links vectors closer than ε (A1): single linkage.
 
-    eps: Euclidean distance, ‖a-b‖² = 2 - 2 cos; or remove: the
-    share of vectors that goes when one of each group stays. Returns (the lowest member of each
-    vector's group (n,), ε).
+    eps: Euclidean distance, ‖a-b‖² = 2 - 2 cos; or remove: the share of vectors that goes when one
+    of each group stays. Returns (the lowest member of each vector's group (n,), ε).
 
     Whatever ε is, the groups are the components of the maximum spanning forest of all pairs
     without its edges beyond ε, and each edge left removes one vector. So the best remove * n edges
@@ -419,12 +418,12 @@ def find_groups(x, eps=None, remove=None):
         if count == 0:
             return torch.arange(n), 0.0
         floor = lower_bound(x, count)
-    i, j, cosine = best_links(x, count, floor)
-    if eps is None:
+    i, j, cosine = best_links(x, count, floor)  # the near pairs that matter, best first
+    if eps is None:  # the cut
         next_best = cosine[count].item() if len(cosine) > count else floor
         half_way = (cosine[count - 1].item() + next_best) / 2
         eps = math.sqrt(max(0, 2 - 2 * half_way))
-    _, group = spanning_forest(n, i[:count], j[:count])
+    _, group = spanning_forest(n, i[:count], j[:count])  # the components
     return group, eps
 
 
