@@ -2268,27 +2268,24 @@ def batches(data, image_size, workers, doing, resize=resize_whole, batch_size=64
 
 @torch.no_grad()
 def embed_images(encoders, data, image_size, workers):
-    """One pass over a set: ({key: (N, D) float32}, its N targets, its N indices in `data`).
+    """One pass over a set: ({key: (N, D) float32}, its N targets).
 
     encoders as in evaluate(). Images that cannot be read are left out; UserError if all are.
     """
-    features, targets, indices = {key: [] for key in encoders}, [], []
+    features, targets = {key: [] for key in encoders}, []
     loader = batches(data, image_size, workers, "embedding", resize_center_crop, 128)
-    for images, places, batch_targets in loader:
+    for images, _, batch_targets in loader:
         for key, (encode_image, _) in encoders.items():
             features[key].append(encode_image(images).float())
         targets += batch_targets
-        indices += places
-    features = {key: torch.cat(parts) for key, parts in features.items()}
-    return features, targets, indices
+    return {key: torch.cat(parts) for key, parts in features.items()}, targets
 
 
 @torch.no_grad()
-def embed_texts(encode_text, tokenizer, texts, block=512):
+def embed_texts(encode_text, tokenizer, texts):
     """(T, D) float32 features of a list of strings."""
     features = []
-    for start in range(0, len(texts), block):
-        tokens = tokenizer(texts[start:start + block])
+    for tokens in tokenizer(texts).split(512):
         features.append(encode_text(trim_padding(tokens)).float())
     return torch.cat(features)
 
@@ -2300,37 +2297,36 @@ def evaluate(encoders, tokenizer, data, image_size, workers):
     token ids -> (T, D), of unit length; a key is any hashable. Returns {key: {metric: percent}}.
     Images that could not be read are left out and counted as "unreadable".
     """
-    features, targets, _ = embed_images(encoders, data, image_size, workers)
-
-    @functools.cache  # encoders with the same text tower share its features
-    def embed(encode_text):
-        if data.kind == "classes":
-            return zero_shot_classifier(encode_text, tokenizer, data.classes, data.templates)
-        texts = [text for captions in targets for text in captions]
-        return embed_texts(encode_text, tokenizer, texts)
-
+    features, targets = embed_images(encoders, data, image_size, workers)
     scores = {}
     for key, (_, encode_text) in encoders.items():
-        text_features = embed(encode_text)
         if data.kind == "classes":
-            labels = torch.tensor(targets)
-            scores[key] = zero_shot(features[key], labels, text_features)
+            texts = zero_shot_classifier(encode_text, tokenizer, data.classes, data.templates)
+            found = zero_shot(features[key], torch.tensor(targets), texts)
         else:
-            scores[key] = retrieval(features[key], text_features, owners(targets))
-        if len(targets) < len(data):
-            scores[key]["unreadable"] = len(data) - len(targets)
+            texts = embed_texts(encode_text, tokenizer, list(itertools.chain(*targets)))
+            found = retrieval(features[key], texts, owners(targets))
+        scores[key] = found | unreadable(data, targets)
     return scores
+
+
+def unreadable(data, read):
+    """How many images of a set were left out, if any."""
+    lost = len(data) - len(read)
+    return {"unreadable": lost} if lost else {}
 
 
 def score_sets(encoders, tokenizer, sets, image_size, workers):
     """evaluate() on each of {name: set}, as {key: {"<name>_<metric>": percent}}."""
     scores = {key: {} for key in encoders}
     for name, data in sets.items():
-        found = evaluate(encoders, tokenizer, data, image_size, workers)
-        for key, metrics in found.items():
-            for metric, value in metrics.items():
-                scores[key][f"{name}_{metric}"] = value
+        for key, found in evaluate(encoders, tokenizer, data, image_size, workers).items():
+            scores[key].update(prefixed(name, found))
     return scores
+
+
+def prefixed(name, metrics):
+    return {f"{name}_{metric}": value for metric, value in metrics.items()}
 
 
 def main_metric(metrics):
@@ -2449,121 +2445,97 @@ def rerank_retrieval(data, image_size, encode_image, encode_text, match, k, work
         features.append(batch_features.float())
         captions += targets
 
-    texts = [text for group in captions for text in group]
+    texts = list(itertools.chain(*captions))
     encoded = [encode_text(texts[start:start + block]) for start in range(0, len(texts), block)]
-    ids, text_features = (torch.cat(parts) for parts in zip(*encoded))
+    ids, text_features = map(torch.cat, zip(*encoded))
     both = torch.cat(features), text_features.float(), owners(captions)
 
     def match_image(i, places):
-        source = states[i][None].to(both[0].device)
-        parts = ids[places.to(ids.device)].split(block)
-        return torch.cat([match(source, part) for part in parts])
+        source = states[i][None].to(places.device)
+        return torch.cat([match(source, part) for part in ids[places].split(block)])
 
-    scores = {f"itc_{metric}": value for metric, value in retrieval(*both).items()}
-    scores.update(rerank(*both, match_image, k))
-    if len(captions) < len(data):
-        scores["unreadable"] = len(data) - len(captions)
-    return scores
+    by_cosine = prefixed("itc", retrieval(*both))
+    return by_cosine | rerank(*both, match_image, k) | unreadable(data, captions)
 
 
 STRENGTHS = tuple(10.0 ** exponent for exponent in range(-2, 7))
 
 
-def linear_probe(train, val, test, classes, strengths=STRENGTHS):
+def linear_probe(train, test, classes, strengths=STRENGTHS):
     """{"top1" in percent, "C"} of L-BFGS logistic regression on frozen features.
 
     A split is (features (N, D), labels (N,)). The inverse regularisation (scikit-learn's C:
-    minimise C * sum of losses + |W|^2 / 2) is chosen on `val`, then train + val are fitted anew.
-    UserError with the place of an image whose features are no numbers.
+    minimise C * sum of losses + |W|^2 / 2) is chosen on every fifth training image, then all are
+    fitted anew. UserError where features are no numbers.
     """
-    def accuracy(weights, features, labels):
-        found = (with_bias(features) @ weights).argmax(1)
-        return percent(found.cpu() == labels.cpu())
+    def accuracy(model, x, y):
+        return percent(model(x).argmax(1).cpu() == y)
 
-    for features, _ in (train, val, test):
-        check_finite(features, range(len(features)))
-    scores = {c: accuracy(fit_logistic(*train, classes, c), *val) for c in strengths}
+    x, y = train
+    if not x.isfinite().all():
+        raise UserError("linear probe: an image has features that are no finite numbers")
+    held = torch.arange(len(y)) % 5 == 4
+    scores = {}
+    for c in strengths:
+        model = fit_logistic(x[~held], y[~held], classes, c)
+        scores[c] = accuracy(model, x[held], y[held])
     best = max(scores, key=scores.get)
-    features, labels = (torch.cat(parts) for parts in zip(train, val))
-    weights = fit_logistic(features, labels, classes, best)
-    return {"top1": accuracy(weights, *test), "C": best}
+    return {"top1": accuracy(fit_logistic(x, y, classes, best), *test), "C": best}
 
 
-def check_finite(features, keys):
-    """UserError with the key of the first image whose features (N, D) are no numbers."""
-    for key, finite in zip(keys, features.isfinite().all(1).tolist()):
-        if not finite:
-            raise UserError(f"linear probe: the features of image {key} are no finite numbers")
-
-
-def with_bias(x):
-    return torch.cat([x, x.new_ones(len(x), 1)], 1)
-
-
-def fit_logistic(x, y, classes, c, block=65536):
-    """(D + 1, K) weights of multinomial logistic regression; the bias is not regularised."""
-    x, y = with_bias(x), y.to(x.device)
-    weights = torch.zeros(x.shape[1], classes, device=x.device, requires_grad=True)
-    optimiser = torch.optim.LBFGS([weights], max_iter=1000, history_size=10, tolerance_grad=1e-6,
-                                  tolerance_change=1e-10, line_search_fn="strong_wolfe")
+def fit_logistic(x, y, classes, c):
+    """Multinomial logistic regression, a torch.nn.Linear; the bias is not regularised."""
+    y = y.to(x.device)
+    model = torch.nn.Linear(x.shape[1], classes, device=x.device)
+    model.weight.data.zero_()
+    model.bias.data.zero_()
+    optimiser = torch.optim.LBFGS(model.parameters(), max_iter=1000, history_size=10,
+                                  tolerance_grad=1e-6, tolerance_change=1e-10,
+                                  line_search_fn="strong_wolfe")
 
     def closure():
         optimiser.zero_grad()
-        total = weights[:-1].square().sum() / (2 * c * len(x))
-        total.backward()
-        for xs, ys in zip(x.split(block), y.split(block)):
-            loss = F.cross_entropy(xs @ weights, ys, reduction="sum") / len(x)
-            loss.backward()
-            total = total + loss
-        return total.detach()
+        penalty = model.weight.square().sum() / (2 * c * len(x))
+        loss = F.cross_entropy(model(x), y) + penalty
+        loss.backward()
+        return loss
 
     optimiser.step(closure)
-    return weights.detach()
+    return model
 
 
 def probe(encoders, cfg, image_size):
-    """--linear-probe: {key: {"<set>_probe_top1", "<set>_probe_C"}} on each set of classes.
-
-    encoders: as evaluate() takes them. Every fifth training image is the validation split.
-    """
-    def embed(data):
-        found, labels, indices = embed_images(encoders, data, image_size, loader_workers(cfg))
-        for features in found.values():
-            check_finite(features, [data.key(i) for i in indices])
-        return found, torch.tensor(labels)
-
+    """--linear-probe: {key: {"<set>_probe_top1", "<set>_probe_C"}} on each set of classes."""
+    workers = loader_workers(cfg)
     scores = {key: {} for key in encoders}
     tests = evaluation_sets(cfg, image_size, "test")
     for name, data in evaluation_sets(cfg, image_size, "train").items():
-        if data.kind != "classes":
-            continue
-        (train, y), (test, test_y) = embed(data), embed(tests[name])
-        held = torch.arange(len(y)) % 5 == 4
-        for key, x in train.items():
-            splits = (x[~held], y[~held]), (x[held], y[held]), (test[key], test_y)
-            found = linear_probe(*splits, len(data.classes))
-            for metric, value in found.items():
-                scores[key][f"{name}_probe_{metric}"] = value
+        if data.kind == "classes":
+            x, y = embed_images(encoders, data, image_size, workers)
+            test_x, test_y = embed_images(encoders, tests[name], image_size, workers)
+            for key in encoders:
+                train = x[key], torch.tensor(y)
+                test = test_x[key], torch.tensor(test_y)
+                found = linear_probe(train, test, len(data.classes))
+                scores[key].update(prefixed(f"{name}_probe", found))
     return scores
 
 
 def test_checkpoint(cfg, size, encoders):
     """--evaluate: {key: {"<set>_<metric>": value}} of the test sets, with --linear-probe.
 
-    The means of several sets' top-1 accuracies are added.
+    The mean of several sets' zero-shot top-1 accuracies is added.
     """
     sets = evaluation_sets(cfg, size.image_size, "test")
     tokenizer = CLIPTokenizer(size.context_length, size.vocab_size)
     cells = score_sets(encoders, tokenizer, sets, size.image_size, loader_workers(cfg))
+    for cell in cells.values():
+        top1 = [value for name, value in cell.items() if name.endswith("_top1")]
+        if len(top1) > 1:
+            cell["mean_top1"] = sum(top1) / len(top1)
     if cfg.linear_probe:
         for key, found in probe(encoders, cfg, size.image_size).items():
             cells[key].update(found)
-    for cell in cells.values():
-        for metric in ("top1", "probe_top1"):
-            columns = [f"{name}_{metric}" for name in sets]
-            values = [cell[column] for column in columns if column in cell]
-            if len(values) > 1:
-                cell[f"mean_{metric}"] = sum(values) / len(values)
     return cells
 
 
@@ -2573,20 +2545,17 @@ def write_results(run, cfg, cells, state):
     cells: {label: {metric: value}}; state: the training loop's counters.
     """
     rows = read_csv(run.path("log.csv"))
-    validation = [float(value) for name, value in rows[-1].items()
-                  if name.startswith("val_") and value]
     results = {
         "cells": cells,
         "seed": cfg.seed,
         "steps": state["step"],
         "best_step": state["best_step"],
         "best_validation": state["best"],
-        "last_validation": max(validation, default=None),
     }
     run.write_json("results.json", results)
     print_table(cells)
-    title = f"{cfg.method} on {cfg.data}"
-    plot_curves(run.path("curves.png"), rows, math.log(cfg.batch_size), title)
+    plot_curves(run.path("curves.png"), rows, math.log(cfg.batch_size),
+                f"{cfg.method} on {cfg.data}")
     return results
 
 
@@ -2594,32 +2563,26 @@ def throughput(encoders, image_size, device):
     """{key: images/s} of image encoders on 256 images of noise; encoders as in evaluate()."""
     shape = (256, 3, image_size, image_size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
-    calls = {}
-    for key, (encode_image, _) in encoders.items():
-        calls[key] = functools.partial(encode_image, images)
-    latency = compare_latency(calls, device, rounds=5)
+    functions = {key: encode_image for key, (encode_image, _) in encoders.items()}
+    latency = compare_latency(functions, device, 5, images)
     return {key: 1000 * len(images) / milliseconds for key, milliseconds in latency.items()}
 
 
-def compare_latency(functions, device, rounds=15):
-    """{key: milliseconds} of functions without arguments: the median over the rounds.
+def compare_latency(functions, device, rounds=15, *inputs):
+    """{key: milliseconds} of functions of the inputs: the median over the rounds.
 
     They take turns, so that a slow moment meets all; each is warmed up first; the device is
     synchronised before every reading of the clock.
     """
-    def milliseconds(function):
-        start = time.perf_counter()
-        function()
-        if kind != "cpu":
-            getattr(torch, kind).synchronize()
-        return 1000 * (time.perf_counter() - start)
-
-    kind = torch.device(device).type
+    device = getattr(torch, torch.device(device).type)  # torch.cuda, torch.mps or torch.cpu
     times = {key: [] for key in functions}
     with torch.inference_mode():
-        for turn in range(2 + rounds):
+        for _ in range(2 + rounds):
             for key, function in functions.items():
-                times[key].append(milliseconds(function))
+                start = time.perf_counter()
+                function(*inputs)
+                device.synchronize()
+                times[key].append(1000 * (time.perf_counter() - start))
     return {key: float(np.median(found[2:])) for key, found in times.items()}
 
 
@@ -2688,7 +2651,7 @@ SPELLED = str.maketrans({
 })
 
 
-def ptb_tokenize(text: str) -> str:
+def ptb_tokenize(text):
     """Lower-cased tokens of a caption without punctuation: "A dog's bowl." -> "a dog 's bowl".
 
     An approximation, without Java, of COCO's caption tokenizer: equal to it on all 795 captions of
@@ -2700,14 +2663,14 @@ def ptb_tokenize(text: str) -> str:
     return " ".join(token.lower().translate(SPELLED) for token in PTB_TOKEN.findall(text))
 
 
-def count_ngrams(sentence: str) -> list[collections.Counter]:
-    """How often each n-gram occurs in a sentence, for n = 1, 2, 3, 4."""
+def count_ngrams(sentence):
+    """How often each n-gram occurs in a sentence, for n = 1, 2, 3, 4: a list of four Counters."""
     words = sentence.split()
     shifted = [words[i:] for i in range(4)]
     return [collections.Counter(zip(*shifted[:n])) for n in (1, 2, 3, 4)]
 
 
-def bleu(references: list[list[str]], hypotheses: list[str]) -> list[float]:
+def bleu(references, hypotheses):
     """BLEU-1, -2, -3 and -4 of a corpus (Papineni et al. 2002, section 2), as in pycocoevalcap.
 
     BLEU-n = exp(min(0, 1 - r/c)) (p_1 ... p_n)^(1/n), in 0..1. p_n: n-grams of the hypotheses that
@@ -2716,10 +2679,9 @@ def bleu(references: list[list[str]], hypotheses: list[str]) -> list[float]:
     shorter one of two. references: N lists of R strings; hypotheses: N strings.
     """
     matched, total = np.zeros(4), np.zeros(4)
-    length = closest = 0
+    closest = 0
     for refs, hypothesis in zip(references, hypotheses, strict=True):
         words = len(hypothesis.split())
-        length += words
         distances = [(abs(len(ref.split()) - words), len(ref.split())) for ref in refs]
         closest += min(distances)[1]
         ref_counts = [count_ngrams(ref) for ref in refs]
@@ -2730,12 +2692,12 @@ def bleu(references: list[list[str]], hypotheses: list[str]) -> list[float]:
 
     # pycocoevalcap's 1e-15 and 1e-9 stand for zeros: nothing matched gives a score close to 0.
     precisions = (matched + 1e-15) / (total + 1e-9)
-    ratio = (length + 1e-15) / (closest + 1e-9)
+    ratio = (total[0] + 1e-15) / (closest + 1e-9)
     means = np.cumprod(precisions) ** (1 / np.arange(1, 5))
-    return (means * np.exp(min(0, 1 - 1 / ratio))).tolist()
+    return means * np.exp(min(0, 1 - 1 / ratio))
 
 
-def cider_d(references: list[list[str]], hypotheses: list[str]) -> tuple[float, np.ndarray]:
+def cider_d(references, hypotheses):
     """CIDEr-D (Vedantam et al. 2015, section 6) as in pycocoevalcap: mean over images, and (N,).
 
     In 0..10. Mean over n = 1..4 and the references of
@@ -2758,12 +2720,11 @@ def cider_d(references: list[list[str]], hypotheses: list[str]) -> tuple[float, 
         counts = count_ngrams(hypothesis)
         for ref in refs:
             difference = counts[0].total() - ref[0].total()
-            for n in range(4):
-                h, r = weigh(counts[n]), weigh(ref[n])
+            penalty = math.exp(-difference ** 2 / 72)
+            for h, r in zip(map(weigh, counts), map(weigh, ref)):
                 dot = sum(min(h[gram], r[gram]) * r[gram] for gram in h if gram in r)
                 norms = math.hypot(*h.values()) * math.hypot(*r.values())
-                if norms:
-                    scores[i] += dot / norms * math.exp(-difference ** 2 / 72)
+                scores[i] += penalty * dot / (norms or 1)
         scores[i] *= 10 / (4 * len(refs))
     return float(scores.mean()), scores
 
@@ -2789,7 +2750,7 @@ NUMBER_WORDS = "zero one two three four five six seven eight nine ten".split()
 NUMBERS = {"none": "0"} | {word: str(i) for i, word in enumerate(NUMBER_WORDS)}
 
 
-def normalize_answer(answer: str) -> str:
+def normalize_answer(answer):
     """An answer as VQA's official evaluation compares it: no punctuation, no articles, digits.
 
     A mark goes without a trace where it stands beside a space, or everywhere if the answer has a
@@ -2805,13 +2766,13 @@ def normalize_answer(answer: str) -> str:
     return " ".join(RESTORED.get(word, word) for word in words)
 
 
-def vqa_accuracy(answer: str, human_answers: Iterable[str]) -> float:
+def vqa_accuracy(answer, human_answers):
     """Accuracy of one answer (Antol et al. 2015, section 3), 0..1: min(people who gave it / 3, 1).
 
     As in the official evaluation, averaged over leaving out each of the human answers (10 in VQA,
     at least one here: fewer than 4 cannot reach 1); normalised only where the humans disagree.
     """
-    answer, *humans = [re.sub(r"[\n\t]", " ", a).strip() for a in (answer, *human_answers)]
+    answer, *humans = [text.strip() for text in (answer, *human_answers)]
     if len(set(humans)) > 1:
         answer, *humans = map(normalize_answer, (answer, *humans))
     same = humans.count(answer)
@@ -2867,14 +2828,12 @@ def answer_questions(data, image_size, answer, workers=0):
         for i, text, (_, humans) in zip(places, answers, targets, strict=True):
             results.append({"question_id": data.key(i), "answer": text})
             if humans:
-                kind, accuracy = data.question_kinds[i], vqa_accuracy(text, humans)
+                kind, accuracy = data.question_kinds[i], 100 * vqa_accuracy(text, humans)
                 accuracies["accuracy"].append(accuracy)
                 if kind:
-                    accuracies["accuracy_" + kind].append(accuracy)
-    scores = {name: 100 * sum(values) / len(values) for name, values in sorted(accuracies.items())}
-    if len(results) < len(data):
-        scores["unreadable"] = len(data) - len(results)
-    return results, scores
+                    accuracies[f"accuracy_{kind}"].append(accuracy)
+    scores = {name: np.mean(values) for name, values in sorted(accuracies.items())}
+    return results, scores | unreadable(data, results)
 
 
 # --------------------------------------------------------------------------------------- pictures
@@ -2882,26 +2841,25 @@ def answer_questions(data, image_size, answer, workers=0):
 
 def print_table(cells, markdown=None):
     """{row: {column: number or text}} as a table on stdout, and as markdown in a file."""
-    columns = list(dict.fromkeys(column for cell in cells.values() for column in cell))
-    lines = [["", *columns]]
+    columns = list(dict.fromkeys(itertools.chain(*cells.values())))
+    rows = [["", *columns]]
     for name, cell in cells.items():
-        lines.append([name, *(_shown(cell.get(column)) for column in columns)])
+        rows.append([name, *(shown(cell.get(column)) for column in columns)])
     if len(columns) > 7:  # too wide for a terminal: turn it
-        lines = [list(line) for line in zip(*lines)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for first, *others in lines:
-        print(first.ljust(widths[0]), *map(str.rjust, others, widths[1:]), sep="  ")
+        rows = list(zip(*rows))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print(*map(str.rjust, row, widths), sep="  ")
     if markdown:
-        rows = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-        markdown.write_text("".join(f"| {' | '.join(row)} |\n" for row in rows), encoding="utf-8")
+        rows.insert(1, ["---"] * len(widths))
+        lines = ["| " + " | ".join(row) + " |\n" for row in rows]
+        markdown.write_text("".join(lines), encoding="utf-8")
 
 
-def _shown(value):
+def shown(value):
     if value is None or isinstance(value, str):
         return value or ""
-    if 10 <= abs(value) < 1000:
-        return f"{value:.1f}"
-    return f"{value:.3g}" if abs(value) < 10 else f"{value:.0f}"
+    return f"{value:.3g}" if abs(value) < 10 else f"{value:.{int(abs(value) < 1000)}f}"
 
 
 def mean_std(runs):
@@ -2910,31 +2868,32 @@ def mean_std(runs):
     for metric in runs[0]:
         values = np.array([run[metric] for run in runs], float)
         digits = 4 if 0 < abs(values).max() < 0.1 else 1
-        spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
-        table[metric] = f"{values.mean():.{digits}f}{spread}"
+        table[metric] = f"{values.mean():.{digits}f}"
+        if len(runs) > 1:
+            table[metric] += f" ± {values.std(ddof=1):.{digits}f}"
     return table
+
+
+# a `$` in a caption is no formula
+STYLE = {"text.parse_math": False, "axes.grid": True, "grid.alpha": 0.3, "savefig.dpi": 150,
+         "savefig.bbox": "tight"}
 
 
 def picture(draw):
     """Guards a function that draws into `path`: what goes wrong is a line, never a run's end."""
     @functools.wraps(draw)
     def guarded(path, *args, **kwargs):
+        os.environ.pop("MPLBACKEND", None)  # a notebook's may be missing here; all are files
         try:
-            plain = {"text.parse_math": False}  # a `$` in a caption is no formula
-            with import_matplotlib().rc_context(plain), warnings.catch_warnings():
+            import matplotlib
+
+            with matplotlib.rc_context(STYLE), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # letters that the font lacks
-                return draw(path, *args, **kwargs)
+                draw(path, *args, **kwargs)
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             print(f"could not draw {Path(path).name}: {reason}")
     return guarded
-
-
-def import_matplotlib():
-    """matplotlib, which fails to import where MPLBACKEND names a notebook's package not here."""
-    os.environ.pop("MPLBACKEND", None)  # no picture is shown: all are files
-    import matplotlib
-    return matplotlib
 
 
 def new_figure(rows, columns, size, title):
@@ -2942,175 +2901,106 @@ def new_figure(rows, columns, size, title):
     from matplotlib.figure import Figure
 
     figure = Figure(size, layout="compressed")
-    figure.suptitle(fold(title, int(7 * size[0])), fontsize=14)
+    figure.suptitle(title)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def fold(text, width, lines=6):
-    return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …"))
+def fold(text, width):
+    """The lines of a text, each over at most four lines of `width` letters."""
+    lines = [textwrap.fill(line, width, max_lines=4, placeholder=" …") for line in text.split("\n")]
+    return "\n".join(lines)
 
 
 @picture
-def plot_grid(path, rows, names, captions, title, beneath=(), side=1.6):
-    """Rows of images (3, S, S) uint8, with names at the left and captions on top of the columns.
+def plot_grid(path, rows, names, captions, title):
+    """Rows of images (3, S, S) uint8, names at the left, captions above the first images.
 
-    beneath: a text below each image, in order. side: of an image, in inches.
+    The captions follow the rows, one an image; a line that is broken in a caption stays so.
     """
+    captions = [fold(caption, 26) for caption in captions]
+    above = max((caption.count("\n") + 1 for caption in captions), default=0)
     columns = max(map(len, rows))
-    below = max((text.count("\n") + 1 for text in beneath), default=0)
-    size = side * columns + 2, (side + 0.2 * below) * len(rows) + 1
+    size = 2 * columns + 2, (2 + 0.15 * above) * len(rows) + 1
     figure, axes = new_figure(len(rows), columns, size, title)
     for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
+        axis.set(xticks=[], yticks=[], frame_on=False)
     for line, images, name in zip(axes, rows, names):
         line[0].set_ylabel(fold(name, 24), rotation=0, ha="right", va="center", fontsize=12)
         for axis, image in zip(line, images):
-            axis.imshow(image.permute(1, 2, 0).cpu().numpy())
-    for axis, caption in zip(axes[0], captions):
-        axis.set_title(fold(caption, int(12 * side), 3), fontsize=10)
-    for axis, text in zip(axes.flat, beneath):
-        axis.set_xlabel(text, loc="left", fontsize=9)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+            axis.imshow(image.permute(1, 2, 0).cpu())
+    for axis, caption in zip(axes.flat, captions):
+        axis.set_title(caption, loc="left", fontsize=9)
+    figure.savefig(path)
 
 
+@picture
 def plot_captions(path, images, captions, title):
-    """Images (n, 3, S, S) uint8; beneath each its captions, of {who: n strings}."""
-    beneath = []
+    """Images (n, 3, S, S) uint8; above each its captions, of {who: n strings}."""
+    above = []
     for texts in zip(*captions.values()):
-        lines = [fold(f"{who}: {text}", 36, 4) for who, text in zip(captions, texts)]
-        beneath.append("\n".join(lines))
+        above.append("\n".join(f"{who}: {text}" for who, text in zip(captions, texts)))
     rows = images.split(4)
-    plot_grid(path, rows, [""] * len(rows), [], title, beneath, side=2.7)
+    plot_grid(path, rows, [""] * len(rows), above, title)
 
 
 def overlay(images, attention):
     """Images (n, 3, S, S) uint8, dark but where attention (n, g, g) is, on a scale of its own."""
-    light = attention[:, None].float().cpu()
-    light = F.interpolate(light, images.shape[-2:], mode="bicubic", align_corners=False)
+    light = F.interpolate(attention[:, None].float().cpu(), images.shape[-2:], mode="bicubic")
     light = light - light.amin((2, 3), keepdim=True)
     light = light / light.amax((2, 3), keepdim=True).clamp(min=1e-12)
     return (images.cpu() * (0.15 + 0.85 * light)).to(torch.uint8)
 
 
 @picture
-def plot_retrieval(path, images, captions, scores, texts=6, shown=5):
-    """For the first captions the images a model ranks highest, the caption's own one framed.
-
-    images (N, 3, S, S) uint8; scores (N, N), image by text.
-    """
-    images, shown = images.cpu(), min(shown, len(images))
-    edge = max(2, images.shape[-1] // 12)
-    frame = torch.ones(images.shape[-2:], dtype=torch.bool)
-    frame[edge:-edge, edge:-edge] = False
-    rows = []
-    for text in range(len(captions[:texts])):
-        best = scores[:, text].topk(shown).indices.cpu()
-        row = images[best]
-        edges = (best == text)[:, None, None] & frame  # (shown, S, S)
-        row.permute(0, 2, 3, 1)[edges] = torch.tensor([40, 170, 60], dtype=torch.uint8)
-        rows.append(row)
-    ranks_shown = [f"rank {n + 1}" for n in range(shown)]
-    title = f"the best of {len(images)} images for each caption, its own one framed"
-    plot_grid(path, rows, captions[:texts], ranks_shown, title)
-
-
 def draw_retrieval(path, encoders, tokenizer, sets, image_size):
-    """plot_retrieval() of an (image encoder, text encoder) on the first captioned set, if any."""
+    """For six captions of the first captioned set, if any, the five best of 64 images.
+
+    encoders: (image encoder, text encoder), as evaluate() takes them.
+    """
     examples = example_images(sets, image_size, 64)
     if examples:
         images, captions = examples
         encode_image, encode_text = encoders
         with torch.no_grad():
-            scores = encode_image(images) @ encode_text(tokenizer(captions)).T
-        plot_retrieval(path, images, captions, scores)
+            scores = encode_text(tokenizer(captions)) @ encode_image(images).T
+        rows, marks = [], []
+        for text, best in enumerate(scores.topk(min(5, len(images))).indices.tolist()):
+            rows.append(images[best])
+            marks += ["✓ its own" if image == text else "" for image in best]
+        title = f"the best of {len(images)} images for each caption"
+        plot_grid(path, rows[:6], captions, marks, title)
 
 
 @picture
 def plot_curves(path, rows, chance, title):
     """Losses (with ln(batch), chance, if given) and validation metrics of log.csv, by epoch."""
-    figure, axes = new_figure(1, 2, (11, 4.5), title)
-    left, right = axes[0]
-    for axis, wanted, marker in ((left, LOSSES, None), (right, ("val_",), "o")):
-        for column in [name for name in rows[0] if name.startswith(wanted)]:
-            logged = [row for row in rows if row[column] and column != "kd_weight"]
-            if logged:
+    figure, (axes,) = new_figure(1, 2, (11, 4.5), title)
+    if chance:
+        axes[0].axhline(chance, color="grey", ls=":", label="chance of one NCE, ln(batch)")
+    for axis, wanted, ylabel in zip(axes, (LOSSES, "val_"), ("loss", "validation, %")):
+        for column in rows[0]:
+            logged = [row for row in rows if row[column]]
+            if logged and column.startswith(wanted) and column != "kd_weight":
                 epochs = [float(row["epoch"]) for row in logged]
                 values = [float(row[column]) for row in logged]
-                axis.plot(epochs, values, label=column, marker=marker)
-        axis.grid(alpha=0.3)
-        axis.set_xlabel("epoch")
-    if chance:
-        left.axhline(chance, color="grey", ls=":", label="chance of one NCE, ln(batch)")
-    left.set_ylabel("loss")
-    right.set_ylabel("validation, %")
-    for axis in (left, right):
-        if axis.lines:
-            axis.legend(ncols=1 + (len(axis.lines) > 6), fontsize=9)
-    figure.savefig(path, dpi=150)
+                axis.plot(epochs, values, ".-", ms=2, label=column)
+        axis.set(xlabel="epoch", ylabel=ylabel)
+        axis.legend(fontsize=9)
+    figure.savefig(path)
 
 
 @picture
-def plot_sweet_spot(path, series, ylabel="test score, %"):
-    """{label: [(κ in training, relative throughput, [score per seed])]}: means and stds.
-
-    Left against the throughput; right, for curves that run at full cost, against κ in training.
-    """
-    figure, axes = new_figure(1, 2, (13, 5), "")
-    left, right = axes[0]
-    right.sharey(left)
-    for number, (label, points) in enumerate(series.items()):
-        points = sorted(points)
-        full_cost = len(points) > 1 and all(speed == 1 for _, speed, _ in points)
-        axis = right if full_cost else left
-        x = [keep_rate if full_cost else speed for keep_rate, speed, _ in points]
-        means = [np.mean(scores) for *_, scores in points]
-        stds = [np.std(scores, ddof=1) if len(scores) > 1 else 0 for *_, scores in points]
-        marker = "o" if len(points) > 1 else "*"
-        axis.errorbar(x, means, stds, label=label, color=f"C{number}", capsize=3,
-                      marker=marker, markersize=9)
-        for place, mean, (keep_rate, *_) in zip(x, means, points):
-            axis.annotate(f"{keep_rate:g}", (place, mean), (6, 6), textcoords="offset points")
-    left.set_ylabel(ylabel)
-    left.set_xlabel("measured throughput, 1 at κ = 1 (numbers: κ in training and at test)")
-    right.set_xlabel("κ in training; all tokens at test")
-    right.invert_xaxis()
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-        axis.margins(0.08)
-        if axis.containers:
-            axis.legend()
-    figure.savefig(path, dpi=150)
-
-
-# family: colour, marker, where a label stands
-FAMILIES = {"teacher": ("#6a3d9a", "*", "bottom"), "distilled": ("#1f5fa8", "o", "bottom"),
-            "not distilled": ("#b8460b", "s", "top")}
-
-
-@picture
-def plot_efficiency(path, points, title):
-    """Each metric's score against the parameters, in millions; the latency stands by the name.
-
-    points: {label: {"parameters", "latency" in ms, "scores": {metric: (mean, std)}, "family"}}.
-    """
-    metrics = dict.fromkeys(metric for point in points.values() for metric in point["scores"])
-    figure, axes = new_figure(1, len(metrics), (6 * len(metrics), 5), title)
-    for axis, metric in zip(axes[0], metrics):
-        for label, point in points.items():
-            if metric not in point["scores"]:
-                continue
-            mean, std = point["scores"][metric]
-            colour, marker, side = FAMILIES[point["family"]]
-            axis.errorbar(point["parameters"], mean, std, color=colour, marker=marker,
-                          markersize=9, capsize=3)
-            offset = (0, 8 if side == "bottom" else -8)
-            text = f"{label}\n{point['latency']:.3g} ms"
-            axis.annotate(text, (point["parameters"], mean), offset, ha="center", va=side,
-                          textcoords="offset points", color=colour)
-        axis.set(xlabel="parameters (M)", ylabel=metric)
-        axis.margins(0.2)
-        # a cut axis would make little differences large
-        axis.set_ylim(0, 1.15 * axis.get_ylim()[1])
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+def plot_sweet_spot(path, series):
+    """{label: [(κ in training, relative throughput, [score per seed])]}: means and stds."""
+    figure, (axes,) = new_figure(1, 2, (13, 5), "")
+    for label, points in series.items():
+        keep_rates, speeds, scores = zip(*sorted(points))
+        means = [np.mean(values) for values in scores]
+        stds = [np.std(values, ddof=1) if len(values) > 1 else 0 for values in scores]
+        for axis, x in zip(axes, (speeds, keep_rates)):
+            axis.errorbar(x, means, stds, label=label, marker="o", capsize=3)
+    axes[0].set(xlabel="measured throughput, 1 at κ = 1", ylabel="test score, %")
+    axes[1].set(xlabel="κ in training")
+    axes[1].invert_xaxis()
+    axes[1].legend()
+    figure.savefig(path)
