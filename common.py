@@ -44,7 +44,6 @@ import time
 import unicodedata
 import warnings
 import zipfile
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -849,10 +848,7 @@ class Checkpoint:
     path: Path
     weights: dict  # {name: tensor}
     config: dict  # the run's Config as saved, else {}
-    size: Size | dict | None  # of a CLIP a Size, of a BLIP a dict
-
-
-WRAPPERS = ("model", "state_dict", "model_state_dict")
+    size: dict | None  # as saved: of a CLIP the fields of its Size
 
 
 def read_checkpoint(path):
@@ -865,20 +861,21 @@ def read_checkpoint(path):
     if not path.is_file():
         raise UserError(f"{path} is no file: name a checkpoint, such as RUN/last.pt")
     try:
-        content = weights = read_content(path)
-        for wrapper in WRAPPERS:
-            weights = weights.get(wrapper, weights)
-        plain = {}
-        for name, tensor in weights.items():
-            name = name.replace("_orig_mod.", "").removeprefix("module.")
-            plain[name] = tensor.detach()
-        config, size = {}, content.get("size")
-        if isinstance(size, dict):
-            config = content["config"]
-            if size.keys() == Size.__annotations__.keys():
-                size = Size(**size)
+        if path.suffix == ".safetensors":
+            content = read_safetensors(path)
+        elif zipfile.is_zipfile(path) and "constants.pkl" in str(zipfile.ZipFile(path).namelist()):
+            content = torch.jit.load(path, map_location="cpu").state_dict()  # OpenAI's TorchScript
         else:
-            size = None
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        weights = content
+        for wrapper in ("model", "state_dict", "model_state_dict"):
+            weights = weights.get(wrapper, weights)
+        weights = {name.replace("_orig_mod.", "").removeprefix("module."): tensor.detach()
+                   for name, tensor in weights.items()}
+        size = content.get("size")
+        if not isinstance(size, dict):
+            return Checkpoint(path, weights, {}, None)
+        return Checkpoint(path, weights, content["config"], size)
     except Exception as error:  # what is damaged or no table of tensors raises many types
         reason = f"it is no table of weights, or cut off or damaged ({type(error).__name__})"
         python_object = re.search(r"GLOBAL (\S+)", str(error))
@@ -887,35 +884,25 @@ def read_checkpoint(path):
                       "If you trust it, re-save the weights alone: torch.save(torch.load(FILE, "
                       "weights_only=False)['state_dict'], NEW_FILE)")
         raise UserError(f"{path} is not read: {reason}") from error
-    return Checkpoint(path, plain, config, size)
 
 
-def read_content(path):
-    """What a file of weights holds, read without executing any of it."""
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
-    if zipfile.is_zipfile(path) and "constants.pkl" in str(zipfile.ZipFile(path).namelist()):
-        return torch.jit.load(path, map_location="cpu").state_dict()  # TorchScript: OpenAI's
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-               "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "I8": torch.int8,
-               "U8": torch.uint8, "BOOL": torch.bool}
+SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+               "I64": torch.int64}
 
 
 def read_safetensors(path):
     """{name: tensor}. The format: the length of the header in 8 bytes, the header, a json with
     dtype, shape and place of each tensor, then the data."""
-    content = torch.from_numpy(np.fromfile(path, np.uint8))
-    start = 8 + content[:8].view(torch.int64).item()
-    header = json.loads(bytes(content[8:start].numpy()))
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        data = content[start + begin:start + end].clone()  # aligned
-        tensors[name] = data.view(SAFETENSORS[entry["dtype"]]).reshape(entry["shape"])
+        data = torch.frombuffer(content[start + begin:start + end],
+                                dtype=SAFETENSORS[entry["dtype"]])
+        tensors[name] = data.reshape(entry["shape"])
     return tensors
 
 
@@ -927,7 +914,7 @@ def read_clip(path, act=None):
 def clip_weights(checkpoint, act=None):
     """(float32 weights in OpenAI's names, Size, config) of a CLIP ViT: ours (its trained towers),
     OpenAI's, OpenCLIP's or Hugging Face's. A file of ours tells its Size; act goes before all."""
-    path, weights, size = checkpoint.path, checkpoint.weights, checkpoint.size
+    path, weights = checkpoint.path, checkpoint.weights
     for prefix in ("online.", "student."):
         if prefix + "logit_scale" in weights:
             weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()
@@ -935,9 +922,13 @@ def clip_weights(checkpoint, act=None):
     try:
         if "vision_model.embeddings.class_embedding" in weights:
             weights = from_hugging_face(weights)
-        if not isinstance(size, Size):
+        if checkpoint.size:
+            size = Size(**checkpoint.size)
+        else:
             size = foreign_size(path, weights, act)
-    except (KeyError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a name, a shape or a field that no CLIP ViT has
         raise UserError(f"{path} is no CLIP ViT ({type(error).__name__}: {error})") from None
     size = replace(size, act=act or size.act)
     if size.act not in ("gelu", "quick_gelu"):
@@ -953,11 +944,14 @@ VISION_HEADS = {1280: 16, 1408: 16, 1664: 16}  # ViT-H, g, bigG; other CLIPs hav
 def foreign_size(path, weights, act):
     """The Size of published weights in OpenAI's names: the tensors tell the sizes, the json files
     that a hub keeps beside them heads, activation, mean and std."""
-    width, _, _, patch = weights["visual.conv1.weight"].shape
+    conv, positions = weights["visual.conv1.weight"], weights["visual.positional_embedding"]
+    width, _, _, patch = conv.shape
     vocab, text_width = weights["token_embedding.weight"].shape
-    grid = grid_side(weights["visual.positional_embedding"], path)
+    grid = math.isqrt(len(positions) - 1)
+    if len(positions) != 1 + grid ** 2:
+        raise ValueError(f"visual.positional_embedding {tuple(positions.shape)} is no square grid")
     archive = "input_resolution" in weights  # only OpenAI's have it
-    half = weights["visual.conv1.weight"].dtype == torch.float16  # as OpenAI publishes
+    half = conv.dtype == torch.float16  # as OpenAI publishes
     size = Size(
         image_size=grid * patch, patch_size=patch, vision_width=width,
         vision_layers=count_blocks(weights, "visual.transformer."),
@@ -968,20 +962,14 @@ def foreign_size(path, weights, act):
         vocab_size=vocab, embed_dim=weights["visual.proj"].shape[1],
         act="quick_gelu" if archive or half else "gelu", **OPENAI)
     told = {}
-    for name in ("config.json", "preprocessor_config.json", "open_clip_config.json"):
-        file = path.with_name(name)
-        content = read_json(file) if file.is_file() else {}
-        try:
-            told.update(told_by(content, width))
-        except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
-            raise UserError(f"{file} does not describe a CLIP: {error}") from None
+    for file in sorted(path.parent.glob("*config.json")):
+        told |= told_by(file, width)
     if not archive and not act and "act" not in told and rank() == 0:
         print(f"{path}: nothing tells the activation, {size.act} is assumed; --act changes it "
               "(OpenAI's weights need quick_gelu)")
     size = replace(size, **told)
-    for width, heads in (size.vision_width, size.vision_heads), (size.text_width, size.text_heads):
-        if heads < 1 or width % heads:
-            raise UserError(f"{path}: {heads} attention heads in a width of {width}")
+    if size.vision_width % size.vision_heads or size.text_width % size.text_heads:
+        raise ValueError(f"{size.vision_heads} and {size.text_heads} heads do not divide widths")
     return size
 
 
@@ -989,82 +977,64 @@ def count_blocks(weights, tower):
     return sum(f"{tower}resblocks.{i}.ln_1.weight" in weights for i in range(len(weights)))
 
 
-def told_by(content, width):
+def told_by(file, width):
     """Fields of Size that a json beside weights tells, with what its library leaves out."""
-    told, pixels = {}, content
-    vision, text = content.get("vision_config"), content.get("text_config") or {}
-    if vision:  # Hugging Face's config.json
-        told["act"] = vision.get("hidden_act", "quick_gelu")
-        told["vision_heads"] = int(vision.get("num_attention_heads", 12))
-        told["text_heads"] = int(text.get("num_attention_heads", 8))
-    model = content.get("model_cfg")
-    if model:  # open_clip_config.json
-        told["act"] = "quick_gelu" if model.get("quick_gelu") else "gelu"
-        if "vision_cfg" in model:
-            told["vision_heads"] = width // model["vision_cfg"].get("head_width", 64)
-        if "text_cfg" in model:
-            told["text_heads"] = int(model["text_cfg"].get("heads", 8))
-        pixels = content.get("preprocess_cfg") or {}
-    for field in ("mean", "std"):
-        values = pixels.get(field) or pixels.get(f"image_{field}")
-        if values:
-            red, green, blue = map(float, values)
-            told[field] = red, green, blue
+    content = read_json(file)
+    told = {}
+    try:
+        if "vision_config" in content:  # Hugging Face's config.json
+            vision, text = content["vision_config"], content["text_config"]
+            told = dict(act=vision.get("hidden_act", "quick_gelu"),
+                        vision_heads=vision.get("num_attention_heads", 12),
+                        text_heads=text.get("num_attention_heads", 8))
+        if "model_cfg" in content:  # open_clip_config.json
+            model = content["model_cfg"]
+            told = dict(act="quick_gelu" if model.get("quick_gelu") else "gelu",
+                        vision_heads=width // model["vision_cfg"].get("head_width", 64),
+                        text_heads=model["text_cfg"]["heads"])
+        pixels = content.get("preprocess_cfg", content)
+        for field in ("mean", "std"):
+            values = pixels.get(field) or pixels.get(f"image_{field}")
+            if values:
+                told[field] = tuple(map(float, values))
+    except Exception as error:
+        raise UserError(f"{file} does not describe a CLIP: {error}") from None
     return told
 
 
 def from_hugging_face(weights):
     """Hugging Face CLIPModel's tensors in OpenAI's names: q, k, v become one in_proj."""
-    renames = [
-        ("encoder.layers.", "transformer.resblocks."),
-        ("embeddings.", ""),
-        ("vision_model.", "visual."),
-        ("text_model.", ""),
-        ("patch_embedding", "conv1"),
-        ("position_embedding.weight", "positional_embedding"),
-        ("pre_layrnorm", "ln_pre"),
-        ("post_layernorm", "ln_post"),
-        ("final_layer_norm", "ln_final"),
-        ("layer_norm", "ln_"),
-        ("self_attn.", "attn."),
-        ("q_proj.", "in_proj_"),
-        ("mlp.fc1", "mlp.c_fc"),
-        ("mlp.fc2", "mlp.c_proj"),
-        ("visual_projection.weight", "visual.proj"),
-        ("text_projection.weight", "text_projection"),
-    ]
+    renames = {
+        "encoder.layers.": "transformer.resblocks.",
+        "embeddings.": "",
+        "vision_model.": "visual.",
+        "text_model.": "",
+        "patch_embedding": "conv1",
+        "position_embedding.weight": "positional_embedding",
+        "pre_layrnorm": "ln_pre",
+        "post_layernorm": "ln_post",
+        "final_layer_norm": "ln_final",
+        "layer_norm": "ln_",
+        "self_attn.": "attn.",
+        "q_proj.": "in_proj_",
+        "mlp.fc1": "mlp.c_fc",
+        "mlp.fc2": "mlp.c_proj",
+        "visual_projection.weight": "visual.proj",
+        "text_projection.weight": "text_projection",
+    }
     renamed = {}
     for name, tensor in weights.items():
         if ".k_proj." in name or ".v_proj." in name:
             continue
         if ".q_proj." in name:
-            parts = [name.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
-            tensor = torch.cat([weights[part] for part in parts])
+            tensor = torch.cat([weights[name.replace("q_proj", part)]
+                                for part in ("q_proj", "k_proj", "v_proj")])
         if name.endswith("projection.weight"):
-            tensor = tensor.T.contiguous()
-        for theirs, ours in renames:
+            tensor = tensor.T
+        for theirs, ours in renames.items():
             name = name.replace(theirs, ours)
         renamed[name] = tensor
     return renamed
-
-
-def grid_side(positions, where="a model"):
-    """g of position embeddings (1 + g*g, D). UserError when they are no square with its CLS."""
-    side = math.isqrt(len(positions) - 1)
-    if side ** 2 != len(positions) - 1:
-        raise UserError(f"{where}: visual.positional_embedding {tuple(positions.shape)} is no "
-                        "square grid and CLS")
-    return side
-
-
-def resize_positions(positions, count):
-    """(1 + g*g, D), a square grid with its CLS, bicubically resized to `count` rows."""
-    if len(positions) == count:
-        return positions
-    old, new = grid_side(positions), math.isqrt(count - 1)
-    grid = positions[1:].T.unflatten(1, (old, old)).unsqueeze(0)
-    grid = F.interpolate(grid, (new, new), mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([positions[:1], grid[0].flatten(1).T])
 
 
 def clip_size(cfg, loaded=None):
@@ -1073,27 +1043,27 @@ def clip_size(cfg, loaded=None):
     size, weights = PRESETS[cfg.preset], None
     if loaded:
         weights, size, _ = clip_weights(loaded, cfg.act)
-    size = replace(size, image_size=cfg.image_size or size.image_size, act=cfg.act or size.act)
-    if size.image_size % size.patch_size:
-        raise UserError(f"--image-size {size.image_size} is no multiple of the patches' "
-                        f"{size.patch_size} px")
-    key = "visual.positional_embedding"
-    if loaded and key in weights:
-        patches = (size.image_size // size.patch_size) ** 2
-        weights[key] = resize_positions(weights[key], 1 + patches)
-    return size, weights
+    old, pixels = size.image_size // size.patch_size, cfg.image_size or size.image_size
+    new, rest = divmod(pixels, size.patch_size)
+    if rest:
+        raise UserError(f"--image-size {pixels} is no multiple of the patches' {size.patch_size}")
+    if loaded and new != old:  # a square grid of position embeddings, without its CLS
+        positions = weights["visual.positional_embedding"]
+        grid = positions[1:].T.unflatten(1, (old, old))[None]  # (1, D, old, old)
+        grid = F.interpolate(grid, (new, new), mode="bicubic", antialias=True)
+        positions = torch.cat([positions[:1], grid[0].flatten(1).T])
+        weights["visual.positional_embedding"] = positions
+    return replace(size, image_size=pixels, act=cfg.act or size.act), weights
 
 
 def load_weights(module, weights, path):
-    """load_state_dict. UserError in one line that names the tensor and both shapes."""
-    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    for name in {**own, **found}:
-        if own.get(name) != found.get(name):
-            raise UserError(f"{path} does not fit: {name} is {found.get(name, 'absent')} in it, "
-                            f"{own.get(name, 'absent')} in the model")
-    meta = any(p.is_meta for p in module.parameters())  # made without memory
-    module.load_state_dict(weights, assign=meta)
+    """load_state_dict. UserError in one line that names the tensors, with both shapes."""
+    meta = next(module.parameters()).is_meta  # made without memory
+    try:
+        module.load_state_dict(weights, assign=meta)
+    except RuntimeError as error:
+        reason = textwrap.shorten(str(error), 300)
+        raise UserError(f"{path} does not fit: {reason}") from None
 
 
 # ---------------------------------------------------------------------------------------- tokenizer
@@ -1113,43 +1083,32 @@ BYTES = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
 BYTES += [b for b in range(256) if b not in BYTES]
 
 
-def read_lines(name: str, count: int) -> list[str]:
-    """The first lines of a compressed text in data/. UserError where it is missing or damaged."""
-    path = DATA / name
-    try:
-        lines = gzip.decompress(path.read_bytes()).decode().split("\n")
-        if len(lines) < count:
-            raise EOFError
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise UserError(f"{path} is missing or damaged ({type(error).__name__}): "
-                        "data/README.md tells its source") from error
-    return lines[:count]
+def read_lines(name):
+    """The lines of a compressed text in data/."""
+    return gzip.decompress((DATA / name).read_bytes()).decode().split("\n")
 
 
 @functools.lru_cache(maxsize=4)
-def load_merges(n_merges: int) -> tuple[dict, list[bytes]]:
-    """The first n_merges byte pairs of data/bpe_simple_vocab_16e6.txt.gz, in order of rank.
+def load_merges(n_merges):
+    """{(left id, right id): id of the merged token} of the first n_merges byte pairs of
+    data/bpe_simple_vocab_16e6.txt.gz, in order of rank.
 
-    Returns {(left id, right id): id of the merged token} and each id's bytes, with a space where
-    the token ends a word. Ids: 0..255 a byte, 256..511 a byte that ends a word, from 512 the
-    merges, then the two specials.
+    Ids: 0..255 a byte, 256..511 a byte that ends a word, from 512 the merges, then the two
+    specials.
     """
     # The file writes a byte as one printable character: itself where it prints, else the next one
     # from U+0100 on.
     symbols = [chr(b) for b in BYTES[:188]] + [chr(i) for i in range(256, 324)]
     symbols += [symbol + "</w>" for symbol in symbols]
     ids = {symbol: i for i, symbol in enumerate(symbols)}
-    texts = [bytes([b]) for b in BYTES]
-    texts += [text + b" " for text in texts]
     merges = {}
-    for line in read_lines("bpe_simple_vocab_16e6.txt.gz", n_merges + 1)[1:]:  # 0: version
+    for line in read_lines("bpe_simple_vocab_16e6.txt.gz")[1:1 + n_merges]:  # 0: version
         left, right = line.split()
-        ids[left + right] = merges[ids[left], ids[right]] = len(texts)
-        texts.append(texts[ids[left]] + texts[ids[right]])
-    return merges, texts + [special.encode() for special in SPECIALS]
+        ids[left + right] = merges[ids[left], ids[right]] = len(ids)
+    return merges
 
 
-def merge_bytes(word: bytes, merges: dict) -> list[int]:
+def merge_bytes(word, merges):
     """Token ids of one word by byte-pair encoding, in O(n log n) for n bytes.
 
     The pair of lowest rank, of equal ones the leftmost, becomes one token, until no pair is in
@@ -1187,11 +1146,11 @@ def merge_bytes(word: bytes, merges: dict) -> list[int]:
 
 
 @functools.lru_cache(maxsize=2**16)  # web captions never stop bringing new words
-def encode_run(run: str, vocab_size: int) -> list[int]:
+def encode_run(run, vocab_size):
     """Token ids of one match of RUNS: a special, or words, of which each number is one."""
     if run in SPECIALS:
         return [vocab_size - 2 + SPECIALS.index(run)]
-    merges, _ = load_merges(vocab_size - 514)
+    merges = load_merges(vocab_size - 514)
     chars = [f" {c} " if c.isnumeric() and not c.isalpha() else c for c in run]
     ids = []
     for word in "".join(chars).split():
@@ -1202,9 +1161,11 @@ def encode_run(run: str, vocab_size: int) -> list[int]:
 def token_rows(texts, encode, length, first, last):
     """Long tensor (B, length): first, the text's ids, last, zeros; a long text keeps its last."""
     texts = [texts] if isinstance(texts, str) else texts
-    rows = [[first, *encode(text)[:length - 2], last] for text in texts]
-    rows = [row + [0] * (length - len(row)) for row in rows]
-    return torch.tensor(rows, dtype=torch.long).view(len(rows), length)
+    rows = torch.zeros(len(texts), length, dtype=torch.long)
+    for row, text in zip(rows, texts):
+        ids = [first, *encode(text)[:length - 2], last]
+        row[:len(ids)] = torch.tensor(ids)
+    return rows
 
 
 class CLIPTokenizer:
@@ -1220,17 +1181,17 @@ class CLIPTokenizer:
     embedding table. UserError for a vocab_size outside 514..49408: another tokenizer's.
     """
 
-    def __init__(self, context_length: int = 77, vocab_size: int = 49408):
+    def __init__(self, context_length=77, vocab_size=49408):
         if not 514 <= vocab_size <= 49408:
             raise UserError(f"a vocabulary of {vocab_size} tokens is not CLIP's: 514 to 49408")
         self.context_length, self.vocab_size = context_length, vocab_size
         self.sot, self.eot = vocab_size - 2, vocab_size - 1
 
-    def __call__(self, texts: str | list[str]) -> torch.Tensor:
+    def __call__(self, texts):
         """Long tensor (B, context_length): start, text, end, zeros. A long text keeps its end."""
         return token_rows(texts, self.encode, self.context_length, self.sot, self.eot)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text):
         """Token ids of a text of any length, without start and end token."""
         # A surrogate has no UTF-8: a pair becomes its character, a lone one U+FFFD, as in ftfy.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -1240,11 +1201,6 @@ class CLIPTokenizer:
             cached = encode_run if len(run) <= 100 else encode_run.__wrapped__
             ids += cached(run, self.vocab_size)
         return ids
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids: a space after each word, padding (id 0) as "!", broken UTF-8 as U+FFFD."""
-        _, texts = load_merges(self.vocab_size - 514)
-        return b"".join(texts[i] for i in ids).decode("utf-8", "replace")
 
 
 # --------------------------------------------------------------------------------- BERT's tokenizer
@@ -1256,13 +1212,7 @@ IDEOGRAPH = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000
 BLIP_SYMBOLS = '.!"()*#:;~'  # what BLIP takes out of captions and questions
 
 
-@functools.lru_cache(maxsize=1)
-def load_vocabulary() -> tuple[str, ...]:
-    """The 30522 tokens of bert-base-uncased in order of their ids, from data/."""
-    return tuple(read_lines("bert_base_uncased_vocab.txt.gz", 30522))
-
-
-def split_words(text: str) -> list[str]:
+def split_words(text):
     """Lower-cased words and single punctuation marks, without accents: BERT's basic tokenization.
 
     Control, format, private and unassigned characters vanish; each CJK ideograph is a word.
@@ -1270,17 +1220,16 @@ def split_words(text: str) -> list[str]:
     # One character at a time: a final Σ becomes σ and not ς, as in transformers, and the marks on
     # a letter, of which none is kept, are not sorted, which would take quadratic time.
     chars = []
-    for decomposed in (unicodedata.normalize("NFD", c.lower()) for c in text):
-        for c in decomposed:
-            kind = unicodedata.category(c)
-            if c in "\t\n\r":
-                chars.append(" ")
-            elif kind[0] == "C" or kind == "Mn" or c == "\ufffd":  # Mn: an accent
-                continue
-            elif kind[0] == "P" or c in string.punctuation or IDEOGRAPH.match(c):
-                chars.append(f" {c} ")
-            else:
-                chars.append(c)
+    for c in "".join(unicodedata.normalize("NFD", c.lower()) for c in text):
+        kind = unicodedata.category(c)
+        if c in "\t\n\r":
+            chars.append(" ")
+        elif kind[0] == "C" or kind == "Mn" or c == "\ufffd":  # Mn: an accent
+            continue
+        elif kind[0] == "P" or c in string.punctuation or IDEOGRAPH.match(c):
+            chars.append(f" {c} ")
+        else:
+            chars.append(c)
     return "".join(chars).split()
 
 
@@ -1295,14 +1244,13 @@ class BertTokenizer:
     context_length: tokens per text, first and [SEP] included. words: texts whose tokens and
     characters make up a small vocabulary, for a small embedding table: they are encoded as with the
     full one, other texts into smaller pieces or [UNK]; its ids count from 0 in the same order.
-    UserError for a vocabulary file that is missing or not whole.
     """
 
-    def __init__(self, context_length: int = 30, words: Iterable[str] | None = None):
+    def __init__(self, context_length=30, words=None):
         self.context_length = context_length
-        self._set_tokens([*load_vocabulary(), "[DEC]", "[ENC]"])
+        tokens = read_lines("bert_base_uncased_vocab.txt.gz")[:30522] + ["[DEC]", "[ENC]"]
         if words is not None:
-            kept = set(BERT_SPECIALS)
+            full, kept = BertTokenizer(), set(BERT_SPECIALS)
             for word in split_words(" ".join(words)):
                 kept.update([word], word, ("##" + c for c in word))
                 kept.update(self._tokens[i] for i in self._pieces(word))
@@ -1311,14 +1259,14 @@ class BertTokenizer:
     def _set_tokens(self, tokens: list[str]) -> None:
         self._tokens, self.vocab_size = tokens, len(tokens)
         self._ids = {token: i for i, token in enumerate(tokens)}
-        specials = [self._ids[token] for token in BERT_SPECIALS]
+        specials = map(self._ids.get, BERT_SPECIALS)
         self.pad, self.unk, self.cls, self.sep, self.mask, self.dec, self.enc = specials
 
-    def __call__(self, texts: str | list[str], first: str = "[CLS]") -> torch.Tensor:
+    def __call__(self, texts, first="[CLS]"):
         """Long tensor (B, context_length): first, text, [SEP], padding. A long text keeps [SEP]."""
         return token_rows(texts, self.encode, self.context_length, self._ids[first], self.sep)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text):
         """Token ids of a text of any length, without first token and [SEP]."""
         ids = []
         for part in BERT_SPECIAL.split(text):
@@ -1329,7 +1277,7 @@ class BertTokenizer:
                 ids += self._pieces(word)
         return ids
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids):
         """Text without specials, as transformers' decode with clean_up_tokenization_spaces."""
         tokens = [self._tokens[i] for i in ids]
         text = " ".join(token for token in tokens if token not in BERT_SPECIALS)
@@ -1338,7 +1286,7 @@ class BertTokenizer:
             text = text.replace(spaced, spaced.strip())
         return text
 
-    def _pieces(self, word: str) -> list[int]:
+    def _pieces(self, word):
         """Token ids of a word: the longest piece that fits, repeated; [UNK] if none or too long."""
         ids, start = [], 0
         while start < len(word) <= 100:
@@ -1353,14 +1301,14 @@ class BertTokenizer:
         return ids or [self.unk]
 
 
-def clean_blip_caption(text: str, max_words: int = 30) -> str:
+def clean_blip_caption(text, max_words=30):
     """A caption as BLIP reads it: lower case, a space for .!"()*#:;~, at most max_words words."""
     text = text.lower().translate(dict.fromkeys(map(ord, BLIP_SYMBOLS), " "))
     text = re.sub(r"\s\s+", " ", text).rstrip("\n").strip(" ")
     return " ".join(text.split(" ")[:max_words])
 
 
-def clean_blip_question(text: str, max_words: int = 50) -> str:
+def clean_blip_question(text, max_words=50):
     """A question as BLIP reads it: lower case, .!"()*#:;~ removed, at most max_words words.
 
     BLIP's own limit is 50 words, then 35 tokens.
