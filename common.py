@@ -1497,8 +1497,7 @@ class TarShards:
 
     def __str__(self):
         folders = sorted({str(path.parent.relative_to(self.root)) for path in self.shards})
-        return (f"{len(self.shards)} shards in {self.root} (folders: {' '.join(folders[:5])}"
-                f"{' ...' if len(folders) > 5 else ''})")
+        return f"{len(self.shards)} shards in {self.root} (folders: {' '.join(folders)})"
 
     def key(self, i):
         """`<shard>/<key>`: keys need only be unique within a shard."""
@@ -1508,21 +1507,18 @@ class TarShards:
         return f"{shard.as_posix()}/{key}"
 
     def __getitem__(self, i):
-        captions = self.captions(i)
-        return self.read(self.rows[i], "image"), captions
-
-    def read(self, row, part):
-        start = int(row[part]) * tarfile.BLOCKSIZE
-        return read_bytes(self.shards[row["shard"]], start, int(row[f"{part}_size"]))
-
-    def captions(self, i):
         row = self.rows[i]
         text = self.read(row, "caption")
         try:
             texts = json.loads(text).get("caption") if row["json"] else text.decode("utf-8-sig")
         except (ValueError, AttributeError, RecursionError) as error:
             raise BadSample("unreadable caption") from error
-        return clean_captions(texts)
+        captions = clean_captions(texts)
+        return self.read(row, "image"), captions
+
+    def read(self, row, part):
+        start = int(row[part]) * tarfile.BLOCKSIZE
+        return read_bytes(self.shards[row["shard"]], start, int(row[f"{part}_size"]))
 
     def _load_index(self):
         """Rows, all keys as one byte array, and the unusable samples, from the cache if it fits."""
@@ -1666,9 +1662,6 @@ class Listed:
         except ValueError:
             raise UserError(f"{self.path}, line {i + 2}, is damaged: {self.command}") from None
 
-    def captions(self, i):
-        return self.record(i)["captions"]
-
     def key(self, i):
         return self.record(i)["key"]
 
@@ -1702,18 +1695,10 @@ class Mixture(ConcatDataset):
         self.bad = sum((part.bad for part in dict(zip(names, parts)).values()),
                        collections.Counter())
 
-    def place(self, i):
-        """(number of the part, index in it)."""
-        part = bisect.bisect_right(self.cumulative_sizes, i)
-        return part, i - (self.cumulative_sizes[part - 1] if part else 0)
-
     def key(self, i):
-        part, index = self.place(i)
-        return f"{self.names[part]}/{self.datasets[part].key(index)}"
-
-    def captions(self, i):
-        part, index = self.place(i)
-        return self.datasets[part].captions(index)
+        part = bisect.bisect_right(self.cumulative_sizes, i)
+        start = self.cumulative_sizes[part - 1] if part else 0
+        return f"{self.names[part]}/{self.datasets[part].key(i - start)}"
 
 
 class Subset(torch.utils.data.Subset):
@@ -1726,9 +1711,6 @@ class Subset(torch.utils.data.Subset):
 
     def key(self, i):
         return self.dataset.key(self.indices[i])
-
-    def captions(self, i):
-        return self.dataset.captions(self.indices[i])
 
     def column(self, name):
         values = self.dataset.column(name)
@@ -2018,17 +2000,6 @@ def question_set(cfg, image_size, split):
         raise UserError(f"{path} holds no questions")
     check_bad(data.bad, len(data) + sum(data.bad.values()), str(root))
     return data
-
-
-def number_of_captions(data, most=5):
-    """How many captions an image of a captioned set has, the most of any; at most `most`."""
-    number = 1
-    for i in range(len(data)):
-        with contextlib.suppress(BadSample):
-            number = max(number, len(data.captions(i)))
-        if number >= most:
-            return most
-    return number
 
 
 def loader_workers(cfg):
