@@ -63,7 +63,7 @@ DATA = Path(__file__).resolve().parent / "data"
 
 
 class UserError(Exception):
-    """Something the user gave cannot be used: main prints this one line and exits with code 2."""
+    """Something the user gave cannot be used: run_main prints this line; exit code 2."""
 
 
 class BadSample(Exception):
@@ -157,35 +157,38 @@ def parse_command_line(config_class, description, argv=None):
     """
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    group = parser
-    for field in dataclasses.fields(config_class):
-        default, allowed = field.default, field.metadata["allowed"]
+    group, fields = parser, dataclasses.fields(config_class)
+    for field in fields:
         if field.metadata["section"]:
             group = parser.add_argument_group(field.metadata["section"])
-        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-        help = field.metadata["help"].replace("%", "%%")
-        if shown not in (None, ""):
-            help += f" [{shown}]"
-        # float of `float | None` and of `tuple[float, ...]`
-        kind = getattr(field.type, "__args__", (field.type,))[0]
-        if kind is bool:
-            settings = {"action": argparse.BooleanOptionalAction}
-        else:
-            settings = {"type": kind, "metavar": kind.__name__.upper()}
-        if isinstance(allowed, list):
-            settings = {"choices": allowed}
-        if isinstance(default, tuple):
-            settings["nargs"] = "+"
-        group.add_argument(flag(field.name), help=help, **settings)
+        group.add_argument(flag(field.name), **argument(field))
     given = vars(parser.parse_args(argv))
-    for field in dataclasses.fields(config_class):
+    for field in fields:
         if type(given.get(field.name)) in (int, float):  # a bool is an int as well
             check_range(field, given[field.name])
     return as_fields(given)
 
 
+def argument(field):
+    """What argparse wants to know of a field."""
+    several = isinstance(field.default, tuple)
+    shown = " ".join(map(str, field.default)) if several else field.default
+    help = field.metadata["help"].replace("%", "%%")
+    settings = {"help": help if shown in (None, "") else f"{help} [{shown}]"}
+    kind = getattr(field.type, "__args__", (field.type,))[0]  # of `float | None`, `tuple[float]`
+    if kind is bool:
+        settings["action"] = argparse.BooleanOptionalAction
+    elif isinstance(field.metadata["allowed"], list):
+        settings["choices"] = field.metadata["allowed"]
+    else:
+        settings["type"], settings["metavar"] = kind, kind.__name__.upper()
+    if several:
+        settings["nargs"] = "+"
+    return settings
+
+
 def check_range(field, value):
-    """UserError when a number is outside of its range, by default from 0 on, of counts from 1 on."""
+    """UserError for a number outside of its range, by default from 0 on, of counts from 1."""
     least = min(field.default or 0, 1 if isinstance(value, int) else 0)
     most = math.inf
     if isinstance(field.metadata["allowed"], tuple):
@@ -230,9 +233,10 @@ def fill_config(config_class, recipe, given, stem):
 def saved_config(config_class, path):
     """{field: value} of a run's config.json. UserError when the file is damaged."""
     saved = read_json(path)
-    if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
-        raise UserError(f"{path} holds no config of a run: take another --out")
-    return known_fields(config_class, saved["config"])
+    try:
+        return known_fields(config_class, saved["config"])
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} holds no config of a run: take another --out") from None
 
 
 def known_fields(config_class, saved):
@@ -243,13 +247,10 @@ def known_fields(config_class, saved):
 
 def run_folder(stem, newest):
     """The default run folder: `stem`, stem-2, stem-3, ..., the first free or the newest taken."""
-    number = 1
-    name = stem
-    while Path(name).exists():
-        previous = name
-        number += 1
-        name = f"{stem}-{number}"
-    return previous if newest and number > 1 else name
+    names = [stem]
+    while Path(names[-1]).exists():
+        names.append(f"{stem}-{len(names) + 1}")
+    return names[-2] if newest and len(names) > 1 else names[-1]
 
 
 # ------------------------------------------------------------------------ devices and processes
@@ -269,7 +270,7 @@ def world_size():
 
 
 def start_device(name, seed):
-    """Join the processes torchrun started, pick the device ("auto": CUDA, else MPS, else CPU), seed.
+    """Join the processes torchrun started, pick the device (auto: CUDA, else MPS, else CPU), seed.
 
     Products of float32 matrices stay exact: nothing here allows TF32, so that the logits of every
     loss are float32 also on CUDA, where the towers run in bf16 by default.
@@ -325,12 +326,10 @@ def gather(x):
 
 def average_gradients(parameters):
     """Replace each gradient by its mean over the processes."""
-    if world_size() == 1:
-        return
-    grads = [p.grad for p in parameters if p.grad is not None]
-    for work in [dist.all_reduce(grad, async_op=True) for grad in grads]:
-        work.wait()
-    torch._foreach_div_(grads, world_size())
+    for parameter in parameters:
+        if parameter.grad is not None and world_size() > 1:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= world_size()
 
 
 def mean_over_processes(terms):
@@ -369,7 +368,7 @@ def gather_objects(thing):
 
 
 def on_first(work):
-    """work() on rank 0 while the others wait; all return its result. Its UserError ends them all."""
+    """work() on rank 0 while the others wait; all return its result; a UserError ends all."""
     result = None
     if rank() == 0:
         try:
@@ -387,20 +386,28 @@ def on_first(work):
 SAVE_EVERY = 500  # steps between checkpoints; one is also saved after every epoch
 
 
+@contextlib.contextmanager
+def disk_errors(path):
+    """What goes wrong while a file is written becomes a UserError that names it."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"{path} cannot be written: {reason}") from error
+
+
 def replace_file(path, write):
     """write(temporary path), then rename: nobody ever reads half a file. UserError if it fails."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"{path} cannot be written: {reason}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    with disk_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
 def write_json(path, content):
@@ -448,13 +455,19 @@ def environment():
     """Versions, hardware and git commit, for config.json."""
     git = ["git", "-C", str(DATA.parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        commit = subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL).strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "not a git checkout"
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"commit": commit, "python": platform.python_version(), "torch": torch.__version__,
-            "platform": platform.platform(), "cpu_threads": torch.get_num_threads(), "gpu": gpu,
+            "platform": platform.platform(), "cpu_threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "processes": world_size(), "command": " ".join(sys.argv)}
+
+
+def check_free(cfg):
+    """UserError when --out holds a run that is not to be resumed."""
+    if Path(cfg.out, "log.csv").exists() and not cfg.resume:
+        raise UserError(f"{cfg.out} holds a run: go on with --resume, or choose another --out")
 
 
 class Run:
@@ -469,41 +482,32 @@ class Run:
     def path(self, name):
         return self.folder / name
 
-    def check_free(self, cfg):
-        """UserError when the folder holds a run that is not to be resumed."""
-        if self.path("log.csv").exists() and not cfg.resume:
-            raise UserError(f"{self.folder} holds a run: go on with --resume, or choose another "
-                            "--out")
-
     def start(self, cfg, step):
-        """Write config.json at step 0; later rows of an interrupted run are dropped."""
+        """Write config.json at step 0; later rows of an interrupted run are dropped.
+
+        UserError when the folder holds a run that is not to be resumed.
+        """
         if rank() > 0:
             return
-        self.check_free(cfg)
+        check_free(cfg)
         if step == 0:
             content = {"config": dataclasses.asdict(cfg), "environment": environment()}
             self.write_json("config.json", content)
-        if self.path("log.csv").exists():
-            rows = [row for row in read_csv(self.path("log.csv")) if int(row["step"]) <= step]
-            self.path("log.csv").unlink()
-            for row in rows:
-                self.log(row)
+        path = self.path("log.csv")
+        lines = [",".join(self.columns)]
+        for row in read_csv(path) if path.exists() else []:
+            if int(row["step"]) <= step:
+                lines.append(",".join(row.values()))
+        text = "".join(line + "\n" for line in lines)
+        replace_file(path, lambda temporary: temporary.write_text(text))
 
     def log(self, row):
         """Append a row to log.csv; absent columns stay empty."""
-        if rank() > 0:
-            return
-        path = self.path("log.csv")
-        new = not path.exists()
-        shown = {name: f"{v:.8g}" if isinstance(v, float) else v for name, v in row.items()}
-        try:
-            with open(path, "a", newline="") as file:
-                writer = csv.DictWriter(file, self.columns, restval="", lineterminator="\n")
-                if new:
-                    writer.writeheader()
-                writer.writerow(shown)
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror}") from error
+        cells = [row.get(column, "") for column in self.columns]
+        line = ",".join(f"{v:.8g}" if isinstance(v, float) else str(v) for v in cells)
+        if rank() == 0:
+            with disk_errors(self.path("log.csv")), open(self.path("log.csv"), "a") as file:
+                file.write(line + "\n")
 
     def write_json(self, name, content):
         if rank() == 0:
@@ -659,7 +663,8 @@ def run_arms(cfg, given, arms, baselines, first=()):
         raise UserError(f"--ablate {' '.join(sorted(unknown))}: no such arm; there are: all, "
                         + ", ".join(map(repr, arms)))
     folder = Path(cfg.out)
-    common = {name: v for name, v in given.items() if name not in ("ablate", "seeds", "jobs", "out")}
+    own = ("ablate", "seeds", "jobs", "out")
+    common = {name: value for name, value in given.items() if name not in own}
     wanted = [name for name in arms if "all" in cfg.ablate or name in cfg.ablate]
     commands = []
     for seed in cfg.seeds:
@@ -768,16 +773,17 @@ def paired_differences(found, baseline):
     table = {}
     for name, runs in found.items():
         for cell in runs[0]["cells"]:
-            pairs = [(run["cells"][cell], base[run["seed"]]) for run in runs if run["seed"] in base]
-            if (name, cell) == (baseline, first) or not pairs:
-                continue
-            metrics = [m for m in pairs[0][1] if m in pairs[0][0] and m != "images_per_second"]
-            gains = [{m: ours[m] - theirs[m] for m in metrics} for ours, theirs in pairs]
-            summary = mean_std(gains)
-            for metric in metrics:
-                positive = sum(gain[metric] > 0 for gain in gains)
-                summary[metric] += f" ({positive}/{len(gains)})"
-            table[f"{name}: {cell}"] = summary
+            gains = []
+            for run in runs:
+                theirs = base.get(run["seed"], {})
+                gains.append({metric: value - theirs[metric]
+                              for metric, value in run["cells"][cell].items() if metric in theirs})
+            gains = [gain for gain in gains if any(gain.values())]
+            if gains:
+                table[f"{name}: {cell}"] = summary = mean_std(gains)
+                for metric in summary:
+                    positive = sum(gain[metric] > 0 for gain in gains)
+                    summary[metric] += f" ({positive}/{len(gains)})"
     return table
 
 
@@ -1246,10 +1252,11 @@ class BertTokenizer:
         if words is not None:
             full, kept = BertTokenizer(), set(BERT_SPECIALS)
             for word in split_words(" ".join(words)):
-                kept.add(word)
-                kept.update("##" + c for c in word)
-                kept.update(full._tokens[i] for i in full._pieces(word))
-            tokens = [token for token in tokens if token in kept]
+                kept.update([word], word, ("##" + c for c in word))
+                kept.update(self._tokens[i] for i in self._pieces(word))
+            self._set_tokens([token for token in self._tokens if token in kept])
+
+    def _set_tokens(self, tokens: list[str]) -> None:
         self._tokens, self.vocab_size = tokens, len(tokens)
         self._ids = {token: i for i, token in enumerate(tokens)}
         specials = map(self._ids.get, BERT_SPECIALS)
@@ -1391,7 +1398,7 @@ def random_crop_box(width, height, rng, scale, ratio):
 
 
 def resize_center_crop(source, size):
-    """uint8 (3, size, size): the shorter side to `size`, then the central square. For evaluation."""
+    """uint8 (3, size, size): shorter side to `size`, then the central square. For evaluation."""
     image = open_image(source)
     short = min(image.size)
     width, height = (size if side == short else int(size * side / short) for side in image.size)
@@ -1437,6 +1444,21 @@ def read_bytes(path, start=0, size=-1):
         raise BadSample("unreadable file") from error
 
 
+NOT_DOWNLOADED, HELD_BACK = "not downloaded", "in COCO's val or test"
+
+
+def files_below(root, endings):
+    """The files below a folder whose names end so, linked folders too, sorted within a folder."""
+    seen = set()
+    for folder, inside, names in os.walk(root, followlinks=True):
+        place = os.path.realpath(folder)
+        inside[:] = sorted(inside) if place not in seen else []  # a link may lead back up
+        for name in sorted(names) if place not in seen else []:
+            if name.lower().endswith(endings) and not name.startswith("."):
+                yield Path(folder, name)
+        seen.add(place)
+
+
 def is_held_out(path):
     """Whether a path says by itself that it is for validation or test."""
     return re.search(r"(^|[^a-z])(val|valid|validation|test)($|[^a-z])", str(path).lower())
@@ -1458,10 +1480,7 @@ class TarShards:
 
     def __init__(self, root):
         self.root = Path(root)
-        found = []
-        for folder, _, names in os.walk(root, followlinks=True):
-            found += [Path(folder, name) for name in names if not name.startswith(".")]
-        shards = sorted(path for path in found if path.name.endswith((".tar", ".tar.gz", ".tgz")))
+        shards = sorted(files_below(root, (".tar", ".tar.gz", ".tgz")))
         train = [path for path in shards if not is_held_out(path.relative_to(root))]
         self.shards = train or shards
         for path in self.shards:
@@ -1490,23 +1509,29 @@ class TarShards:
         return f"{shard.as_posix()}/{key}"
 
     def __getitem__(self, i):
+        captions = self.captions(i)
+        return self.read(self.rows[i], "image"), captions
+
+    def read(self, row, part):
+        start = int(row[part]) * tarfile.BLOCKSIZE
+        return read_bytes(self.shards[row["shard"]], start, int(row[f"{part}_size"]))
+
+    def captions(self, i):
         row = self.rows[i]
-        path = self.shards[row["shard"]]
-        text = read_bytes(path, int(row["caption"]) * tarfile.BLOCKSIZE, int(row["caption_size"]))
+        text = self.read(row, "caption")
         try:
             texts = json.loads(text).get("caption") if row["json"] else text.decode("utf-8-sig")
         except (ValueError, AttributeError, RecursionError) as error:
             raise BadSample("unreadable caption") from error
-        captions = clean_captions(texts)
-        image = read_bytes(path, int(row["image"]) * tarfile.BLOCKSIZE, int(row["image_size"]))
-        return image, captions
+        return clean_captions(texts)
 
     def _load_index(self):
         """Rows, all keys as one byte array, and the unusable samples, from the cache if it fits."""
         # With the time: tar pads its files, so that a rewritten shard often keeps its size, and
         # old offsets would then pair images with captions wrongly.
-        stats = [(str(path), path.stat()) for path in self.shards]
+        stats = [(str(path.relative_to(self.root)), path.stat()) for path in self.shards]
         state = str([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+        state += "keys end at the last dot"  # as an index of another rule must not be taken
         digest = hashlib.sha256(state.encode(errors="surrogateescape")).hexdigest()[:16]
         cache = self.root / f".index-{digest}.npz"
         with contextlib.suppress(Exception):  # absent, or damaged in any way: build it again
@@ -1581,13 +1606,19 @@ def scan_shard(path, bad):
             samples.append((key, image, caption, not places.get("txt")))
         elif None in places.values():
             cut_off += 1
-        else:
+        elif len(parts.get(first_dot(key), ())) < 2:  # else a mask 1.seg.png beside 1.jpg, 1.txt
             bad["without caption" if image else "without image"] += 1
     # a sound archive ends with blocks of zeros; how many samples lay behind damage is not known
     if not cut_off and (not rest or any(rest)):
         bad["in a damaged shard"] += 1
     bad["cut off"] += cut_off
     return samples
+
+
+def first_dot(name):
+    """The name of a tar's member up to the first dot of its last part."""
+    folder, slash, last = name.rpartition("/")
+    return folder + slash + last.partition(".")[0]
 
 
 class Listed:
@@ -1598,38 +1629,46 @@ class Listed:
     """
 
     def __init__(self, path):
-        self.path = Path(path)
+        self.path, folder = Path(path), Path(path).parent
         with open(path, "rb") as file:
             lengths = np.fromiter((len(line) for line in file), np.int64)
             file.seek(0)
             try:
-                header = json.loads(file.readline())
-                self.name, self.kind, sources = (header[n] for n in ("name", "kind", "made_from"))
+                head = json.loads(file.readline())
+                self.name, self.kind, self.notes = head["name"], head["kind"], head["notes"]
+                self.bad = collections.Counter(head["unusable"])
+                self.command = prepare_command(self.name, folder / head["root"], folder)
+                sources = [(folder / source["file"], source["size"], source["time"])
+                           for source in head["made_from"]]
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{path} is no list of data/prepare.py") from None
         self.starts = (np.cumsum(lengths) - lengths)[1:]
-        self.bad = collections.Counter(header["unusable"])
-        self.answers = header.get("answers")
-        for source in sources:
-            file = Path(source["file"])
+        self.answers = head.get("answers")
+        for file, *before in sources:
             stat = file.stat() if file.exists() else None
-            if stat and (stat.st_size, stat.st_mtime_ns) != (source["size"], source["time"]):
-                raise UserError(f"{file} has changed since {path} was made from it: {PREPARE} "
-                                f"{self.name} {file.parent} --out {self.path.parent}")
+            if stat and [stat.st_size, stat.st_mtime_ns] != before:
+                raise UserError(f"{file} has changed since {path} was made: {self.command}")
         if not len(self):
-            raise UserError(f"{path} lists no sample")
+            raise UserError(f"{path} lists no sample: {self.command}")
 
     def __len__(self):
         return len(self.starts)
 
     def __str__(self):
-        return str(self.path)
+        return "; ".join([str(self.path), *(f"{n:,} {what}" for what, n in self.notes.items())])
 
     def record(self, i):
         """What the list says of a sample, a dict."""
         with open(self.path, "rb") as file:
             file.seek(self.starts[i])
-            return json.loads(file.readline())
+            line = file.readline()
+        try:
+            return json.loads(line)
+        except ValueError:
+            raise UserError(f"{self.path}, line {i + 2}, is damaged: {self.command}") from None
+
+    def captions(self, i):
+        return self.record(i)["captions"]
 
     def key(self, i):
         return self.record(i)["key"]
@@ -1664,10 +1703,18 @@ class Mixture(ConcatDataset):
         self.bad = sum((part.bad for part in dict(zip(names, parts)).values()),
                        collections.Counter())
 
-    def key(self, i):
+    def place(self, i):
+        """(number of the part, index in it)."""
         part = bisect.bisect_right(self.cumulative_sizes, i)
-        start = self.cumulative_sizes[part - 1] if part else 0
-        return f"{self.names[part]}/{self.datasets[part].key(i - start)}"
+        return part, i - (self.cumulative_sizes[part - 1] if part else 0)
+
+    def key(self, i):
+        part, index = self.place(i)
+        return f"{self.names[part]}/{self.datasets[part].key(index)}"
+
+    def captions(self, i):
+        part, index = self.place(i)
+        return self.datasets[part].captions(index)
 
 
 class Subset(torch.utils.data.Subset):
@@ -1680,6 +1727,13 @@ class Subset(torch.utils.data.Subset):
 
     def key(self, i):
         return self.dataset.key(self.indices[i])
+
+    def captions(self, i):
+        return self.dataset.captions(self.indices[i])
+
+    def column(self, name):
+        values = self.dataset.column(name)
+        return [values[i] for i in self.indices]
 
     @property
     def question_kinds(self):
@@ -1712,9 +1766,8 @@ class ImageFolder:
                         if path.is_dir() and not path.name.startswith(".")})
         self.images = []
         for label, name in enumerate(names):
-            files = sorted(path for path in (folder / name).rglob("*") if path.is_file())
-            self.images += [(path, label) for path in files
-                            if path.name.lower().endswith(IMAGE_TYPES)]
+            files = files_below(folder / name, IMAGE_TYPES)
+            self.images += [(path, label) for path in files]
         if not self.images:
             raise UserError(f"no images in class folders of {folder}: one folder of images per "
                             "class is needed (see data/README.md)")
@@ -1748,14 +1801,14 @@ def imagenet_names(folders):
     return [known[folder] for folder in folders]
 
 
-# name -> torchvision class, its arguments for training (linear probe) and for testing
+# name -> torchvision class, the arguments of its parts for training (linear probe) and for testing
 TORCHVISION = {
-    "cifar10": ("CIFAR10", {"train": True}, {"train": False}),
-    "cifar100": ("CIFAR100", {"train": True}, {"train": False}),
-    "flowers102": ("Flowers102", {"split": "train"}, {"split": "test"}),
-    "food101": ("Food101", {"split": "train"}, {"split": "test"}),
-    "oxford_pets": ("OxfordIIITPet", {"split": "trainval"}, {"split": "test"}),
-    "stl10": ("STL10", {"split": "train"}, {"split": "test"}),
+    "cifar10": ("CIFAR10", [{"train": True}], [{"train": False}]),
+    "cifar100": ("CIFAR100", [{"train": True}], [{"train": False}]),
+    "flowers102": ("Flowers102", [{"split": "train"}, {"split": "val"}], [{"split": "test"}]),
+    "food101": ("Food101", [{"split": "train"}], [{"split": "test"}]),
+    "oxford_pets": ("OxfordIIITPet", [{"split": "trainval"}], [{"split": "test"}]),
+    "stl10": ("STL10", [{"split": "train"}], [{"split": "test"}]),
 }
 
 
@@ -1765,10 +1818,11 @@ class TorchvisionSet:
     kind, bad = "classes", collections.Counter()
 
     def __init__(self, name, root, split):
-        made, train, test = TORCHVISION[name]
-        arguments = train if split == "train" else test
+        (made, train, test), parts = TORCHVISION[name], []
         try:
-            self.data = getattr(import_torchvision().datasets, made)(str(root), **arguments)
+            make = getattr(import_torchvision().datasets, made)
+            for arguments in train if split == "train" else test:
+                parts.append(make(str(root), **arguments))
         except ImportError as error:
             raise UserError(f"{name} needs the package {error.name or error}") from None
         except (RuntimeError, OSError) as error:
@@ -1777,7 +1831,8 @@ class TorchvisionSet:
                 f"{name} cannot be read from {root} ({str(error).splitlines()[0]}); get it with: "
                 f"python -c \"import torchvision; torchvision.datasets.{made}('{root}'{words}, "
                 "download=True)\"") from None
-        self.classes = [text.replace("_", " ") for text in self.data.classes]
+        self.data = ConcatDataset(parts)
+        self.classes = [text.replace("_", " ") for text in parts[0].classes]
         self.templates = ["a photo of a {}."]
 
     def __len__(self):
@@ -1795,9 +1850,16 @@ class TorchvisionSet:
 
 # ------------------------------------------------------------------------- what a Config names
 
-PREPARE = "python data/prepare.py"
 PREPARED = ("coco", "flickr30k", "vg", "sbu", "nocaps", "vqav2")
 HELD_OUT = 5000  # at most; the last 1 % of a set without validation split
+
+
+def prepare_command(name, root, out=None):
+    """What makes the lists of a set: what is no known set is taken for a table as CC3M's."""
+    name = name if name in PREPARED else "cc3m"
+    root, out = os.path.normpath(root), os.path.normpath(out or root)
+    elsewhere = f" --out {shlex.quote(out)}" if out != root else ""
+    return f"run python data/prepare.py {name} {shlex.quote(root)}{elsewhere}"
 
 
 def data_folder(name, root):
@@ -1818,8 +1880,9 @@ def open_captions(name, root, split):
     root = data_folder(name, root)
     lists = {part: root / f"{part}.jsonl" for part in ("train", "val", "test")}
     lists = {part: path for part, path in lists.items() if path.is_file()}
-    if not lists and not any(root.rglob("*.tar")) and (name in PREPARED or any(root.glob("*.tsv"))):
-        raise UserError(f"{name} in {root} is not prepared yet: {PREPARE} {name} {root}")
+    official = name in PREPARED or any(root.glob("*.tsv"))
+    if official and not lists and not any(files_below(root, (".tar", ".tgz", ".tar.gz"))):
+        raise UserError(f"{name} in {root} is not prepared yet: {prepare_command(name, root)}")
 
     def open_split(part):
         if lists:
@@ -1845,7 +1908,7 @@ def parts_of(data):
     for part in data.split("+"):
         name, star, times = part.strip().partition("*")
         if not name or (star and not (times.isdecimal() and int(times) > 0)):
-            raise UserError(f"--data {data}: {part!r} is no NAME or NAME*2, a whole number of times")
+            raise UserError(f"--data {data}: {part!r} is no NAME, or NAME*2 (a whole number)")
         if name in names or (name == "emoji" and data != "emoji"):
             raise UserError(f"--data {data}: {name} cannot be mixed in (again)")
         names += [name] * int(times or 1)
@@ -1904,9 +1967,12 @@ def evaluation_sets(cfg, image_size, split):
         else:
             label = Path(name).name
             folder = training_folder(cfg, name) if name in parts else None
-            if os.sep in name:
+            if label != name or (Path(name).is_dir() and not (DATA / name).is_dir()):
                 folder = name
             found[label] = open_evaluation(label, folder, split)
+            if found[label] is None and folder == name and split == "test":
+                raise UserError(f"--eval-data {name} has no test split: a list test.jsonl, or "
+                                "shards in test/ (see data/README.md)")
     found = {name: data for name, data in found.items() if data is not None}
     if split == "val" and not found and cfg.data != "emoji":
         data = open_captions(parts[0], training_folder(cfg, parts[0]), "val")
@@ -1930,7 +1996,7 @@ def open_evaluation(name, root, split):
     root = data_folder(name, root)
     if name in TORCHVISION:
         return TorchvisionSet(name, root, split) if split != "val" else None
-    if name in PREPARED or any(root.glob("*.jsonl")) or any(root.rglob("*.tar")):
+    if name in PREPARED or any(root.glob("*.jsonl")) or any(files_below(root, ".tar")):
         return open_captions(name, root, split) if split != "train" else None
     if split == "val" and not ((root / "val").is_dir() and (root / "test").is_dir()):
         return None  # val/ serves as test
@@ -1947,7 +2013,7 @@ def question_set(cfg, image_size, split):
     root = data_folder(cfg.data, cfg.root)
     path = root / f"{split}.jsonl"
     if not path.is_file():
-        raise UserError(f"{cfg.data}: no {path}; to prepare it: {PREPARE} {cfg.data} {root}")
+        raise UserError(f"{cfg.data}: no {path}: {prepare_command('vqav2', root)}")
     data = Listed(path)
     if data.kind != "questions":
         raise UserError(f"{path} holds no questions")
@@ -1956,14 +2022,11 @@ def question_set(cfg, image_size, split):
 
 
 def number_of_captions(data, most=5):
-    """How many captions an image of a captioned set has, the most of any; at most `most`.
-
-    One reading of the captions, and of whole samples only where they are in shards.
-    """
+    """How many captions an image of a captioned set has, the most of any; at most `most`."""
     number = 1
     for i in range(len(data)):
         with contextlib.suppress(BadSample):
-            number = max(number, len(data[i][1]))
+            number = max(number, len(data.captions(i)))
         if number >= most:
             return most
     return number
@@ -1978,7 +2041,7 @@ def loader_workers(cfg):
 
 
 def example_images(sets, image_size, count, resize=resize_center_crop):
-    """(up to count, 3, S, S) uint8 and a caption each, from the first captioned set; None without."""
+    """(up to count, 3, S, S) uint8 and a caption each, of the first captioned set; else None."""
     for data in sets.values():
         images, captions = [], []
         for i in range(len(data) if data.kind == "captions" else 0):
@@ -1996,7 +2059,23 @@ def example_images(sets, image_size, count, resize=resize_center_crop):
 # -------------------------------------------------------------------------------------- loading
 
 
-class TrainSamples(Dataset):
+class Samples(Dataset):
+    """A data set from which a whole batch is fetched at once, or a UserError in its place.
+
+    Raised in a worker process, the error would come back as the text of a traceback.
+    """
+
+    def __getitems__(self, places):
+        try:
+            return [self[place] for place in places]
+        except UserError as error:
+            return error
+
+    def __len__(self):
+        return len(self.data)
+
+
+class TrainSamples(Samples):
     """samples[(epoch, index)] -> image uint8 (3, S, S), tokens (context,), 1 if replaced, else 0.
 
     The crop and the choice among several captions depend on (seed, epoch, index) alone, not on
@@ -2008,9 +2087,6 @@ class TrainSamples(Dataset):
     def __init__(self, data, tokenizer, image_size, crop_scale, seed, augment=None):
         self.data, self.tokenizer, self.seed = data, tokenizer, seed
         self.image_size, self.crop_scale, self.augment = image_size, crop_scale, augment
-
-    def __len__(self):
-        return len(self.data)
 
     def __getitem__(self, place):
         return self.draw(place)[:3]
@@ -2072,14 +2148,11 @@ class StepSampler(Sampler):
             yield [(epoch, index) for index in batch[rank()::world_size()].tolist()]
 
 
-class EvalSamples(Dataset):
+class EvalSamples(Samples):
     """samples[i] -> (image uint8 (3, S, S), i, target), or None when it cannot be used."""
 
     def __init__(self, data, image_size, resize):
         self.data, self.image_size, self.resize = data, image_size, resize
-
-    def __len__(self):
-        return len(self.data)
 
     def __getitem__(self, i):
         try:
@@ -2089,36 +2162,15 @@ class EvalSamples(Dataset):
             return None
 
 
-class Fetch(Dataset):
-    """A data set whose UserError comes out as an item: a worker process would bury it in text."""
+class Loader(DataLoader):
+    """A DataLoader that raises the UserErrors of its workers and leaves out empty batches."""
 
-    def __init__(self, samples):
-        self.samples = samples
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, place):
-        try:
-            return self.samples[place]
-        except UserError as error:
-            return error
-
-
-def load(samples, collate, workers, **options):
-    """A DataLoader's batches; UserErrors of workers are raised here, empty batches left out."""
-    loader = DataLoader(Fetch(samples), num_workers=workers, worker_init_fn=ignore_ctrl_c,
-                        collate_fn=functools.partial(collate_or_pass, collate), **options)
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        if len(batch[0]):
-            yield batch
-
-
-def collate_or_pass(collate, batch):
-    errors = [item for item in batch if isinstance(item, UserError)]
-    return errors[0] if errors else collate(batch)
+    def __iter__(self):
+        for batch in super().__iter__():
+            if isinstance(batch, UserError):
+                raise batch
+            if len(batch[0]):
+                yield batch
 
 
 def train_loader(samples, sampler, workers, device):
@@ -2126,8 +2178,9 @@ def train_loader(samples, sampler, workers, device):
 
     What `samples` returns beyond these three follows, stacked.
     """
-    return load(samples, collate_train, workers, batch_sampler=sampler,
-                pin_memory=device.type == "cuda", persistent_workers=workers > 0)
+    return Loader(samples, batch_sampler=sampler, num_workers=workers, collate_fn=collate_train,
+                  worker_init_fn=ignore_ctrl_c, pin_memory=torch.device(device).type == "cuda",
+                  persistent_workers=workers > 0)
 
 
 def eval_loader(data, image_size, batch_size, workers, resize=resize_center_crop):
@@ -2136,7 +2189,8 @@ def eval_loader(data, image_size, batch_size, workers, resize=resize_center_crop
     Unusable samples are left out: the evaluation sees which indices are missing.
     """
     samples = EvalSamples(data, image_size, resize)
-    return load(samples, collate_eval, workers, batch_size=batch_size)
+    return Loader(samples, batch_size=batch_size, num_workers=workers, collate_fn=collate_eval,
+                  worker_init_fn=ignore_ctrl_c)
 
 
 def ignore_ctrl_c(worker):
@@ -2145,12 +2199,16 @@ def ignore_ctrl_c(worker):
 
 
 def collate_train(batch):
+    if isinstance(batch, UserError):
+        return batch
     images, tokens, bad, *more = zip(*batch)
     tokens = trim_padding(torch.stack(tokens))
     return torch.stack(images), tokens, sum(bad), *map(torch.stack, more)
 
 
 def collate_eval(batch):
+    if isinstance(batch, UserError):
+        return batch
     good = [sample for sample in batch if sample is not None]
     if not good:
         return (), (), ()
@@ -2171,10 +2229,10 @@ def trim_padding(tokens, multiple=16):
 def check_bad(bad, seen, where):
     """Report unusable samples in one line. UserError when they are more than 10 % of those seen.
 
-    bad: Counter by reason. Images no longer on the web ("not downloaded") are only reported.
+    bad: Counter by reason. What the web no longer has, or is left out on purpose, is only reported.
     """
     reasons = +bad
-    lost = reasons["not downloaded"]
+    lost = reasons[NOT_DOWNLOADED] + reasons[HELD_BACK]
     count = sum(reasons.values())
     if not count:
         return
@@ -2208,27 +2266,24 @@ def batches(data, image_size, workers, doing, resize=resize_whole, batch_size=64
 
 @torch.no_grad()
 def embed_images(encoders, data, image_size, workers):
-    """One pass over a set: ({key: (N, D) float32}, its N targets, its N indices in `data`).
+    """One pass over a set: ({key: (N, D) float32}, its N targets).
 
     encoders as in evaluate(). Images that cannot be read are left out; UserError if all are.
     """
-    features, targets, indices = {key: [] for key in encoders}, [], []
+    features, targets = {key: [] for key in encoders}, []
     loader = batches(data, image_size, workers, "embedding", resize_center_crop, 128)
-    for images, places, batch_targets in loader:
+    for images, _, batch_targets in loader:
         for key, (encode_image, _) in encoders.items():
             features[key].append(encode_image(images).float())
         targets += batch_targets
-        indices += places
-    features = {key: torch.cat(parts) for key, parts in features.items()}
-    return features, targets, indices
+    return {key: torch.cat(parts) for key, parts in features.items()}, targets
 
 
 @torch.no_grad()
-def embed_texts(encode_text, tokenizer, texts, block=512):
+def embed_texts(encode_text, tokenizer, texts):
     """(T, D) float32 features of a list of strings."""
     features = []
-    for start in range(0, len(texts), block):
-        tokens = tokenizer(texts[start:start + block])
+    for tokens in tokenizer(texts).split(512):
         features.append(encode_text(trim_padding(tokens)).float())
     return torch.cat(features)
 
@@ -2240,37 +2295,36 @@ def evaluate(encoders, tokenizer, data, image_size, workers):
     token ids -> (T, D), of unit length; a key is any hashable. Returns {key: {metric: percent}}.
     Images that could not be read are left out and counted as "unreadable".
     """
-    features, targets, _ = embed_images(encoders, data, image_size, workers)
-
-    @functools.cache  # encoders with the same text tower share its features
-    def embed(encode_text):
-        if data.kind == "classes":
-            return zero_shot_classifier(encode_text, tokenizer, data.classes, data.templates)
-        texts = [text for captions in targets for text in captions]
-        return embed_texts(encode_text, tokenizer, texts)
-
+    features, targets = embed_images(encoders, data, image_size, workers)
     scores = {}
     for key, (_, encode_text) in encoders.items():
-        text_features = embed(encode_text)
         if data.kind == "classes":
-            labels = torch.tensor(targets)
-            scores[key] = zero_shot(features[key], labels, text_features)
+            texts = zero_shot_classifier(encode_text, tokenizer, data.classes, data.templates)
+            found = zero_shot(features[key], torch.tensor(targets), texts)
         else:
-            scores[key] = retrieval(features[key], text_features, owners(targets))
-        if len(targets) < len(data):
-            scores[key]["unreadable"] = len(data) - len(targets)
+            texts = embed_texts(encode_text, tokenizer, list(itertools.chain(*targets)))
+            found = retrieval(features[key], texts, owners(targets))
+        scores[key] = found | unreadable(data, targets)
     return scores
+
+
+def unreadable(data, read):
+    """How many images of a set were left out, if any."""
+    lost = len(data) - len(read)
+    return {"unreadable": lost} if lost else {}
 
 
 def score_sets(encoders, tokenizer, sets, image_size, workers):
     """evaluate() on each of {name: set}, as {key: {"<name>_<metric>": percent}}."""
     scores = {key: {} for key in encoders}
     for name, data in sets.items():
-        found = evaluate(encoders, tokenizer, data, image_size, workers)
-        for key, metrics in found.items():
-            for metric, value in metrics.items():
-                scores[key][f"{name}_{metric}"] = value
+        for key, found in evaluate(encoders, tokenizer, data, image_size, workers).items():
+            scores[key].update(prefixed(name, found))
     return scores
+
+
+def prefixed(name, metrics):
+    return {f"{name}_{metric}": value for metric, value in metrics.items()}
 
 
 def main_metric(metrics):
@@ -2389,121 +2443,97 @@ def rerank_retrieval(data, image_size, encode_image, encode_text, match, k, work
         features.append(batch_features.float())
         captions += targets
 
-    texts = [text for group in captions for text in group]
+    texts = list(itertools.chain(*captions))
     encoded = [encode_text(texts[start:start + block]) for start in range(0, len(texts), block)]
-    ids, text_features = (torch.cat(parts) for parts in zip(*encoded))
+    ids, text_features = map(torch.cat, zip(*encoded))
     both = torch.cat(features), text_features.float(), owners(captions)
 
     def match_image(i, places):
-        source = states[i][None].to(both[0].device)
-        parts = ids[places.to(ids.device)].split(block)
-        return torch.cat([match(source, part) for part in parts])
+        source = states[i][None].to(places.device)
+        return torch.cat([match(source, part) for part in ids[places].split(block)])
 
-    scores = {f"itc_{metric}": value for metric, value in retrieval(*both).items()}
-    scores.update(rerank(*both, match_image, k))
-    if len(captions) < len(data):
-        scores["unreadable"] = len(data) - len(captions)
-    return scores
+    by_cosine = prefixed("itc", retrieval(*both))
+    return by_cosine | rerank(*both, match_image, k) | unreadable(data, captions)
 
 
 STRENGTHS = tuple(10.0 ** exponent for exponent in range(-2, 7))
 
 
-def linear_probe(train, val, test, classes, strengths=STRENGTHS):
+def linear_probe(train, test, classes, strengths=STRENGTHS):
     """{"top1" in percent, "C"} of L-BFGS logistic regression on frozen features.
 
     A split is (features (N, D), labels (N,)). The inverse regularisation (scikit-learn's C:
-    minimise C * sum of losses + |W|^2 / 2) is chosen on `val`, then train + val are fitted anew.
-    UserError with the place of an image whose features are no numbers.
+    minimise C * sum of losses + |W|^2 / 2) is chosen on every fifth training image, then all are
+    fitted anew. UserError where features are no numbers.
     """
-    def accuracy(weights, features, labels):
-        found = (with_bias(features) @ weights).argmax(1)
-        return percent(found.cpu() == labels.cpu())
+    def accuracy(model, x, y):
+        return percent(model(x).argmax(1).cpu() == y)
 
-    for features, _ in (train, val, test):
-        check_finite(features, range(len(features)))
-    scores = {c: accuracy(fit_logistic(*train, classes, c), *val) for c in strengths}
+    x, y = train
+    if not x.isfinite().all():
+        raise UserError("linear probe: an image has features that are no finite numbers")
+    held = torch.arange(len(y)) % 5 == 4
+    scores = {}
+    for c in strengths:
+        model = fit_logistic(x[~held], y[~held], classes, c)
+        scores[c] = accuracy(model, x[held], y[held])
     best = max(scores, key=scores.get)
-    features, labels = (torch.cat(parts) for parts in zip(train, val))
-    weights = fit_logistic(features, labels, classes, best)
-    return {"top1": accuracy(weights, *test), "C": best}
+    return {"top1": accuracy(fit_logistic(x, y, classes, best), *test), "C": best}
 
 
-def check_finite(features, keys):
-    """UserError with the key of the first image whose features (N, D) are no numbers."""
-    for key, finite in zip(keys, features.isfinite().all(1).tolist()):
-        if not finite:
-            raise UserError(f"linear probe: the features of image {key} are no finite numbers")
-
-
-def with_bias(x):
-    return torch.cat([x, x.new_ones(len(x), 1)], 1)
-
-
-def fit_logistic(x, y, classes, c, block=65536):
-    """(D + 1, K) weights of multinomial logistic regression; the bias is not regularised."""
-    x, y = with_bias(x), y.to(x.device)
-    weights = torch.zeros(x.shape[1], classes, device=x.device, requires_grad=True)
-    optimiser = torch.optim.LBFGS([weights], max_iter=1000, history_size=10, tolerance_grad=1e-6,
-                                  tolerance_change=1e-10, line_search_fn="strong_wolfe")
+def fit_logistic(x, y, classes, c):
+    """Multinomial logistic regression, a torch.nn.Linear; the bias is not regularised."""
+    y = y.to(x.device)
+    model = torch.nn.Linear(x.shape[1], classes, device=x.device)
+    model.weight.data.zero_()
+    model.bias.data.zero_()
+    optimiser = torch.optim.LBFGS(model.parameters(), max_iter=1000, history_size=10,
+                                  tolerance_grad=1e-6, tolerance_change=1e-10,
+                                  line_search_fn="strong_wolfe")
 
     def closure():
         optimiser.zero_grad()
-        total = weights[:-1].square().sum() / (2 * c * len(x))
-        total.backward()
-        for xs, ys in zip(x.split(block), y.split(block)):
-            loss = F.cross_entropy(xs @ weights, ys, reduction="sum") / len(x)
-            loss.backward()
-            total = total + loss
-        return total.detach()
+        penalty = model.weight.square().sum() / (2 * c * len(x))
+        loss = F.cross_entropy(model(x), y) + penalty
+        loss.backward()
+        return loss
 
     optimiser.step(closure)
-    return weights.detach()
+    return model
 
 
 def probe(encoders, cfg, image_size):
-    """--linear-probe: {key: {"<set>_probe_top1", "<set>_probe_C"}} on each set of classes.
-
-    encoders: as evaluate() takes them. Every fifth training image is the validation split.
-    """
-    def embed(data):
-        found, labels, indices = embed_images(encoders, data, image_size, loader_workers(cfg))
-        for features in found.values():
-            check_finite(features, [data.key(i) for i in indices])
-        return found, torch.tensor(labels)
-
+    """--linear-probe: {key: {"<set>_probe_top1", "<set>_probe_C"}} on each set of classes."""
+    workers = loader_workers(cfg)
     scores = {key: {} for key in encoders}
     tests = evaluation_sets(cfg, image_size, "test")
     for name, data in evaluation_sets(cfg, image_size, "train").items():
-        if data.kind != "classes":
-            continue
-        (train, y), (test, test_y) = embed(data), embed(tests[name])
-        held = torch.arange(len(y)) % 5 == 4
-        for key, x in train.items():
-            splits = (x[~held], y[~held]), (x[held], y[held]), (test[key], test_y)
-            found = linear_probe(*splits, len(data.classes))
-            for metric, value in found.items():
-                scores[key][f"{name}_probe_{metric}"] = value
+        if data.kind == "classes":
+            x, y = embed_images(encoders, data, image_size, workers)
+            test_x, test_y = embed_images(encoders, tests[name], image_size, workers)
+            for key in encoders:
+                train = x[key], torch.tensor(y)
+                test = test_x[key], torch.tensor(test_y)
+                found = linear_probe(train, test, len(data.classes))
+                scores[key].update(prefixed(f"{name}_probe", found))
     return scores
 
 
 def test_checkpoint(cfg, size, encoders):
     """--evaluate: {key: {"<set>_<metric>": value}} of the test sets, with --linear-probe.
 
-    The means of several sets' top-1 accuracies are added.
+    The mean of several sets' zero-shot top-1 accuracies is added.
     """
     sets = evaluation_sets(cfg, size.image_size, "test")
     tokenizer = CLIPTokenizer(size.context_length, size.vocab_size)
     cells = score_sets(encoders, tokenizer, sets, size.image_size, loader_workers(cfg))
+    for cell in cells.values():
+        top1 = [value for name, value in cell.items() if name.endswith("_top1")]
+        if len(top1) > 1:
+            cell["mean_top1"] = sum(top1) / len(top1)
     if cfg.linear_probe:
         for key, found in probe(encoders, cfg, size.image_size).items():
             cells[key].update(found)
-    for cell in cells.values():
-        for metric in ("top1", "probe_top1"):
-            columns = [f"{name}_{metric}" for name in sets]
-            values = [cell[column] for column in columns if column in cell]
-            if len(values) > 1:
-                cell[f"mean_{metric}"] = sum(values) / len(values)
     return cells
 
 
@@ -2513,20 +2543,17 @@ def write_results(run, cfg, cells, state):
     cells: {label: {metric: value}}; state: the training loop's counters.
     """
     rows = read_csv(run.path("log.csv"))
-    validation = [float(value) for name, value in rows[-1].items()
-                  if name.startswith("val_") and value]
     results = {
         "cells": cells,
         "seed": cfg.seed,
         "steps": state["step"],
         "best_step": state["best_step"],
         "best_validation": state["best"],
-        "last_validation": max(validation, default=None),
     }
     run.write_json("results.json", results)
     print_table(cells)
-    title = f"{cfg.method} on {cfg.data}"
-    plot_curves(run.path("curves.png"), rows, math.log(cfg.batch_size), title)
+    plot_curves(run.path("curves.png"), rows, math.log(cfg.batch_size),
+                f"{cfg.method} on {cfg.data}")
     return results
 
 
@@ -2534,32 +2561,26 @@ def throughput(encoders, image_size, device):
     """{key: images/s} of image encoders on 256 images of noise; encoders as in evaluate()."""
     shape = (256, 3, image_size, image_size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
-    calls = {}
-    for key, (encode_image, _) in encoders.items():
-        calls[key] = functools.partial(encode_image, images)
-    latency = compare_latency(calls, device, rounds=5)
+    functions = {key: encode_image for key, (encode_image, _) in encoders.items()}
+    latency = compare_latency(functions, device, 5, images)
     return {key: 1000 * len(images) / milliseconds for key, milliseconds in latency.items()}
 
 
-def compare_latency(functions, device, rounds=15):
-    """{key: milliseconds} of functions without arguments: the median over the rounds.
+def compare_latency(functions, device, rounds=15, *inputs):
+    """{key: milliseconds} of functions of the inputs: the median over the rounds.
 
     They take turns, so that a slow moment meets all; each is warmed up first; the device is
     synchronised before every reading of the clock.
     """
-    def milliseconds(function):
-        start = time.perf_counter()
-        function()
-        if kind != "cpu":
-            getattr(torch, kind).synchronize()
-        return 1000 * (time.perf_counter() - start)
-
-    kind = torch.device(device).type
+    device = getattr(torch, torch.device(device).type)  # torch.cuda, torch.mps or torch.cpu
     times = {key: [] for key in functions}
     with torch.inference_mode():
-        for turn in range(2 + rounds):
+        for _ in range(2 + rounds):
             for key, function in functions.items():
-                times[key].append(milliseconds(function))
+                start = time.perf_counter()
+                function(*inputs)
+                device.synchronize()
+                times[key].append(1000 * (time.perf_counter() - start))
     return {key: float(np.median(found[2:])) for key, found in times.items()}
 
 
@@ -2628,7 +2649,7 @@ SPELLED = str.maketrans({
 })
 
 
-def ptb_tokenize(text: str) -> str:
+def ptb_tokenize(text):
     """Lower-cased tokens of a caption without punctuation: "A dog's bowl." -> "a dog 's bowl".
 
     An approximation, without Java, of COCO's caption tokenizer: equal to it on all 795 captions of
@@ -2640,14 +2661,14 @@ def ptb_tokenize(text: str) -> str:
     return " ".join(token.lower().translate(SPELLED) for token in PTB_TOKEN.findall(text))
 
 
-def count_ngrams(sentence: str) -> list[collections.Counter]:
-    """How often each n-gram occurs in a sentence, for n = 1, 2, 3, 4."""
+def count_ngrams(sentence):
+    """How often each n-gram occurs in a sentence, for n = 1, 2, 3, 4: a list of four Counters."""
     words = sentence.split()
     shifted = [words[i:] for i in range(4)]
     return [collections.Counter(zip(*shifted[:n])) for n in (1, 2, 3, 4)]
 
 
-def bleu(references: list[list[str]], hypotheses: list[str]) -> list[float]:
+def bleu(references, hypotheses):
     """BLEU-1, -2, -3 and -4 of a corpus (Papineni et al. 2002, section 2), as in pycocoevalcap.
 
     BLEU-n = exp(min(0, 1 - r/c)) (p_1 ... p_n)^(1/n), in 0..1. p_n: n-grams of the hypotheses that
@@ -2656,10 +2677,9 @@ def bleu(references: list[list[str]], hypotheses: list[str]) -> list[float]:
     shorter one of two. references: N lists of R strings; hypotheses: N strings.
     """
     matched, total = np.zeros(4), np.zeros(4)
-    length = closest = 0
+    closest = 0
     for refs, hypothesis in zip(references, hypotheses, strict=True):
         words = len(hypothesis.split())
-        length += words
         distances = [(abs(len(ref.split()) - words), len(ref.split())) for ref in refs]
         closest += min(distances)[1]
         ref_counts = [count_ngrams(ref) for ref in refs]
@@ -2670,12 +2690,12 @@ def bleu(references: list[list[str]], hypotheses: list[str]) -> list[float]:
 
     # pycocoevalcap's 1e-15 and 1e-9 stand for zeros: nothing matched gives a score close to 0.
     precisions = (matched + 1e-15) / (total + 1e-9)
-    ratio = (length + 1e-15) / (closest + 1e-9)
+    ratio = (total[0] + 1e-15) / (closest + 1e-9)
     means = np.cumprod(precisions) ** (1 / np.arange(1, 5))
-    return (means * np.exp(min(0, 1 - 1 / ratio))).tolist()
+    return means * np.exp(min(0, 1 - 1 / ratio))
 
 
-def cider_d(references: list[list[str]], hypotheses: list[str]) -> tuple[float, np.ndarray]:
+def cider_d(references, hypotheses):
     """CIDEr-D (Vedantam et al. 2015, section 6) as in pycocoevalcap: mean over images, and (N,).
 
     In 0..10. Mean over n = 1..4 and the references of
@@ -2698,12 +2718,11 @@ def cider_d(references: list[list[str]], hypotheses: list[str]) -> tuple[float, 
         counts = count_ngrams(hypothesis)
         for ref in refs:
             difference = counts[0].total() - ref[0].total()
-            for n in range(4):
-                h, r = weigh(counts[n]), weigh(ref[n])
+            penalty = math.exp(-difference ** 2 / 72)
+            for h, r in zip(map(weigh, counts), map(weigh, ref)):
                 dot = sum(min(h[gram], r[gram]) * r[gram] for gram in h if gram in r)
                 norms = math.hypot(*h.values()) * math.hypot(*r.values())
-                if norms:
-                    scores[i] += dot / norms * math.exp(-difference ** 2 / 72)
+                scores[i] += penalty * dot / (norms or 1)
         scores[i] *= 10 / (4 * len(refs))
     return float(scores.mean()), scores
 
@@ -2729,7 +2748,7 @@ NUMBER_WORDS = "zero one two three four five six seven eight nine ten".split()
 NUMBERS = {"none": "0"} | {word: str(i) for i, word in enumerate(NUMBER_WORDS)}
 
 
-def normalize_answer(answer: str) -> str:
+def normalize_answer(answer):
     """An answer as VQA's official evaluation compares it: no punctuation, no articles, digits.
 
     A mark goes without a trace where it stands beside a space, or everywhere if the answer has a
@@ -2745,13 +2764,13 @@ def normalize_answer(answer: str) -> str:
     return " ".join(RESTORED.get(word, word) for word in words)
 
 
-def vqa_accuracy(answer: str, human_answers: Iterable[str]) -> float:
+def vqa_accuracy(answer, human_answers):
     """Accuracy of one answer (Antol et al. 2015, section 3), 0..1: min(people who gave it / 3, 1).
 
     As in the official evaluation, averaged over leaving out each of the human answers (10 in VQA,
     at least one here: fewer than 4 cannot reach 1); normalised only where the humans disagree.
     """
-    answer, *humans = [re.sub(r"[\n\t]", " ", a).strip() for a in (answer, *human_answers)]
+    answer, *humans = [text.strip() for text in (answer, *human_answers)]
     if len(set(humans)) > 1:
         answer, *humans = map(normalize_answer, (answer, *humans))
     same = humans.count(answer)
@@ -2807,14 +2826,12 @@ def answer_questions(data, image_size, answer, workers=0):
         for i, text, (_, humans) in zip(places, answers, targets, strict=True):
             results.append({"question_id": data.key(i), "answer": text})
             if humans:
-                kind, accuracy = data.question_kinds[i], vqa_accuracy(text, humans)
+                kind, accuracy = data.question_kinds[i], 100 * vqa_accuracy(text, humans)
                 accuracies["accuracy"].append(accuracy)
                 if kind:
-                    accuracies["accuracy_" + kind].append(accuracy)
-    scores = {name: 100 * sum(values) / len(values) for name, values in sorted(accuracies.items())}
-    if len(results) < len(data):
-        scores["unreadable"] = len(data) - len(results)
-    return results, scores
+                    accuracies[f"accuracy_{kind}"].append(accuracy)
+    scores = {name: np.mean(values) for name, values in sorted(accuracies.items())}
+    return results, scores | unreadable(data, results)
 
 
 # --------------------------------------------------------------------------------------- pictures
@@ -2822,26 +2839,25 @@ def answer_questions(data, image_size, answer, workers=0):
 
 def print_table(cells, markdown=None):
     """{row: {column: number or text}} as a table on stdout, and as markdown in a file."""
-    columns = list(dict.fromkeys(column for cell in cells.values() for column in cell))
-    lines = [["", *columns]]
+    columns = list(dict.fromkeys(itertools.chain(*cells.values())))
+    rows = [["", *columns]]
     for name, cell in cells.items():
-        lines.append([name, *(_shown(cell.get(column)) for column in columns)])
+        rows.append([name, *(shown(cell.get(column)) for column in columns)])
     if len(columns) > 7:  # too wide for a terminal: turn it
-        lines = [list(line) for line in zip(*lines)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for first, *others in lines:
-        print(first.ljust(widths[0]), *map(str.rjust, others, widths[1:]), sep="  ")
+        rows = list(zip(*rows))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print(*map(str.rjust, row, widths), sep="  ")
     if markdown:
-        rows = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-        markdown.write_text("".join(f"| {' | '.join(row)} |\n" for row in rows), encoding="utf-8")
+        rows.insert(1, ["---"] * len(widths))
+        lines = ["| " + " | ".join(row) + " |\n" for row in rows]
+        markdown.write_text("".join(lines), encoding="utf-8")
 
 
-def _shown(value):
+def shown(value):
     if value is None or isinstance(value, str):
         return value or ""
-    if 10 <= abs(value) < 1000:
-        return f"{value:.1f}"
-    return f"{value:.3g}" if abs(value) < 10 else f"{value:.0f}"
+    return f"{value:.3g}" if abs(value) < 10 else f"{value:.{int(abs(value) < 1000)}f}"
 
 
 def mean_std(runs):
@@ -2850,31 +2866,32 @@ def mean_std(runs):
     for metric in runs[0]:
         values = np.array([run[metric] for run in runs], float)
         digits = 4 if 0 < abs(values).max() < 0.1 else 1
-        spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
-        table[metric] = f"{values.mean():.{digits}f}{spread}"
+        table[metric] = f"{values.mean():.{digits}f}"
+        if len(runs) > 1:
+            table[metric] += f" ± {values.std(ddof=1):.{digits}f}"
     return table
+
+
+# a `$` in a caption is no formula
+STYLE = {"text.parse_math": False, "axes.grid": True, "grid.alpha": 0.3, "savefig.dpi": 150,
+         "savefig.bbox": "tight"}
 
 
 def picture(draw):
     """Guards a function that draws into `path`: what goes wrong is a line, never a run's end."""
     @functools.wraps(draw)
     def guarded(path, *args, **kwargs):
+        os.environ.pop("MPLBACKEND", None)  # a notebook's may be missing here; all are files
         try:
-            plain = {"text.parse_math": False}  # a `$` in a caption is no formula
-            with import_matplotlib().rc_context(plain), warnings.catch_warnings():
+            import matplotlib
+
+            with matplotlib.rc_context(STYLE), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # letters that the font lacks
-                return draw(path, *args, **kwargs)
+                draw(path, *args, **kwargs)
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             print(f"could not draw {Path(path).name}: {reason}")
     return guarded
-
-
-def import_matplotlib():
-    """matplotlib, which fails to import where MPLBACKEND names a notebook's package not here."""
-    os.environ.pop("MPLBACKEND", None)  # no picture is shown: all are files
-    import matplotlib
-    return matplotlib
 
 
 def new_figure(rows, columns, size, title):
@@ -2882,175 +2899,106 @@ def new_figure(rows, columns, size, title):
     from matplotlib.figure import Figure
 
     figure = Figure(size, layout="compressed")
-    figure.suptitle(fold(title, int(7 * size[0])), fontsize=14)
+    figure.suptitle(title)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def fold(text, width, lines=6):
-    return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …"))
+def fold(text, width):
+    """The lines of a text, each over at most four lines of `width` letters."""
+    lines = [textwrap.fill(line, width, max_lines=4, placeholder=" …") for line in text.split("\n")]
+    return "\n".join(lines)
 
 
 @picture
-def plot_grid(path, rows, names, captions, title, beneath=(), side=1.6):
-    """Rows of images (3, S, S) uint8, with names at the left and captions on top of the columns.
+def plot_grid(path, rows, names, captions, title):
+    """Rows of images (3, S, S) uint8, names at the left, captions above the first images.
 
-    beneath: a text below each image, in order. side: of an image, in inches.
+    The captions follow the rows, one an image; a line that is broken in a caption stays so.
     """
+    captions = [fold(caption, 26) for caption in captions]
+    above = max((caption.count("\n") + 1 for caption in captions), default=0)
     columns = max(map(len, rows))
-    below = max((text.count("\n") + 1 for text in beneath), default=0)
-    size = side * columns + 2, (side + 0.2 * below) * len(rows) + 1
+    size = 2 * columns + 2, (2 + 0.15 * above) * len(rows) + 1
     figure, axes = new_figure(len(rows), columns, size, title)
     for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
+        axis.set(xticks=[], yticks=[], frame_on=False)
     for line, images, name in zip(axes, rows, names):
         line[0].set_ylabel(fold(name, 24), rotation=0, ha="right", va="center", fontsize=12)
         for axis, image in zip(line, images):
-            axis.imshow(image.permute(1, 2, 0).cpu().numpy())
-    for axis, caption in zip(axes[0], captions):
-        axis.set_title(fold(caption, int(12 * side), 3), fontsize=10)
-    for axis, text in zip(axes.flat, beneath):
-        axis.set_xlabel(text, loc="left", fontsize=9)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+            axis.imshow(image.permute(1, 2, 0).cpu())
+    for axis, caption in zip(axes.flat, captions):
+        axis.set_title(caption, loc="left", fontsize=9)
+    figure.savefig(path)
 
 
+@picture
 def plot_captions(path, images, captions, title):
-    """Images (n, 3, S, S) uint8; beneath each its captions, of {who: n strings}."""
-    beneath = []
+    """Images (n, 3, S, S) uint8; above each its captions, of {who: n strings}."""
+    above = []
     for texts in zip(*captions.values()):
-        lines = [fold(f"{who}: {text}", 36, 4) for who, text in zip(captions, texts)]
-        beneath.append("\n".join(lines))
+        above.append("\n".join(f"{who}: {text}" for who, text in zip(captions, texts)))
     rows = images.split(4)
-    plot_grid(path, rows, [""] * len(rows), [], title, beneath, side=2.7)
+    plot_grid(path, rows, [""] * len(rows), above, title)
 
 
 def overlay(images, attention):
     """Images (n, 3, S, S) uint8, dark but where attention (n, g, g) is, on a scale of its own."""
-    light = attention[:, None].float().cpu()
-    light = F.interpolate(light, images.shape[-2:], mode="bicubic", align_corners=False)
+    light = F.interpolate(attention[:, None].float().cpu(), images.shape[-2:], mode="bicubic")
     light = light - light.amin((2, 3), keepdim=True)
     light = light / light.amax((2, 3), keepdim=True).clamp(min=1e-12)
     return (images.cpu() * (0.15 + 0.85 * light)).to(torch.uint8)
 
 
 @picture
-def plot_retrieval(path, images, captions, scores, texts=6, shown=5):
-    """For the first captions the images a model ranks highest, the caption's own one framed.
-
-    images (N, 3, S, S) uint8; scores (N, N), image by text.
-    """
-    images, shown = images.cpu(), min(shown, len(images))
-    edge = max(2, images.shape[-1] // 12)
-    frame = torch.ones(images.shape[-2:], dtype=torch.bool)
-    frame[edge:-edge, edge:-edge] = False
-    rows = []
-    for text in range(len(captions[:texts])):
-        best = scores[:, text].topk(shown).indices.cpu()
-        row = images[best]
-        edges = (best == text)[:, None, None] & frame  # (shown, S, S)
-        row.permute(0, 2, 3, 1)[edges] = torch.tensor([40, 170, 60], dtype=torch.uint8)
-        rows.append(row)
-    ranks_shown = [f"rank {n + 1}" for n in range(shown)]
-    title = f"the best of {len(images)} images for each caption, its own one framed"
-    plot_grid(path, rows, captions[:texts], ranks_shown, title)
-
-
 def draw_retrieval(path, encoders, tokenizer, sets, image_size):
-    """plot_retrieval() of an (image encoder, text encoder) on the first captioned set, if any."""
+    """For six captions of the first captioned set, if any, the five best of 64 images.
+
+    encoders: (image encoder, text encoder), as evaluate() takes them.
+    """
     examples = example_images(sets, image_size, 64)
     if examples:
         images, captions = examples
         encode_image, encode_text = encoders
         with torch.no_grad():
-            scores = encode_image(images) @ encode_text(tokenizer(captions)).T
-        plot_retrieval(path, images, captions, scores)
+            scores = encode_text(tokenizer(captions)) @ encode_image(images).T
+        rows, marks = [], []
+        for text, best in enumerate(scores.topk(min(5, len(images))).indices.tolist()):
+            rows.append(images[best])
+            marks += ["✓ its own" if image == text else "" for image in best]
+        title = f"the best of {len(images)} images for each caption"
+        plot_grid(path, rows[:6], captions, marks, title)
 
 
 @picture
 def plot_curves(path, rows, chance, title):
     """Losses (with ln(batch), chance, if given) and validation metrics of log.csv, by epoch."""
-    figure, axes = new_figure(1, 2, (11, 4.5), title)
-    left, right = axes[0]
-    for axis, wanted, marker in ((left, LOSSES, None), (right, ("val_",), "o")):
-        for column in [name for name in rows[0] if name.startswith(wanted)]:
-            logged = [row for row in rows if row[column] and column != "kd_weight"]
-            if logged:
+    figure, (axes,) = new_figure(1, 2, (11, 4.5), title)
+    if chance:
+        axes[0].axhline(chance, color="grey", ls=":", label="chance of one NCE, ln(batch)")
+    for axis, wanted, ylabel in zip(axes, (LOSSES, "val_"), ("loss", "validation, %")):
+        for column in rows[0]:
+            logged = [row for row in rows if row[column]]
+            if logged and column.startswith(wanted) and column != "kd_weight":
                 epochs = [float(row["epoch"]) for row in logged]
                 values = [float(row[column]) for row in logged]
-                axis.plot(epochs, values, label=column, marker=marker)
-        axis.grid(alpha=0.3)
-        axis.set_xlabel("epoch")
-    if chance:
-        left.axhline(chance, color="grey", ls=":", label="chance of one NCE, ln(batch)")
-    left.set_ylabel("loss")
-    right.set_ylabel("validation, %")
-    for axis in (left, right):
-        if axis.lines:
-            axis.legend(ncols=1 + (len(axis.lines) > 6), fontsize=9)
-    figure.savefig(path, dpi=150)
+                axis.plot(epochs, values, ".-", ms=2, label=column)
+        axis.set(xlabel="epoch", ylabel=ylabel)
+        axis.legend(fontsize=9)
+    figure.savefig(path)
 
 
 @picture
-def plot_sweet_spot(path, series, ylabel="test score, %"):
-    """{label: [(κ in training, relative throughput, [score per seed])]}: means and stds.
-
-    Left against the throughput; right, for curves that run at full cost, against κ in training.
-    """
-    figure, axes = new_figure(1, 2, (13, 5), "")
-    left, right = axes[0]
-    right.sharey(left)
-    for number, (label, points) in enumerate(series.items()):
-        points = sorted(points)
-        full_cost = len(points) > 1 and all(speed == 1 for _, speed, _ in points)
-        axis = right if full_cost else left
-        x = [keep_rate if full_cost else speed for keep_rate, speed, _ in points]
-        means = [np.mean(scores) for *_, scores in points]
-        stds = [np.std(scores, ddof=1) if len(scores) > 1 else 0 for *_, scores in points]
-        marker = "o" if len(points) > 1 else "*"
-        axis.errorbar(x, means, stds, label=label, color=f"C{number}", capsize=3,
-                      marker=marker, markersize=9)
-        for place, mean, (keep_rate, *_) in zip(x, means, points):
-            axis.annotate(f"{keep_rate:g}", (place, mean), (6, 6), textcoords="offset points")
-    left.set_ylabel(ylabel)
-    left.set_xlabel("measured throughput, 1 at κ = 1 (numbers: κ in training and at test)")
-    right.set_xlabel("κ in training; all tokens at test")
-    right.invert_xaxis()
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-        axis.margins(0.08)
-        if axis.containers:
-            axis.legend()
-    figure.savefig(path, dpi=150)
-
-
-# family: colour, marker, where a label stands
-FAMILIES = {"teacher": ("#6a3d9a", "*", "bottom"), "distilled": ("#1f5fa8", "o", "bottom"),
-            "not distilled": ("#b8460b", "s", "top")}
-
-
-@picture
-def plot_efficiency(path, points, title):
-    """Each metric's score against the parameters, in millions; the latency stands by the name.
-
-    points: {label: {"parameters", "latency" in ms, "scores": {metric: (mean, std)}, "family"}}.
-    """
-    metrics = dict.fromkeys(metric for point in points.values() for metric in point["scores"])
-    figure, axes = new_figure(1, len(metrics), (6 * len(metrics), 5), title)
-    for axis, metric in zip(axes[0], metrics):
-        for label, point in points.items():
-            if metric not in point["scores"]:
-                continue
-            mean, std = point["scores"][metric]
-            colour, marker, side = FAMILIES[point["family"]]
-            axis.errorbar(point["parameters"], mean, std, color=colour, marker=marker,
-                          markersize=9, capsize=3)
-            offset = (0, 8 if side == "bottom" else -8)
-            text = f"{label}\n{point['latency']:.3g} ms"
-            axis.annotate(text, (point["parameters"], mean), offset, ha="center", va=side,
-                          textcoords="offset points", color=colour)
-        axis.set(xlabel="parameters (M)", ylabel=metric)
-        axis.margins(0.2)
-        # a cut axis would make little differences large
-        axis.set_ylim(0, 1.15 * axis.get_ylim()[1])
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+def plot_sweet_spot(path, series):
+    """{label: [(κ in training, relative throughput, [score per seed])]}: means and stds."""
+    figure, (axes,) = new_figure(1, 2, (13, 5), "")
+    for label, points in series.items():
+        keep_rates, speeds, scores = zip(*sorted(points))
+        means = [np.mean(values) for values in scores]
+        stds = [np.std(values, ddof=1) if len(values) > 1 else 0 for values in scores]
+        for axis, x in zip(axes, (speeds, keep_rates)):
+            axis.errorbar(x, means, stds, label=label, marker="o", capsize=3)
+    axes[0].set(xlabel="measured throughput, 1 at κ = 1", ylabel="test score, %")
+    axes[1].set(xlabel="κ in training")
+    axes[1].invert_xaxis()
+    axes[1].legend()
+    figure.savefig(path)

@@ -11,15 +11,14 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 
+import common
+import dlip
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-
-import common
-import dlip
 from common import BertTokenizer, UserError, import_torchvision, read_weights
 from dlip import BERT, BLIP, VIT, TextSize, Trace, VisionSize, VisionTransformer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # --------------------------------------------------------------------------------------------------------- small models
 

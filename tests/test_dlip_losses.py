@@ -9,15 +9,14 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import common
+import dlip
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-
-import common
-import dlip
 from dlip import BLIP, DLIP, TextSize, Trace, VisionSize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # --------------------------------------------------------------------------------------------------------- small models
 
