@@ -44,7 +44,6 @@ import time
 import unicodedata
 import warnings
 import zipfile
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -1253,10 +1252,8 @@ class BertTokenizer:
             full, kept = BertTokenizer(), set(BERT_SPECIALS)
             for word in split_words(" ".join(words)):
                 kept.update([word], word, ("##" + c for c in word))
-                kept.update(self._tokens[i] for i in self._pieces(word))
-            self._set_tokens([token for token in self._tokens if token in kept])
-
-    def _set_tokens(self, tokens: list[str]) -> None:
+                kept.update(full._tokens[i] for i in full._pieces(word))
+            tokens = [token for token in tokens if token in kept]
         self._tokens, self.vocab_size = tokens, len(tokens)
         self._ids = {token: i for i, token in enumerate(tokens)}
         specials = map(self._ids.get, BERT_SPECIALS)
