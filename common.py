@@ -66,7 +66,7 @@ class UserError(Exception):
 
 
 class BadSample(Exception):
-    """One sample cannot be used (corrupt image, no caption): it is skipped, counted and reported."""
+    """One sample cannot be used (corrupt image, no caption): it is skipped and counted."""
 
 
 def run_main(main, argv=None):
@@ -2484,8 +2484,7 @@ def fit_logistic(x, y, classes, c):
     model = torch.nn.Linear(x.shape[1], classes, device=x.device)
     model.weight.data.zero_()
     model.bias.data.zero_()
-    optimiser = torch.optim.LBFGS(model.parameters(), max_iter=1000, history_size=10,
-                                  tolerance_grad=1e-6, tolerance_change=1e-10,
+    optimiser = torch.optim.LBFGS(model.parameters(), max_iter=1000,
                                   line_search_fn="strong_wolfe")
 
     def closure():
