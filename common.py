@@ -950,7 +950,6 @@ def foreign_size(path, weights, act):
     if len(positions) != 1 + grid ** 2:
         raise ValueError(f"visual.positional_embedding {tuple(positions.shape)} is no square grid")
     archive = "input_resolution" in weights  # only OpenAI's have it
-    half = conv.dtype == torch.float16  # as OpenAI publishes
     size = Size(
         image_size=grid * patch, patch_size=patch, vision_width=width,
         vision_layers=count_blocks(weights, "visual.transformer."),
@@ -959,7 +958,8 @@ def foreign_size(path, weights, act):
         text_width=text_width, text_layers=count_blocks(weights, "transformer."),
         text_heads=text_width // 64, context_length=len(weights["positional_embedding"]),
         vocab_size=vocab, embed_dim=weights["visual.proj"].shape[1],
-        act="quick_gelu" if archive or half else "gelu", **OPENAI)
+        act="quick_gelu" if archive or conv.dtype == torch.float16 else "gelu",  # half: OpenAI's
+        **OPENAI)
     told = {}
     for file in sorted(path.parent.glob("*config.json")):
         told |= told_by(file, width)
@@ -1208,7 +1208,7 @@ BERT_SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"]
 BERT_SPECIAL = re.compile(r"(\[(?:PAD|UNK|CLS|SEP|MASK|DEC|ENC)\])")
 IDEOGRAPH = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df"
                        "\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]")
-BLIP_SYMBOLS = '.!"()*#:;~'  # what BLIP takes out of captions and questions
+BLIP_SYMBOLS = r'[.!"()*#:;~]'  # what BLIP takes out of captions and questions
 
 
 def split_words(text):
@@ -1267,10 +1267,8 @@ class BertTokenizer:
         """Token ids of a text of any length, without first token and [SEP]."""
         ids = []
         for part in BERT_SPECIAL.split(text):
-            if part in BERT_SPECIALS:
-                ids.append(self._ids[part])
-                continue
-            for word in split_words(part):
+            words = [part] if part in BERT_SPECIALS else split_words(part)
+            for word in words:
                 ids += self._pieces(word)
         return ids
 
@@ -1300,7 +1298,7 @@ class BertTokenizer:
 
 def clean_blip_caption(text, max_words=30):
     """A caption as BLIP reads it: lower case, a space for .!"()*#:;~, at most max_words words."""
-    text = text.lower().translate(dict.fromkeys(map(ord, BLIP_SYMBOLS), " "))
+    text = re.sub(BLIP_SYMBOLS, " ", text.lower())
     text = re.sub(r"\s\s+", " ", text).rstrip("\n").strip(" ")
     return " ".join(text.split(" ")[:max_words])
 
@@ -1310,7 +1308,7 @@ def clean_blip_question(text, max_words=50):
 
     BLIP's own limit is 50 words, then 35 tokens.
     """
-    text = text.lower().translate(dict.fromkeys(map(ord, BLIP_SYMBOLS))).rstrip(" ")
+    text = re.sub(BLIP_SYMBOLS, "", text.lower()).rstrip(" ")
     return " ".join(text.split(" ")[:max_words])
 
 
