@@ -248,7 +248,7 @@ def test_dropout_only_in_training(with_scores):
 
 
 def test_heads_are_exact_under_autocast():
-    """In evaluation ITC's features, ITM's and LM's logits are those of fp32 from the same states."""
+    """In evaluation ITC's features, ITM's and LM's logits are those of fp32."""
     model, (image, ids, mask) = ours(), batch()
     with torch.no_grad():
         states, text = model.encode_image(image), model.encode_text(ids, mask)
