@@ -1127,7 +1127,7 @@ def train(cfg, loaded=None):
     device = common.start_device(cfg.device, cfg.seed)
     amp, scaler = common.mixed_precision(cfg.precision, device)
     run = common.Run(cfg.out, LOG_COLUMNS)
-    run.check_free(cfg)
+    common.check_free(cfg)
 
     size, _ = common.clip_size(cfg, loaded)
     tokenizer = common.CLIPTokenizer(size.context_length, size.vocab_size)

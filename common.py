@@ -64,7 +64,7 @@ DATA = Path(__file__).resolve().parent / "data"
 
 
 class UserError(Exception):
-    """Something the user gave cannot be used: main prints this one line and exits with code 2."""
+    """Something the user gave cannot be used: run_main prints this line; exit code 2."""
 
 
 class BadSample(Exception):
@@ -158,35 +158,38 @@ def parse_command_line(config_class, description, argv=None):
     """
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    group = parser
-    for field in dataclasses.fields(config_class):
-        default, allowed = field.default, field.metadata["allowed"]
+    group, fields = parser, dataclasses.fields(config_class)
+    for field in fields:
         if field.metadata["section"]:
             group = parser.add_argument_group(field.metadata["section"])
-        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-        help = field.metadata["help"].replace("%", "%%")
-        if shown not in (None, ""):
-            help += f" [{shown}]"
-        # float of `float | None` and of `tuple[float, ...]`
-        kind = getattr(field.type, "__args__", (field.type,))[0]
-        if kind is bool:
-            settings = {"action": argparse.BooleanOptionalAction}
-        else:
-            settings = {"type": kind, "metavar": kind.__name__.upper()}
-        if isinstance(allowed, list):
-            settings = {"choices": allowed}
-        if isinstance(default, tuple):
-            settings["nargs"] = "+"
-        group.add_argument(flag(field.name), help=help, **settings)
+        group.add_argument(flag(field.name), **argument(field))
     given = vars(parser.parse_args(argv))
-    for field in dataclasses.fields(config_class):
+    for field in fields:
         if type(given.get(field.name)) in (int, float):  # a bool is an int as well
             check_range(field, given[field.name])
     return as_fields(given)
 
 
+def argument(field):
+    """What argparse wants to know of a field."""
+    several = isinstance(field.default, tuple)
+    shown = " ".join(map(str, field.default)) if several else field.default
+    help = field.metadata["help"].replace("%", "%%")
+    settings = {"help": help if shown in (None, "") else f"{help} [{shown}]"}
+    kind = getattr(field.type, "__args__", (field.type,))[0]  # of `float | None`, `tuple[float]`
+    if kind is bool:
+        settings["action"] = argparse.BooleanOptionalAction
+    elif isinstance(field.metadata["allowed"], list):
+        settings["choices"] = field.metadata["allowed"]
+    else:
+        settings["type"], settings["metavar"] = kind, kind.__name__.upper()
+    if several:
+        settings["nargs"] = "+"
+    return settings
+
+
 def check_range(field, value):
-    """UserError when a number is outside of its range, by default from 0 on, of counts from 1 on."""
+    """UserError for a number outside of its range, by default from 0 on, of counts from 1."""
     least = min(field.default or 0, 1 if isinstance(value, int) else 0)
     most = math.inf
     if isinstance(field.metadata["allowed"], tuple):
@@ -231,9 +234,10 @@ def fill_config(config_class, recipe, given, stem):
 def saved_config(config_class, path):
     """{field: value} of a run's config.json. UserError when the file is damaged."""
     saved = read_json(path)
-    if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
-        raise UserError(f"{path} holds no config of a run: take another --out")
-    return known_fields(config_class, saved["config"])
+    try:
+        return known_fields(config_class, saved["config"])
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} holds no config of a run: take another --out") from None
 
 
 def known_fields(config_class, saved):
@@ -244,13 +248,10 @@ def known_fields(config_class, saved):
 
 def run_folder(stem, newest):
     """The default run folder: `stem`, stem-2, stem-3, ..., the first free or the newest taken."""
-    number = 1
-    name = stem
-    while Path(name).exists():
-        previous = name
-        number += 1
-        name = f"{stem}-{number}"
-    return previous if newest and number > 1 else name
+    names = [stem]
+    while Path(names[-1]).exists():
+        names.append(f"{stem}-{len(names) + 1}")
+    return names[-2] if newest and len(names) > 1 else names[-1]
 
 
 # ------------------------------------------------------------------------ devices and processes
@@ -270,7 +271,7 @@ def world_size():
 
 
 def start_device(name, seed):
-    """Join the processes torchrun started, pick the device ("auto": CUDA, else MPS, else CPU), seed.
+    """Join the processes torchrun started, pick the device (auto: CUDA, else MPS, else CPU), seed.
 
     Products of float32 matrices stay exact: nothing here allows TF32, so that the logits of every
     loss are float32 also on CUDA, where the towers run in bf16 by default.
@@ -326,12 +327,10 @@ def gather(x):
 
 def average_gradients(parameters):
     """Replace each gradient by its mean over the processes."""
-    if world_size() == 1:
-        return
-    grads = [p.grad for p in parameters if p.grad is not None]
-    for work in [dist.all_reduce(grad, async_op=True) for grad in grads]:
-        work.wait()
-    torch._foreach_div_(grads, world_size())
+    for parameter in parameters:
+        if parameter.grad is not None and world_size() > 1:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= world_size()
 
 
 def mean_over_processes(terms):
@@ -370,7 +369,7 @@ def gather_objects(thing):
 
 
 def on_first(work):
-    """work() on rank 0 while the others wait; all return its result. Its UserError ends them all."""
+    """work() on rank 0 while the others wait; all return its result; a UserError ends all."""
     result = None
     if rank() == 0:
         try:
@@ -388,20 +387,28 @@ def on_first(work):
 SAVE_EVERY = 500  # steps between checkpoints; one is also saved after every epoch
 
 
+@contextlib.contextmanager
+def disk_errors(path):
+    """What goes wrong while a file is written becomes a UserError that names it."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"{path} cannot be written: {reason}") from error
+
+
 def replace_file(path, write):
     """write(temporary path), then rename: nobody ever reads half a file. UserError if it fails."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"{path} cannot be written: {reason}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    with disk_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
 def write_json(path, content):
@@ -449,13 +456,19 @@ def environment():
     """Versions, hardware and git commit, for config.json."""
     git = ["git", "-C", str(DATA.parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        commit = subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL).strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "not a git checkout"
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"commit": commit, "python": platform.python_version(), "torch": torch.__version__,
-            "platform": platform.platform(), "cpu_threads": torch.get_num_threads(), "gpu": gpu,
+            "platform": platform.platform(), "cpu_threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "processes": world_size(), "command": " ".join(sys.argv)}
+
+
+def check_free(cfg):
+    """UserError when --out holds a run that is not to be resumed."""
+    if Path(cfg.out, "log.csv").exists() and not cfg.resume:
+        raise UserError(f"{cfg.out} holds a run: go on with --resume, or choose another --out")
 
 
 class Run:
@@ -470,41 +483,32 @@ class Run:
     def path(self, name):
         return self.folder / name
 
-    def check_free(self, cfg):
-        """UserError when the folder holds a run that is not to be resumed."""
-        if self.path("log.csv").exists() and not cfg.resume:
-            raise UserError(f"{self.folder} holds a run: go on with --resume, or choose another "
-                            "--out")
-
     def start(self, cfg, step):
-        """Write config.json at step 0; later rows of an interrupted run are dropped."""
+        """Write config.json at step 0; later rows of an interrupted run are dropped.
+
+        UserError when the folder holds a run that is not to be resumed.
+        """
         if rank() > 0:
             return
-        self.check_free(cfg)
+        check_free(cfg)
         if step == 0:
             content = {"config": dataclasses.asdict(cfg), "environment": environment()}
             self.write_json("config.json", content)
-        if self.path("log.csv").exists():
-            rows = [row for row in read_csv(self.path("log.csv")) if int(row["step"]) <= step]
-            self.path("log.csv").unlink()
-            for row in rows:
-                self.log(row)
+        path = self.path("log.csv")
+        lines = [",".join(self.columns)]
+        for row in read_csv(path) if path.exists() else []:
+            if int(row["step"]) <= step:
+                lines.append(",".join(row.values()))
+        text = "".join(line + "\n" for line in lines)
+        replace_file(path, lambda temporary: temporary.write_text(text))
 
     def log(self, row):
         """Append a row to log.csv; absent columns stay empty."""
-        if rank() > 0:
-            return
-        path = self.path("log.csv")
-        new = not path.exists()
-        shown = {name: f"{v:.8g}" if isinstance(v, float) else v for name, v in row.items()}
-        try:
-            with open(path, "a", newline="") as file:
-                writer = csv.DictWriter(file, self.columns, restval="", lineterminator="\n")
-                if new:
-                    writer.writeheader()
-                writer.writerow(shown)
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror}") from error
+        cells = [row.get(column, "") for column in self.columns]
+        line = ",".join(f"{v:.8g}" if isinstance(v, float) else str(v) for v in cells)
+        if rank() == 0:
+            with disk_errors(self.path("log.csv")), open(self.path("log.csv"), "a") as file:
+                file.write(line + "\n")
 
     def write_json(self, name, content):
         if rank() == 0:
@@ -660,7 +664,8 @@ def run_arms(cfg, given, arms, baselines, first=()):
         raise UserError(f"--ablate {' '.join(sorted(unknown))}: no such arm; there are: all, "
                         + ", ".join(map(repr, arms)))
     folder = Path(cfg.out)
-    common = {name: v for name, v in given.items() if name not in ("ablate", "seeds", "jobs", "out")}
+    own = ("ablate", "seeds", "jobs", "out")
+    common = {name: value for name, value in given.items() if name not in own}
     wanted = [name for name in arms if "all" in cfg.ablate or name in cfg.ablate]
     commands = []
     for seed in cfg.seeds:
@@ -769,16 +774,17 @@ def paired_differences(found, baseline):
     table = {}
     for name, runs in found.items():
         for cell in runs[0]["cells"]:
-            pairs = [(run["cells"][cell], base[run["seed"]]) for run in runs if run["seed"] in base]
-            if (name, cell) == (baseline, first) or not pairs:
-                continue
-            metrics = [m for m in pairs[0][1] if m in pairs[0][0] and m != "images_per_second"]
-            gains = [{m: ours[m] - theirs[m] for m in metrics} for ours, theirs in pairs]
-            summary = mean_std(gains)
-            for metric in metrics:
-                positive = sum(gain[metric] > 0 for gain in gains)
-                summary[metric] += f" ({positive}/{len(gains)})"
-            table[f"{name}: {cell}"] = summary
+            gains = []
+            for run in runs:
+                theirs = base.get(run["seed"], {})
+                gains.append({metric: value - theirs[metric]
+                              for metric, value in run["cells"][cell].items() if metric in theirs})
+            gains = [gain for gain in gains if any(gain.values())]
+            if gains:
+                table[f"{name}: {cell}"] = summary = mean_std(gains)
+                for metric in summary:
+                    positive = sum(gain[metric] > 0 for gain in gains)
+                    summary[metric] += f" ({positive}/{len(gains)})"
     return table
 
 
@@ -1298,8 +1304,7 @@ class BertTokenizer:
         if words is not None:
             kept = set(BERT_SPECIALS)
             for word in split_words(" ".join(words)):
-                kept.add(word)
-                kept.update("##" + c for c in word)
+                kept.update([word], word, ("##" + c for c in word))
                 kept.update(self._tokens[i] for i in self._pieces(word))
             self._set_tokens([token for token in self._tokens if token in kept])
 
@@ -1447,7 +1452,7 @@ def random_crop_box(width, height, rng, scale, ratio):
 
 
 def resize_center_crop(source, size):
-    """uint8 (3, size, size): the shorter side to `size`, then the central square. For evaluation."""
+    """uint8 (3, size, size): shorter side to `size`, then the central square. For evaluation."""
     image = open_image(source)
     short = min(image.size)
     width, height = (size if side == short else int(size * side / short) for side in image.size)
@@ -1493,6 +1498,21 @@ def read_bytes(path, start=0, size=-1):
         raise BadSample("unreadable file") from error
 
 
+NOT_DOWNLOADED, HELD_BACK = "not downloaded", "in COCO's val or test"
+
+
+def files_below(root, endings):
+    """The files below a folder whose names end so, linked folders too, sorted within a folder."""
+    seen = set()
+    for folder, inside, names in os.walk(root, followlinks=True):
+        place = os.path.realpath(folder)
+        inside[:] = sorted(inside) if place not in seen else []  # a link may lead back up
+        for name in sorted(names) if place not in seen else []:
+            if name.lower().endswith(endings) and not name.startswith("."):
+                yield Path(folder, name)
+        seen.add(place)
+
+
 def is_held_out(path):
     """Whether a path says by itself that it is for validation or test."""
     return re.search(r"(^|[^a-z])(val|valid|validation|test)($|[^a-z])", str(path).lower())
@@ -1514,10 +1534,7 @@ class TarShards:
 
     def __init__(self, root):
         self.root = Path(root)
-        found = []
-        for folder, _, names in os.walk(root, followlinks=True):
-            found += [Path(folder, name) for name in names if not name.startswith(".")]
-        shards = sorted(path for path in found if path.name.endswith((".tar", ".tar.gz", ".tgz")))
+        shards = sorted(files_below(root, (".tar", ".tar.gz", ".tgz")))
         train = [path for path in shards if not is_held_out(path.relative_to(root))]
         self.shards = train or shards
         for path in self.shards:
@@ -1546,23 +1563,29 @@ class TarShards:
         return f"{shard.as_posix()}/{key}"
 
     def __getitem__(self, i):
+        captions = self.captions(i)
+        return self.read(self.rows[i], "image"), captions
+
+    def read(self, row, part):
+        start = int(row[part]) * tarfile.BLOCKSIZE
+        return read_bytes(self.shards[row["shard"]], start, int(row[f"{part}_size"]))
+
+    def captions(self, i):
         row = self.rows[i]
-        path = self.shards[row["shard"]]
-        text = read_bytes(path, int(row["caption"]) * tarfile.BLOCKSIZE, int(row["caption_size"]))
+        text = self.read(row, "caption")
         try:
             texts = json.loads(text).get("caption") if row["json"] else text.decode("utf-8-sig")
         except (ValueError, AttributeError, RecursionError) as error:
             raise BadSample("unreadable caption") from error
-        captions = clean_captions(texts)
-        image = read_bytes(path, int(row["image"]) * tarfile.BLOCKSIZE, int(row["image_size"]))
-        return image, captions
+        return clean_captions(texts)
 
     def _load_index(self):
         """Rows, all keys as one byte array, and the unusable samples, from the cache if it fits."""
         # With the time: tar pads its files, so that a rewritten shard often keeps its size, and
         # old offsets would then pair images with captions wrongly.
-        stats = [(str(path), path.stat()) for path in self.shards]
+        stats = [(str(path.relative_to(self.root)), path.stat()) for path in self.shards]
         state = str([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+        state += "keys end at the last dot"  # as an index of another rule must not be taken
         digest = hashlib.sha256(state.encode(errors="surrogateescape")).hexdigest()[:16]
         cache = self.root / f".index-{digest}.npz"
         with contextlib.suppress(Exception):  # absent, or damaged in any way: build it again
@@ -1637,13 +1660,19 @@ def scan_shard(path, bad):
             samples.append((key, image, caption, not places.get("txt")))
         elif None in places.values():
             cut_off += 1
-        else:
+        elif len(parts.get(first_dot(key), ())) < 2:  # else a mask 1.seg.png beside 1.jpg, 1.txt
             bad["without caption" if image else "without image"] += 1
     # a sound archive ends with blocks of zeros; how many samples lay behind damage is not known
     if not cut_off and (not rest or any(rest)):
         bad["in a damaged shard"] += 1
     bad["cut off"] += cut_off
     return samples
+
+
+def first_dot(name):
+    """The name of a tar's member up to the first dot of its last part."""
+    folder, slash, last = name.rpartition("/")
+    return folder + slash + last.partition(".")[0]
 
 
 class Listed:
@@ -1654,38 +1683,46 @@ class Listed:
     """
 
     def __init__(self, path):
-        self.path = Path(path)
+        self.path, folder = Path(path), Path(path).parent
         with open(path, "rb") as file:
             lengths = np.fromiter((len(line) for line in file), np.int64)
             file.seek(0)
             try:
-                header = json.loads(file.readline())
-                self.name, self.kind, sources = (header[n] for n in ("name", "kind", "made_from"))
+                head = json.loads(file.readline())
+                self.name, self.kind, self.notes = head["name"], head["kind"], head["notes"]
+                self.bad = collections.Counter(head["unusable"])
+                self.command = prepare_command(self.name, folder / head["root"], folder)
+                sources = [(folder / source["file"], source["size"], source["time"])
+                           for source in head["made_from"]]
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{path} is no list of data/prepare.py") from None
         self.starts = (np.cumsum(lengths) - lengths)[1:]
-        self.bad = collections.Counter(header["unusable"])
-        self.answers = header.get("answers")
-        for source in sources:
-            file = Path(source["file"])
+        self.answers = head.get("answers")
+        for file, *before in sources:
             stat = file.stat() if file.exists() else None
-            if stat and (stat.st_size, stat.st_mtime_ns) != (source["size"], source["time"]):
-                raise UserError(f"{file} has changed since {path} was made from it: {PREPARE} "
-                                f"{self.name} {file.parent} --out {self.path.parent}")
+            if stat and [stat.st_size, stat.st_mtime_ns] != before:
+                raise UserError(f"{file} has changed since {path} was made: {self.command}")
         if not len(self):
-            raise UserError(f"{path} lists no sample")
+            raise UserError(f"{path} lists no sample: {self.command}")
 
     def __len__(self):
         return len(self.starts)
 
     def __str__(self):
-        return str(self.path)
+        return "; ".join([str(self.path), *(f"{n:,} {what}" for what, n in self.notes.items())])
 
     def record(self, i):
         """What the list says of a sample, a dict."""
         with open(self.path, "rb") as file:
             file.seek(self.starts[i])
-            return json.loads(file.readline())
+            line = file.readline()
+        try:
+            return json.loads(line)
+        except ValueError:
+            raise UserError(f"{self.path}, line {i + 2}, is damaged: {self.command}") from None
+
+    def captions(self, i):
+        return self.record(i)["captions"]
 
     def key(self, i):
         return self.record(i)["key"]
@@ -1720,10 +1757,18 @@ class Mixture(ConcatDataset):
         self.bad = sum((part.bad for part in dict(zip(names, parts)).values()),
                        collections.Counter())
 
-    def key(self, i):
+    def place(self, i):
+        """(number of the part, index in it)."""
         part = bisect.bisect_right(self.cumulative_sizes, i)
-        start = self.cumulative_sizes[part - 1] if part else 0
-        return f"{self.names[part]}/{self.datasets[part].key(i - start)}"
+        return part, i - (self.cumulative_sizes[part - 1] if part else 0)
+
+    def key(self, i):
+        part, index = self.place(i)
+        return f"{self.names[part]}/{self.datasets[part].key(index)}"
+
+    def captions(self, i):
+        part, index = self.place(i)
+        return self.datasets[part].captions(index)
 
 
 class Subset(torch.utils.data.Subset):
@@ -1736,6 +1781,13 @@ class Subset(torch.utils.data.Subset):
 
     def key(self, i):
         return self.dataset.key(self.indices[i])
+
+    def captions(self, i):
+        return self.dataset.captions(self.indices[i])
+
+    def column(self, name):
+        values = self.dataset.column(name)
+        return [values[i] for i in self.indices]
 
     @property
     def question_kinds(self):
@@ -1768,9 +1820,8 @@ class ImageFolder:
                         if path.is_dir() and not path.name.startswith(".")})
         self.images = []
         for label, name in enumerate(names):
-            files = sorted(path for path in (folder / name).rglob("*") if path.is_file())
-            self.images += [(path, label) for path in files
-                            if path.name.lower().endswith(IMAGE_TYPES)]
+            files = files_below(folder / name, IMAGE_TYPES)
+            self.images += [(path, label) for path in files]
         if not self.images:
             raise UserError(f"no images in class folders of {folder}: one folder of images per "
                             "class is needed (see data/README.md)")
@@ -1804,14 +1855,14 @@ def imagenet_names(folders):
     return [known[folder] for folder in folders]
 
 
-# name -> torchvision class, its arguments for training (linear probe) and for testing
+# name -> torchvision class, the arguments of its parts for training (linear probe) and for testing
 TORCHVISION = {
-    "cifar10": ("CIFAR10", {"train": True}, {"train": False}),
-    "cifar100": ("CIFAR100", {"train": True}, {"train": False}),
-    "flowers102": ("Flowers102", {"split": "train"}, {"split": "test"}),
-    "food101": ("Food101", {"split": "train"}, {"split": "test"}),
-    "oxford_pets": ("OxfordIIITPet", {"split": "trainval"}, {"split": "test"}),
-    "stl10": ("STL10", {"split": "train"}, {"split": "test"}),
+    "cifar10": ("CIFAR10", [{"train": True}], [{"train": False}]),
+    "cifar100": ("CIFAR100", [{"train": True}], [{"train": False}]),
+    "flowers102": ("Flowers102", [{"split": "train"}, {"split": "val"}], [{"split": "test"}]),
+    "food101": ("Food101", [{"split": "train"}], [{"split": "test"}]),
+    "oxford_pets": ("OxfordIIITPet", [{"split": "trainval"}], [{"split": "test"}]),
+    "stl10": ("STL10", [{"split": "train"}], [{"split": "test"}]),
 }
 
 
@@ -1821,10 +1872,11 @@ class TorchvisionSet:
     kind, bad = "classes", collections.Counter()
 
     def __init__(self, name, root, split):
-        made, train, test = TORCHVISION[name]
-        arguments = train if split == "train" else test
+        (made, train, test), parts = TORCHVISION[name], []
         try:
-            self.data = getattr(import_torchvision().datasets, made)(str(root), **arguments)
+            make = getattr(import_torchvision().datasets, made)
+            for arguments in train if split == "train" else test:
+                parts.append(make(str(root), **arguments))
         except ImportError as error:
             raise UserError(f"{name} needs the package {error.name or error}") from None
         except (RuntimeError, OSError) as error:
@@ -1833,7 +1885,8 @@ class TorchvisionSet:
                 f"{name} cannot be read from {root} ({str(error).splitlines()[0]}); get it with: "
                 f"python -c \"import torchvision; torchvision.datasets.{made}('{root}'{words}, "
                 "download=True)\"") from None
-        self.classes = [text.replace("_", " ") for text in self.data.classes]
+        self.data = ConcatDataset(parts)
+        self.classes = [text.replace("_", " ") for text in parts[0].classes]
         self.templates = ["a photo of a {}."]
 
     def __len__(self):
@@ -1851,9 +1904,16 @@ class TorchvisionSet:
 
 # ------------------------------------------------------------------------- what a Config names
 
-PREPARE = "python data/prepare.py"
 PREPARED = ("coco", "flickr30k", "vg", "sbu", "nocaps", "vqav2")
 HELD_OUT = 5000  # at most; the last 1 % of a set without validation split
+
+
+def prepare_command(name, root, out=None):
+    """What makes the lists of a set: what is no known set is taken for a table as CC3M's."""
+    name = name if name in PREPARED else "cc3m"
+    root, out = os.path.normpath(root), os.path.normpath(out or root)
+    elsewhere = f" --out {shlex.quote(out)}" if out != root else ""
+    return f"run python data/prepare.py {name} {shlex.quote(root)}{elsewhere}"
 
 
 def data_folder(name, root):
@@ -1874,8 +1934,9 @@ def open_captions(name, root, split):
     root = data_folder(name, root)
     lists = {part: root / f"{part}.jsonl" for part in ("train", "val", "test")}
     lists = {part: path for part, path in lists.items() if path.is_file()}
-    if not lists and not any(root.rglob("*.tar")) and (name in PREPARED or any(root.glob("*.tsv"))):
-        raise UserError(f"{name} in {root} is not prepared yet: {PREPARE} {name} {root}")
+    official = name in PREPARED or any(root.glob("*.tsv"))
+    if official and not lists and not any(files_below(root, (".tar", ".tgz", ".tar.gz"))):
+        raise UserError(f"{name} in {root} is not prepared yet: {prepare_command(name, root)}")
 
     def open_split(part):
         if lists:
@@ -1901,7 +1962,7 @@ def parts_of(data):
     for part in data.split("+"):
         name, star, times = part.strip().partition("*")
         if not name or (star and not (times.isdecimal() and int(times) > 0)):
-            raise UserError(f"--data {data}: {part!r} is no NAME or NAME*2, a whole number of times")
+            raise UserError(f"--data {data}: {part!r} is no NAME, or NAME*2 (a whole number)")
         if name in names or (name == "emoji" and data != "emoji"):
             raise UserError(f"--data {data}: {name} cannot be mixed in (again)")
         names += [name] * int(times or 1)
@@ -1960,9 +2021,12 @@ def evaluation_sets(cfg, image_size, split):
         else:
             label = Path(name).name
             folder = training_folder(cfg, name) if name in parts else None
-            if os.sep in name:
+            if label != name or (Path(name).is_dir() and not (DATA / name).is_dir()):
                 folder = name
             found[label] = open_evaluation(label, folder, split)
+            if found[label] is None and folder == name and split == "test":
+                raise UserError(f"--eval-data {name} has no test split: a list test.jsonl, or "
+                                "shards in test/ (see data/README.md)")
     found = {name: data for name, data in found.items() if data is not None}
     if split == "val" and not found and cfg.data != "emoji":
         data = open_captions(parts[0], training_folder(cfg, parts[0]), "val")
@@ -1986,7 +2050,7 @@ def open_evaluation(name, root, split):
     root = data_folder(name, root)
     if name in TORCHVISION:
         return TorchvisionSet(name, root, split) if split != "val" else None
-    if name in PREPARED or any(root.glob("*.jsonl")) or any(root.rglob("*.tar")):
+    if name in PREPARED or any(root.glob("*.jsonl")) or any(files_below(root, ".tar")):
         return open_captions(name, root, split) if split != "train" else None
     if split == "val" and not ((root / "val").is_dir() and (root / "test").is_dir()):
         return None  # val/ serves as test
@@ -2003,7 +2067,7 @@ def question_set(cfg, image_size, split):
     root = data_folder(cfg.data, cfg.root)
     path = root / f"{split}.jsonl"
     if not path.is_file():
-        raise UserError(f"{cfg.data}: no {path}; to prepare it: {PREPARE} {cfg.data} {root}")
+        raise UserError(f"{cfg.data}: no {path}: {prepare_command('vqav2', root)}")
     data = Listed(path)
     if data.kind != "questions":
         raise UserError(f"{path} holds no questions")
@@ -2012,14 +2076,11 @@ def question_set(cfg, image_size, split):
 
 
 def number_of_captions(data, most=5):
-    """How many captions an image of a captioned set has, the most of any; at most `most`.
-
-    One reading of the captions, and of whole samples only where they are in shards.
-    """
+    """How many captions an image of a captioned set has, the most of any; at most `most`."""
     number = 1
     for i in range(len(data)):
         with contextlib.suppress(BadSample):
-            number = max(number, len(data[i][1]))
+            number = max(number, len(data.captions(i)))
         if number >= most:
             return most
     return number
@@ -2034,7 +2095,7 @@ def loader_workers(cfg):
 
 
 def example_images(sets, image_size, count, resize=resize_center_crop):
-    """(up to count, 3, S, S) uint8 and a caption each, from the first captioned set; None without."""
+    """(up to count, 3, S, S) uint8 and a caption each, of the first captioned set; else None."""
     for data in sets.values():
         images, captions = [], []
         for i in range(len(data) if data.kind == "captions" else 0):
@@ -2052,7 +2113,23 @@ def example_images(sets, image_size, count, resize=resize_center_crop):
 # -------------------------------------------------------------------------------------- loading
 
 
-class TrainSamples(Dataset):
+class Samples(Dataset):
+    """A data set from which a whole batch is fetched at once, or a UserError in its place.
+
+    Raised in a worker process, the error would come back as the text of a traceback.
+    """
+
+    def __getitems__(self, places):
+        try:
+            return [self[place] for place in places]
+        except UserError as error:
+            return error
+
+    def __len__(self):
+        return len(self.data)
+
+
+class TrainSamples(Samples):
     """samples[(epoch, index)] -> image uint8 (3, S, S), tokens (context,), 1 if replaced, else 0.
 
     The crop and the choice among several captions depend on (seed, epoch, index) alone, not on
@@ -2064,9 +2141,6 @@ class TrainSamples(Dataset):
     def __init__(self, data, tokenizer, image_size, crop_scale, seed, augment=None):
         self.data, self.tokenizer, self.seed = data, tokenizer, seed
         self.image_size, self.crop_scale, self.augment = image_size, crop_scale, augment
-
-    def __len__(self):
-        return len(self.data)
 
     def __getitem__(self, place):
         return self.draw(place)[:3]
@@ -2128,14 +2202,11 @@ class StepSampler(Sampler):
             yield [(epoch, index) for index in batch[rank()::world_size()].tolist()]
 
 
-class EvalSamples(Dataset):
+class EvalSamples(Samples):
     """samples[i] -> (image uint8 (3, S, S), i, target), or None when it cannot be used."""
 
     def __init__(self, data, image_size, resize):
         self.data, self.image_size, self.resize = data, image_size, resize
-
-    def __len__(self):
-        return len(self.data)
 
     def __getitem__(self, i):
         try:
@@ -2145,36 +2216,15 @@ class EvalSamples(Dataset):
             return None
 
 
-class Fetch(Dataset):
-    """A data set whose UserError comes out as an item: a worker process would bury it in text."""
+class Loader(DataLoader):
+    """A DataLoader that raises the UserErrors of its workers and leaves out empty batches."""
 
-    def __init__(self, samples):
-        self.samples = samples
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, place):
-        try:
-            return self.samples[place]
-        except UserError as error:
-            return error
-
-
-def load(samples, collate, workers, **options):
-    """A DataLoader's batches; UserErrors of workers are raised here, empty batches left out."""
-    loader = DataLoader(Fetch(samples), num_workers=workers, worker_init_fn=ignore_ctrl_c,
-                        collate_fn=functools.partial(collate_or_pass, collate), **options)
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        if len(batch[0]):
-            yield batch
-
-
-def collate_or_pass(collate, batch):
-    errors = [item for item in batch if isinstance(item, UserError)]
-    return errors[0] if errors else collate(batch)
+    def __iter__(self):
+        for batch in super().__iter__():
+            if isinstance(batch, UserError):
+                raise batch
+            if len(batch[0]):
+                yield batch
 
 
 def train_loader(samples, sampler, workers, device):
@@ -2182,8 +2232,9 @@ def train_loader(samples, sampler, workers, device):
 
     What `samples` returns beyond these three follows, stacked.
     """
-    return load(samples, collate_train, workers, batch_sampler=sampler,
-                pin_memory=device.type == "cuda", persistent_workers=workers > 0)
+    return Loader(samples, batch_sampler=sampler, num_workers=workers, collate_fn=collate_train,
+                  worker_init_fn=ignore_ctrl_c, pin_memory=torch.device(device).type == "cuda",
+                  persistent_workers=workers > 0)
 
 
 def eval_loader(data, image_size, batch_size, workers, resize=resize_center_crop):
@@ -2192,7 +2243,8 @@ def eval_loader(data, image_size, batch_size, workers, resize=resize_center_crop
     Unusable samples are left out: the evaluation sees which indices are missing.
     """
     samples = EvalSamples(data, image_size, resize)
-    return load(samples, collate_eval, workers, batch_size=batch_size)
+    return Loader(samples, batch_size=batch_size, num_workers=workers, collate_fn=collate_eval,
+                  worker_init_fn=ignore_ctrl_c)
 
 
 def ignore_ctrl_c(worker):
@@ -2201,12 +2253,16 @@ def ignore_ctrl_c(worker):
 
 
 def collate_train(batch):
+    if isinstance(batch, UserError):
+        return batch
     images, tokens, bad, *more = zip(*batch)
     tokens = trim_padding(torch.stack(tokens))
     return torch.stack(images), tokens, sum(bad), *map(torch.stack, more)
 
 
 def collate_eval(batch):
+    if isinstance(batch, UserError):
+        return batch
     good = [sample for sample in batch if sample is not None]
     if not good:
         return (), (), ()
@@ -2227,10 +2283,10 @@ def trim_padding(tokens, multiple=16):
 def check_bad(bad, seen, where):
     """Report unusable samples in one line. UserError when they are more than 10 % of those seen.
 
-    bad: Counter by reason. Images no longer on the web ("not downloaded") are only reported.
+    bad: Counter by reason. What the web no longer has, or is left out on purpose, is only reported.
     """
     reasons = +bad
-    lost = reasons["not downloaded"]
+    lost = reasons[NOT_DOWNLOADED] + reasons[HELD_BACK]
     count = sum(reasons.values())
     if not count:
         return

@@ -1,287 +1,273 @@
 """DLIP: Distilling Language-Image Pre-training
-Kuang, Wu, Zheng, Li, Xiao, Wang, Zheng, Ji, 2023, https://arxiv.org/abs/2308.12956. No official code was released.
+Kuang, Wu, Zheng, Li, Xiao, Wang, Zheng, Ji, 2023, https://arxiv.org/abs/2308.12956. No official
+code.
 
-A BLIP (Li et al. 2022, https://arxiv.org/abs/2201.12086, whose code is public, [BLIP] below), the teacher, is distilled
-in pre-training into one of 22 % of its parameters, which still retrieves, captions and answers questions. Both are an
-image encoder (ViT) and ONE text network that runs in three modes: "text" (unimodal, for ITC), "multimodal" (attends to
-the image, for ITM and for questions) and "decoder" (causal, attends to the image, for captions and answers). The modes
-share all but self-attention. To BLIP's three losses DLIP adds two, on the same pairs: the student's representations
-point where the teacher's do (L_HR), and its last layers attend where the teacher's attend (L_AT).
+A BLIP (Li et al. 2022, https://arxiv.org/abs/2201.12086, whose code is public, [BLIP] below), the
+teacher, is distilled in pre-training into one of 22 % of its parameters, which still retrieves,
+captions and answers questions. Both are an image encoder (ViT) and a text network in three modes:
+unimodal encoder (for ITC), image-grounded encoder (for ITM and for questions), image-grounded
+decoder (for captions and answers); the modes share all but self-attention. To BLIP's three losses
+DLIP adds two, on the same pairs: the student's representations point where the teacher's do (L_HR),
+and its last layers attend where the teacher's attend (L_AT).
 
-    python dlip.py                                           # emoji scenes: distil, fine-tune for three tasks, evaluate
-    torchrun --nproc_per_node=8 dlip.py --stage distil --data 'coco*5+vg*8+cc3m+sbu' --teacher model_base_14M.pth
-    python dlip.py --stage finetune --data vqav2 --init runs/dlip/distil/blip.pt
-    python dlip.py --stage evaluate --task retrieval --data coco --init model_base_retrieval_coco.pth
-    python dlip.py --profile                                 # parameters, MACs, latency beside the paper's Table 1
-    python dlip.py --ablate all                              # beside the paper's ablations, emoji scenes
+    python dlip.py                               # emoji scenes: distil, fine-tune, evaluate
+    python dlip.py --ablate vlp dlip --jobs 2    # beside the paper's ablations, emoji scenes
+    python dlip.py --profile                     # parameters, MACs, latency beside Table 1
+    torchrun --nproc_per_node=8 dlip.py --stage distil --data 'coco*5+vg*8+cc3m+sbu' \\
+        --teacher model_base_14M.pth
+    python dlip.py --stage finetune --data vqav2 --init runs/dlip-coco/distil/blip.pt
+    python dlip.py --stage evaluate --task retrieval --data coco --init model_base_retrieval.pth
 
-Measured on the emoji scenes, 54,000 samples of pre-training, 3 seeds, 2 CPU cores, torch 2.13.0 (README has the table
-and the commands): TR@1 20.7 ± 1.5, IR@1 14.9 ± 0.9, CIDEr 147 ± 6, against 0.6 ± 0.4, 1.7 ± 0.8, 107 ± 9 for the same
-student without distillation, and 23.7 ± 1.2, 16.2 ± 0.9, 160 ± 2 for the teacher, which saw 200,000 samples. Not run at
-the paper's scale, nor on a GPU.
+The stages leave a run folder each below --out: distil/, then retrieval/, caption/, vqa/ of the
+student and teacher-retrieval/ ... of the teacher; each has blip.pt, the model alone. What is done
+is not done again.
+
+Measured on the emoji scenes, 54,000 samples of pre-training, 3 seeds, 2 CPU cores, torch 2.13.0
+(README has the table, the commands and the commit): TR@1 20.7 ± 1.5, IR@1 14.9 ± 0.9, CIDEr 147 ±
+6, against 0.6 ± 0.4, 1.7 ± 0.8, 107 ± 9 for the same student without distillation, and 23.7 ± 1.2,
+16.2 ± 0.9, 160 ± 2 for the teacher, which saw 200,000 samples. Not run at the paper's scale.
+
+From the paper: the sizes of its Table 1; all weights 1; distillation in pre-training only; L_HR of
+image, text, fusion encoder and decoder, the text's from the last layer; L_AT of the last layers'
+self- and cross-attention as KL; learning rate 5e-4 times 0.85 an epoch, 20 epochs.
 
 Assumptions, where the public text is silent. Each is ours, not the paper's:
-  A1  L_HR is the mean of 1 - cosine at the CLS of image and text, at [ENC] and at [DEC], each after the ITC projection
-      of its own model; the teacher's is frozen, since a learned one could collapse (--hr, --lambda-hr). [DEC] comes
-      first in a causal decoder: VL_D sees the image and no word.
-  A2  L_AT compares the last layers: the sum of self-attention of fusion encoder and decoder, and cross-attention of
-      the fusion encoder; padded queries are left out (--attn, --attn-form, --lambda-at). L_HR and L_AT see matching
+  A1  L_HR is the mean of 1 - cosine at the CLS of image and text, at [ENC] and at [DEC], each after
+      the ITC projection of its own model; the teacher's is frozen, since a learned one could
+      collapse (--hr, --lambda-hr). [DEC] comes first in a causal decoder: VL_D sees the image and
+      no word.
+  A2  L_AT is the sum over self-attention of fusion encoder and decoder, and cross-attention of the
+      fusion encoder; padded queries are left out (--attn, --lambda-at). L_HR and L_AT see matching
       pairs only.
-  A3  Distillation of ITC and LM logits is not in the paper's equations: --kd-itc and --kd-lm, off.
-  A4  ITC's keys are the momentum features of all processes' batches and the queue; BLIP has its own process's and the
-      queue. The momentum encoders run without dropout. ITM's negatives come from the process's own batch, as in BLIP's
-      pre-training, drawn by the similarity to momentum features without BLIP's addition of 1e-4; in fine-tuning for
-      retrieval the pairs of one image, in the queue too, are positives of each other.
-      BLIP's fine-tuning draws by online features, and on COCO from all processes.
-  A5  Weight decay on tensors of two and more dimensions. An epoch shows every image once, with one of its captions
-      drawn, or every question, with one of its answers; BLIP counts captions, hence coco*5. The last epoch is
-      evaluated (best.pt is the best on validation; BLIP takes that for retrieval and captions).
-  A6  In the answer decoder a padded question is masked, as BLIP does in training and ranking. LM loss and ranking of
-      answers have label smoothing 0.1, as in BLIP's code. Beam search is transformers 5's: mean log-probability of the
-      new tokens (BLIP's version divided by the length with the prompt).
-  A7  Encoder and decoder are tied in pre-training only; for VQA they are two networks, as in BLIP's code. Where image
-      and text widths differ, the keys and values of the answer decoder's cross-attention start afresh.
-  A8  VQA is trained on VQAv2's train split at 384 px, so that val can measure it; BLIP adds val and Visual Genome's
-      questions, at 480 px. Validation takes the first 5,000 questions. Position embeddings are resized without
-      antialiasing. LayerNorm's ε is 1e-6 in the ViT; text dropout is 0.1 for large data. BLIP's VQA fine-tuning has
-      drop path 0.1 in the ViT: left out.
-  A9  Sizes, schedules and fine-tuning of the emoji run are ours. Its fine-tuning captions are never wrong, as COCO's
-      are cleaner than the web's. The temperature starts at 0.07, and Adam's steps do not shrink with it: at the emoji
-      run's learning rate it would collapse within a hundred steps, so it has a share of that rate (--temp-lr).
+  A3  ITC's keys are the momentum features of all processes' batches and the queue; BLIP has its own
+      process's and the queue. The momentum encoders run without dropout.
+  A4  ITM's negatives come from the process's own batch, as in BLIP's pre-training, drawn by the
+      similarity to momentum features plus BLIP's floor of 1e-4. In fine-tuning for retrieval the
+      pairs of one image, in the queue too, are positives of each other. BLIP's fine-tuning draws by
+      online features, and on COCO from all processes.
+  A5  Weight decay on tensors of two and more dimensions. An epoch shows every image once, with one
+      of its captions drawn, or every question, with one of its answers; BLIP counts captions, hence
+      coco*5. The last epoch is evaluated (best.pt is the best on validation, which BLIP takes for
+      retrieval and captions).
+  A6  In the answer decoder a padded question is masked, as BLIP does in training and ranking.
+  A7  Encoder and decoder are tied in pre-training only; for VQA they are two networks, as in BLIP's
+      code. Where image and text widths differ, the keys and values of the answer decoder's
+      cross-attention start afresh.
+  A8  VQA is trained on VQAv2's train split at 384 px, so that val can measure it; BLIP adds val and
+      Visual Genome's questions, at 480 px. Validation takes the first 5,000 questions. BLIP's VQA
+      fine-tuning has drop path 0.1 in the ViT: left out.
+  A9  Sizes, schedules and fine-tuning of the emoji run are ours. Its fine-tuning captions are never
+      wrong, as COCO's are cleaner than the web's.
 """
 
 import copy
-import itertools
 import math
 import re
+import sys
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, fields, replace
-from functools import cache, cached_property, partial
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import common
-from common import (
-    BELOW_ONE,
-    NOT_NEGATIVE,
-    POSITIVE,
-    POSITIVE_SHARE,
-    SHARE,
-    Run,
-    UserError,
-    average_gradients,
-    gather,
-    option,
-    rank,
-    world_size,
-)
+from common import UserError, average_gradients, gather, option, rank, world_size
 
 # Letters in shape comments: B images or texts (in the losses: b of this process against the B of
-# all), N tokens, M tokens attended to, D width, E width of the joint embedding, Q length of a queue,
-# H heads, V vocabulary, R rows of the decoder (B, or several beams or answers to each of B), P
-# tokens of the prompt with [DEC], L of the longest text; K beams; A answers to choose from.
+# all), N tokens, M tokens attended to, D width, E width of the joint embedding, Q length of a
+# queue, H heads, V vocabulary, K beams, R rows of the decoder (B, or several an image), P tokens
+# of the prompt with [DEC], L of the longest text, A answers to choose from.
 
-# --------------------------------------------------------------------------------------------------------------- config
+# -------------------------------------------------------------------------------------- config
 
 TASKS = ("retrieval", "caption", "vqa")
 HR_PARTS = ("img", "text", "vl_e", "vl_d")
-# the parts of a checkpoint that a task cannot do without, the metrics the paper compares, those our tables show
-NEEDED = {"retrieval": ("encoder", "itc", "itm"), "caption": ("decoder",), "vqa": ("encoder", "decoder")}
-COMPARED = {"i2t_r1": "TR@1", "t2i_r1": "IR@1", "cider": "CIDEr", "vqa_accuracy": "VQA"}
-SHOWN = ("i2t_r1", "t2i_r1", "itc_i2t_r1", "itc_t2i_r1", "bleu4", "cider", "vqa_accuracy")
+# what the weights that a task cannot do without begin with
+NEEDED = {"retrieval": ("text_encoder.", "vision_proj.", "text_proj.", "itm_head."),
+          "caption": ("text_decoder.",), "vqa": ("text_encoder.", "text_decoder.")}
 
 
 @dataclass
 class Config:
-    stage: str = option("all", "all (emoji): distil, fine-tune, evaluate in turn, where optimisation flags are those "
-                       "of distil; or one of them alone (other data: distil)", section="run",
-                        allowed=["all", "teacher", "distil", "finetune", "evaluate"])
-    task: tuple[str, ...] = option(TASKS, "what to fine-tune for and to evaluate, of what the data has")
-    data: str = option("emoji", "emoji, coco, flickr30k, vg, sbu, cc3m, vqav2, nocaps, or any name with --root FOLDER "
-                       "of tar shards; several corpora as coco*2+vg+sbu; picks preset and recipe")
+    stage: str = option("all", "all (emoji only): distil, fine-tune and evaluate in turn, where "
+                        "optimisation flags are those of distil; or one of them",
+                        ["all", "teacher", "distil", "finetune", "evaluate"], section="run")
+    task: tuple[str, ...] = option(TASKS, "what to fine-tune for and to evaluate")
+    data: str = option("emoji", "emoji, coco, flickr30k, vg, sbu, cc3m, vqav2, nocaps, or any name "
+                       "with --root FOLDER of tar shards; several as coco*2+vg; picks the recipe")
     root: str | None = option(None, "folder of the data (default data/NAME)")
     keep: str | None = option(None, "train on these samples only: a file of keys, one a line")
-    teacher: str | None = option(None, "teacher: a BLIP checkpoint, ours or a published one (default for emoji: "
+    teacher: str | None = option(None, "a BLIP checkpoint, ours or a published one (emoji: "
                                  "data/teacher_blip.pt)")
-    init: str | None = option(None, "--stage finetune and evaluate: start from this BLIP checkpoint")
-    out: str | None = option(None, "run folder (default runs/METHOD-DATA, with --init runs/STAGE-DATA, numbered)")
+    with_teacher: bool = option(True, "--stage all: fine-tune and evaluate the teacher as well")
+    init: str | None = option(None, "fine-tune or evaluate this BLIP checkpoint")
+    out: str | None = option(None, "run folder (default runs/METHOD-DATA, numbered when taken)")
     resume: bool = option(False, "go on from the last checkpoint in --out")
-    eval_data: tuple[str, ...] = option((), "evaluation sets (default: those that belong to --data)")
-    eval_root: str | None = option(None, "folder of the evaluation set (default data/NAME); of several: FOLDER/NAME")
-    ablate: tuple[str, ...] = option((), "train these arms of the ablation (names in quotes, or all) and tabulate them")
+    eval_data: tuple[str, ...] = option((), "evaluation sets, names or folders (default: those "
+                                        "that belong to --data)")
+    ablate: tuple[str, ...] = option((), "train these arms of the ablation (names in quotes, or "
+                                     "all) and tabulate them")
     seeds: tuple[int, ...] = option((0, 1, 2), "seeds of the ablation")
+    jobs: int = option(1, "runs of the ablation at a time: one a core, or one a GPU")
     profile: bool = option(False, "print parameters, MACs and latency of every size, and stop")
-    seed: int = option(0, "seed of weights, data order and augmentation", NOT_NEGATIVE)
-    device: str = option("auto", "auto, cuda, mps or cpu")
-    workers: int = option(-1, "loader processes (-1: none for emoji, else up to 8 per training process)")
-    log_every: int = option(20, "steps between rows of log.csv", POSITIVE)
-    save_every: int = option(500, "steps between checkpoints (one is also saved after every evaluation)", POSITIVE)
+    seed: int = option(0, "seed of weights, data order and augmentation")
+    device: str = option("auto", "where to run", ["auto", "cuda", "mps", "cpu"])
+    workers: int = option(-1, "loader processes (-1: none for emoji, else up to 8 a process)")
+    log_every: int = option(20, "steps between rows of log.csv")
 
-    method: str = option("dlip", "blip: no teacher, no distillation", ["dlip", "blip"], section="method")
+    method: str = option("dlip", "blip: no teacher, no distillation", ["dlip", "blip"],
+                         section="method")
     vlp: bool = option(True, "BLIP's own losses, ITC + ITM + LM, in pre-training")
     hr: tuple[str, ...] = option(HR_PARTS, "representations to distil: img text vl_e vl_d, or none")
-    attn: tuple[str, ...] = option(("self", "cross"), "attention maps to distil: self cross, or none")
-    lambda_hr: float = option(1.0, "weight of L_HR", NOT_NEGATIVE)
-    lambda_at: float = option(1.0, "weight of L_AT", NOT_NEGATIVE)
-    attn_form: str = option("kl", "kl: KL(teacher map || student map); double-softmax: of softmax(map / 0.05)",
-                            ["kl", "double-softmax"])
-    kd_itc: float = option(0.0, "weight of the KL between the in-batch similarities of teacher and student",
-                           NOT_NEGATIVE)
-    kd_lm: float = option(0.0, "weight of the KL between the next-token distributions of teacher and student",
-                          NOT_NEGATIVE)
-    queue_size: int = option(512, "Q, momentum features kept as further keys of ITC", NOT_NEGATIVE)
-    momentum: float = option(0.99, "m of the momentum encoders, per step", SHARE)
-    alpha: float = option(0.4, "share of the momentum similarities in the targets of ITC", SHARE)
-    alpha_ramp: float = option(2.0, "epochs over which that share rises from 0", NOT_NEGATIVE)
+    attn: tuple[str, ...] = option(("self", "cross"), "attention to distil: self cross, or none")
+    lambda_hr: float = option(1.0, "weight of L_HR")
+    lambda_at: float = option(1.0, "weight of L_AT")
+    queue_size: int = option(512, "Q, momentum features kept as further keys of ITC", (0, 10 ** 7))
+    momentum: float = option(0.99, "m of the momentum encoders, per step", (0, 1))
+    alpha: float = option(0.4, "share of the momentum similarities in ITC's targets", (0, 1))
+    alpha_ramp: float = option(2.0, "epochs over which that share rises from 0")
 
-    preset: str = option("demo", "which table of sizes --vit and --bert choose from", ["demo", "paper"],
-                         section="model")
+    preset: str = option("demo", "table of sizes that --vit and --bert choose from",
+                         ["demo", "paper"], section="model")
     vit: str = option("small", "size of the image encoder", ["tiny", "small", "middle", "base"])
     bert: str = option("small", "size of the text network", ["tiny", "small", "middle", "base"])
-    fusion_layers: int = option(0, "cross-attention in the top k layers of the text network only (0: in all)",
-                                NOT_NEGATIVE)
-    image_size: int = option(40, "image side in pixels", POSITIVE)
-    context_length: int = option(24, "tokens of a text, first and [SEP] included", POSITIVE)
-    embed_dim: int = option(64, "width E of the joint embedding (the teacher's, if there is one)", POSITIVE)
-    dropout: float = option(0.0, "dropout in the text network", BELOW_ONE)
-    vision_init: str | None = option(None, "start the image encoder from this ImageNet ViT (timm, DeiT, torchvision)")
+    fusion_layers: int | None = option(None, "cross-attention in the top k layers of the text "
+                                       "network only (default: in all)")
+    image_size: int = option(40, "image side in pixels")
+    vision_init: str | None = option(None, "start from this ImageNet ViT (timm, DeiT, torchvision)")
     text_init: str | None = option(None, "start the text network from this BERT")
-    pixel_stats: str = option("clip", "mean and std that normalise the pixels", ["imagenet", "clip"])
 
-    epochs: float = option(6.0, "passes over the training set", POSITIVE, section="optimisation")
-    batch_size: int = option(64, "pairs per step, over all processes", POSITIVE)
-    lr: float = option(4e-3, "peak learning rate", POSITIVE)
-    small_lr: float = option(5.0, "factor of --lr, given or not, in fine-tuning a small or tiny text network (the "
-                             "paper's, for retrieval)", POSITIVE)
-    temp_lr: float = option(0.2, "learning rate of ITC's temperature, as a share of the others'", NOT_NEGATIVE)
-    lr_start: float = option(1e-6, "learning rate at the first step")
-    lr_end: float = option(1e-5, "learning rate that the schedule does not go below")
-    warmup_steps: int = option(100, "steps of linear warm-up", NOT_NEGATIVE)
-    schedule: str = option("cosine", "step: multiplied by --lr-decay after every epoch", ["cosine", "step"])
-    lr_decay: float = option(0.85, "factor of --schedule step", POSITIVE_SHARE)
-    weight_decay: float = option(0.05, "AdamW weight decay, not on vectors", NOT_NEGATIVE)
-    beta2: float = option(0.999, "AdamW β₂ (β₁ is 0.9)", BELOW_ONE)
-    adam_eps: float = option(1e-8, "AdamW ε", POSITIVE)
-    crop_scale: float = option(0.8, "smallest area of the random crop, as a share of the image", POSITIVE_SHARE)
-    flip: bool = option(False, "mirror half of the training images; not with captions that tell left from right")
-    randaugment: int = option(0, "magnitude of RandAugment's two operations, without those that change colours (0: "
-                              "none)", NOT_NEGATIVE)
-    precision: str = option("auto", "auto: bf16 autocast on CUDA, fp32 elsewhere; fp16 uses a GradScaler",
-                            ["auto", "fp32", "bf16", "fp16"])
+    epochs: float = option(6.0, "passes over the training set", section="optimisation")
+    batch_size: int = option(64, "pairs per step, over all processes", (2, 10 ** 6))
+    lr: float | None = option(None, "peak learning rate (default: by stage, task, size; printed)")
+    warmup_steps: int = option(100, "steps of linear warm-up, at most a fifth of all", (0, 10 ** 7))
+    weight_decay: float = option(0.05, "AdamW weight decay, not on vectors")
+    precision: str = option("auto", "auto: bf16 autocast on CUDA, fp32 elsewhere; fp16 uses a "
+                            "GradScaler", ["auto", "fp32", "bf16", "fp16"])
     compile: bool = option(False, "torch.compile the image encoders")
-    grad_checkpoint: bool = option(False, "recompute each image block in the backward pass to save memory")
+    grad_checkpoint: bool = option(False, "recompute image blocks in the backward pass")
 
-    rerank_k: int = option(16, "candidates that ITC hands to ITM", POSITIVE, section="evaluation")
-    num_beams: int = option(3, "beams of captioning (1: greedy)", POSITIVE)
-    min_length: int = option(5, "shortest caption in tokens, [DEC] and prompt included", NOT_NEGATIVE)
-    max_length: int = option(20, "longest caption in tokens, [DEC] and prompt included", POSITIVE)
-    repetition_penalty: float = option(1.0, "penalty of tokens used before in a caption", POSITIVE)
-    prompt: str = option("a picture of ", "what every caption begins with, in fine-tuning and generation")
-    answer_k: int = option(16, "answers of the list that are scored in full, chosen by their first token", POSITIVE)
-    vqa: str = option("rank", "rank: choose from the list of answers; generate: write the answer", ["rank", "generate"])
+    rerank_k: int = option(16, "candidates that ITC hands to ITM", section="evaluation")
+    num_beams: int = option(3, "beams of captioning (1: greedy)")
+    prompt: str = option("a picture of ", "what every caption begins with, after pre-training")
+    answer_k: int = option(16, "answers that are scored whole, chosen by their first token")
 
-    scenes: int = option(9000, "training scenes", POSITIVE, section="emoji scenes (--data emoji)")
-    concepts: int = option(50, "how many concepts are drawn", POSITIVE)
-    difficulty: str = option("easy", "objects, sizes and backgrounds", ["easy", "medium", "hard"])
-    noise: float = option(0.2, "share of training scenes with another scene's caption, in pre-training", SHARE)
-    long_tail: float = option(0.0, "exponent z of concept frequencies 1 / rank^z", NOT_NEGATIVE)
-    duplicates: float = option(0.0, "share of training scenes that nearly repeat another", SHARE)
+    scenes: int = option(9000, "training scenes", section="emoji scenes (--data emoji)")
+    concepts: int = option(50, "how many concepts are drawn")
+    difficulty: str = option("easy", "objects, sizes, backgrounds", ["easy", "medium", "hard"])
+    noise: float = option(0.2, "share of scenes with another's caption, in pre-training", (0, 1))
 
 
-# By stage, or by task in fine-tuning. Large data: the paper's recipe, and BLIP's where the paper is silent.
-PAPER = dict(preset="paper", image_size=224, context_length=30, embed_dim=256, dropout=0.1, queue_size=57600,
-             momentum=0.995, crop_scale=0.2, flip=True, randaugment=5, log_every=50, temp_lr=1.0, lr_end=0.0,
-             rerank_k=256, answer_k=128)
-PRETRAIN = {**PAPER, "epochs": 20, "batch_size": 1152, "lr": 5e-4, "warmup_steps": 3000, "schedule": "step",
-            "weight_decay": 0.02}
-FINETUNE = {**PAPER, "image_size": 384, "batch_size": 256, "lr": 1e-5, "warmup_steps": 0, "crop_scale": 0.5}
+# By stage, or by task in fine-tuning. For large data the paper's, and BLIP's where it is silent.
+PAPER = dict(preset="paper", image_size=224, queue_size=57600, momentum=0.995,  # [BLIP]
+             log_every=50, rerank_k=256, answer_k=128)  # [BLIP]; Flickr30k: 128 candidates
+PRETRAIN = {**PAPER, "epochs": 20, "batch_size": 1152, "warmup_steps": 3000,
+            "weight_decay": 0.02}  # [paper] [near] [BLIP] [paper]
+FINETUNE = {**PAPER, "image_size": 384, "batch_size": 256, "warmup_steps": 0}  # [BLIP]
 LARGE = {
     "distil": PRETRAIN,
-    "teacher": {**PRETRAIN, "vit": "base", "bert": "base", "weight_decay": 0.05},
-    "retrieval": {**FINETUNE, "epochs": 30, "alpha_ramp": 5.0, "context_length": 35},  # 6 over images x 5 captions (A5)
-    "caption": {**FINETUNE, "epochs": 25, "small_lr": 1.0, "context_length": 40},  # 5 over images x 5 captions
-    "vqa": {**FINETUNE, "epochs": 10, "small_lr": 1.0, "lr": 2e-5, "context_length": 35},
+    "teacher": {**PRETRAIN, "vit": "base", "bert": "base", "weight_decay": 0.05},  # [BLIP]
+    "retrieval": {**FINETUNE, "epochs": 30, "alpha_ramp": 5.0},  # [BLIP] 6 over images x 5 captions
+    "caption": {**FINETUNE, "epochs": 25},  # [BLIP] 5 over images x 5 captions
+    "vqa": {**FINETUNE, "epochs": 10},  # [BLIP]
 }
-SHORT = dict(lr=4e-4, warmup_steps=20, epochs=1.0, noise=0.0, alpha_ramp=0.0)
+SHORT = dict(warmup_steps=20, epochs=1.0, noise=0.0, alpha_ramp=0.0)  # [choice], as all of EMOJI
 EMOJI = {
     "distil": {},
-    "teacher": dict(vit="base", bert="base", scenes=40000, epochs=5.0, lr=1e-3, temp_lr=0.07, warmup_steps=300,
-                    seed=1000),
+    "teacher": dict(vit="base", bert="base", scenes=40000, epochs=5.0, warmup_steps=300, seed=1000),
     "retrieval": SHORT,
     "caption": SHORT,
-    "vqa": {**SHORT, "epochs": 0.5, "lr": 1e-3, "small_lr": 1.0},
+    "vqa": {**SHORT, "epochs": 0.5},
 }
+# Peak learning rates of a middle or base text network, and of a small or tiny one.
+LARGE_LR = {"distil": (5e-4, 5e-4), "teacher": (5e-4, 5e-4), "retrieval": (1e-5, 5e-5),  # [paper]
+            "caption": (1e-5, 1e-5), "vqa": (2e-5, 2e-5)}  # [BLIP]
+EMOJI_LR = {"distil": (4e-3, 4e-3), "teacher": (1e-3, 1e-3), "retrieval": (4e-4, 2e-3),  # [choice]
+            "caption": (4e-4, 2e-3), "vqa": (1e-3, 1e-3)}
+LARGE_LENGTH = {"distil": 30, "teacher": 30, "retrieval": 35, "caption": 40, "vqa": 35}  # [BLIP]
 
 
-# Where --stage finetune and evaluate go on in a run, flags given must not contradict these. Others are their own.
-DISTILLED = {"data", "method", "teacher", "preset", "vit", "bert", "fusion_layers", "embed_dim", "vision_init",
-             "text_init", "pixel_stats", "concepts"}
+def part_of(cfg):
+    """The stage, or in fine-tuning the task: what recipes are chosen by."""
+    return cfg.task[0] if cfg.stage in ("finetune", "evaluate") else cfg.stage
 
 
 def recipe(data, part):
     """Config fields of a stage, or of a task's fine-tuning."""
-    fields = (EMOJI if data == "emoji" else LARGE)[part]
-    return {**fields, "rerank_k": 128} if data == "flickr30k" else fields
+    values = EMOJI[part] if data == "emoji" else LARGE[part]
+    return {**values, "rerank_k": 128} if data == "flickr30k" else values
+
+
+def text_length(cfg):
+    """Tokens of a text, first and [SEP] included."""
+    return 24 if cfg.data == "emoji" else LARGE_LENGTH[part_of(cfg)]
+
+
+def crop_scale(cfg):
+    """Least and largest area of the random crop, as a share of the image [BLIP]."""
+    if cfg.data == "emoji":
+        return 0.8, 1.0
+    return (0.5 if cfg.stage == "finetune" else 0.2), 1.0
 
 
 def configure(argv=None):
-    """(Config, the flags given): defaults <- recipe of --data and --stage <- run in use <- flags given."""
+    """(Config, the flags given)"""
     given = common.parse_command_line(Config, __doc__, argv)
-    data, emoji = given.get("data", "emoji"), given.get("data", "emoji") == "emoji"
-    stage = given.setdefault("stage", "all" if emoji else "distil")
-    tasks = given.get("task", TASKS if emoji else ("vqa",) if data == "vqav2" else ("retrieval", "caption"))
-    if set(tasks) - set(TASKS) or len(set(tasks)) < len(tasks):
+    data = given.setdefault("data", "emoji")
+    stage = given.setdefault("stage", "all" if data == "emoji" else "distil")
+    tasks = TASKS if data == "emoji" else ("vqa",) if data == "vqav2" else ("retrieval", "caption")
+    tasks = given.setdefault("task", tasks)
+    if set(tasks) - set(TASKS):
         raise UserError(f"--task {' '.join(tasks)}: choose from {', '.join(TASKS)}")
-    values = {**recipe(data, "distil" if stage == "all" else stage if stage in LARGE else tasks[0]), "task": tasks}
-    own = stage in ("finetune", "evaluate") and "init" not in given  # works on the products of an earlier stage
-    stem = "teacher" if stage == "teacher" else stage if "init" in given else given.get("method", "dlip")
-    values["out"] = given.get("out") or ("runs/ablation_dlip" if "ablate" in given else
-                                         common.run_folder(f"runs/{stem}-{data}", newest=own or "resume" in given))
-    if given.get("resume") or (own and Path(values["out"], "config.json").is_file()):
-        of_run = DISTILLED if own else {field.name for field in fields(Config)}
-        values = common.saved_values(values, {k: given[k] for k in given if k in of_run - {"stage", "task"}})
-    cfg = Config(**{**values, **given})
+    part = "distil" if stage == "all" else stage if stage in LARGE else tasks[0]
+    values = dict(recipe(data, part))
+    goes_on = stage in ("finetune", "evaluate") and "init" not in given
+    stem = "ablation_dlip" if "ablate" in given else f"{given.get('method', 'dlip')}-{data}"
+    if stage == "teacher" or "init" in given:
+        stem = f"{stage}-{data}"
+    out = given.get("out") or common.run_folder(f"runs/{stem}", goes_on or "resume" in given)
+    if goes_on:  # in a run of --stage distil
+        path = Path(out, "config.json")
+        if not path.is_file():
+            raise UserError(f"no run in {out}: --stage distil makes it, or name --init FILE")
+        saved = common.saved_config(Config, path)
+        values.update({name: saved[name] for name in OF_RUN})
+    cfg = common.fill_config(Config, values, {**given, "out": out}, stem)
     check(cfg)
     return cfg, given
 
 
+# What fine-tuning and evaluation take over from the run whose student they go on with.
+OF_RUN = ("method", "teacher", "preset", "concepts", "difficulty", "seed")
+
+
 def check(cfg):
-    """UserError for values that argparse cannot judge."""
+    """UserError for values that contradict each other."""
     for name, allowed in (("hr", HR_PARTS), ("attn", ("self", "cross"))):
         value = getattr(cfg, name)
-        if set(value) - {*allowed, "none"} or len(set(value)) < len(value) or ("none" in value and len(value) > 1):
-            raise UserError(f"{common.flag(name)} {' '.join(value)}: choose from {', '.join(allowed)}, or none")
-    modes = [name for name in ("ablate", "profile") if getattr(cfg, name)]
-    if len(modes) > 1:
-        raise UserError("--ablate and --profile: choose one")
-    if (cfg.ablate or cfg.stage == "evaluate") and world_size() > 1:
-        raise UserError("--ablate and --stage evaluate run in one process")
+        if value != ("none",) and set(value) - set(allowed):
+            raise UserError(f"{common.flag(name)}: choose from {' '.join(allowed)}, or none")
     if cfg.stage in ("all", "finetune", "evaluate") and cfg.data != "emoji" and not cfg.profile:
-        for task in [task for task in cfg.task if (task == "vqa") != (cfg.data in common.QUESTIONS)]:
-            raise UserError(f"--task {task}: --data {cfg.data!r} has no {'questions' if task == 'vqa' else 'captions'} "
-                            f"(questions: emoji, {', '.join(common.QUESTIONS)})")
-    if cfg.keep and "vqa" in cfg.task and cfg.stage == "finetune":
-        raise UserError("--keep lists captioned images: it does not go with --task vqa")
+        for task in cfg.task:
+            if (task == "vqa") != (cfg.data == "vqav2"):
+                raise UserError(f"--task {task} is not for --data {cfg.data} (questions: vqav2)")
     if (cfg.ablate or cfg.stage == "all") and cfg.data != "emoji" and not cfg.profile:
-        raise UserError(f"--{'ablate' if cfg.ablate else 'stage all'} is for the emoji scenes: with --data {cfg.data} "
-                        "the stages are run one by one, each with its data")
-    if cfg.init and cfg.stage not in ("finetune", "evaluate"):
-        raise UserError(f"--init goes with --stage finetune or evaluate, not {cfg.stage} (there are --vision-init and "
-                        "--text-init)")
-    if cfg.batch_size % world_size() or cfg.batch_size < 2 * world_size():
-        raise UserError(f"--batch-size {cfg.batch_size} is no multiple of {world_size()} processes, or leaves one of "
-                        "them less than two pairs: ITM needs a wrong one")
-    if cfg.stage in ("all", "teacher", "distil") and not cfg.vlp:
-        if cfg.method == "blip" or cfg.stage == "teacher":
-            raise UserError("--no-vlp leaves no loss without a teacher")
-        if {*cfg.hr, *cfg.attn} == {"none"} and not (cfg.kd_itc or cfg.kd_lm):
-            raise UserError("--no-vlp --hr none --attn none leaves no loss")
+        raise UserError(f"with --data {cfg.data} the stages are run one by one, each with its data "
+                        "(--stage all and --ablate are for the emoji scenes)")
+    if cfg.init and cfg.stage in ("teacher", "distil"):
+        raise UserError("--init goes with --stage finetune or evaluate (there are --vision-init "
+                        "and --text-init)")
+    if cfg.batch_size < 2 * world_size():
+        raise UserError(f"--batch-size {cfg.batch_size} leaves each of {world_size()} processes "
+                        "less than two pairs: ITM needs a wrong one")
+    distils = cfg.method == "dlip" and cfg.stage != "teacher" and {*cfg.hr, *cfg.attn} != {"none"}
+    if not (cfg.vlp or distils):
+        raise UserError("--no-vlp without distillation leaves no loss")
 
 
 @dataclass(frozen=True)
@@ -1247,141 +1233,161 @@ def refuse_missing(names, weights, path):
             raise UserError(f"{path} lacks {name}")
 
 
-# ------------------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------ training
 
 
 def tokenizer_of(cfg):
     """BERT's tokens; for the emoji scenes only those that occur there."""
-    words = common.emoji_words(cfg.concepts) if cfg.data == "emoji" else None
-    return common.BertTokenizer(cfg.context_length, words)
+    words = None
+    if cfg.data == "emoji":
+        from data.emoji import scenes
+        words = scenes.emoji_words(cfg.concepts)
+    return common.BertTokenizer(text_length(cfg), words)
 
 
-def sizes_of(cfg, tokenizer):
-    """(VisionSize, TextSize) that --preset, --vit and --bert name."""
+def size_of(cfg, tokenizer):
+    """The BLIPSize that --preset, --vit and --bert name."""
     visions, texts = SIZES[cfg.preset]
     text = texts[cfg.bert]
-    if cfg.context_length > text.positions:
-        raise UserError(f"--context-length {cfg.context_length}: the text networks of --preset {cfg.preset} have "
-                        f"{text.positions} positions")
-    return (replace(visions[cfg.vit], image_size=cfg.image_size),
-            replace(text, vocab=tokenizer.vocab_size, dropout=cfg.dropout, fusion_layers=cfg.fusion_layers or None,
-                    **special_tokens(tokenizer)))
+    special = {name: getattr(tokenizer, name) for name in ("pad", "cls", "sep", "dec", "enc")}
+    fusion = text.layers if cfg.fusion_layers is None else cfg.fusion_layers
+    if fusion > text.layers:
+        raise UserError(f"--fusion-layers {fusion}: --bert {cfg.bert} has {text.layers} layers")
+    text = replace(text, vocab=tokenizer.vocab_size, dropout=dropout(cfg), fusion_layers=fusion,
+                   **special)
+    vision = replace(visions[cfg.vit], image_size=cfg.image_size)
+    return BLIPSize(vision, text, 64 if cfg.preset == "demo" else 256)
 
 
-def special_tokens(tokenizer):
-    return {name: getattr(tokenizer, name) for name in ("pad", "cls", "sep", "dec", "enc")}
-
-
-def named(path, load, *args, **kwargs):
-    """load(*args, **kwargs); its UserError names the file that the weights come from."""
-    try:
-        return load(*args, **kwargs)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+def dropout(cfg):
+    return 0.0 if cfg.data == "emoji" else 0.1  # BERT's
 
 
 def open_blip(path, cfg, tokenizer, need=()):
-    """A BLIP from a checkpoint of ours or a published one, at --image-size. UserError when it does not fit the data."""
-    weights, config = common.read_weights(path)
-    if any(name.startswith("student.") for name in weights):
-        raise UserError(f"{path} is what --resume goes on from: take the blip.pt or best.pt beside it")
-    config = config or {}
-    if config.get("pixel_stats", cfg.pixel_stats) != cfg.pixel_stats:
-        raise UserError(f"{path} was trained with --pixel-stats {config['pixel_stats']}, not {cfg.pixel_stats}")
-    heads = {"heads": config["text"]["heads"]} if "text" in config else {}
-    model, _ = named(path, load_blip, weights, cfg.image_size, config.get("vision", {}).get("heads"), need,
-                     dropout=cfg.dropout, **heads, **special_tokens(tokenizer))
-    if model.text.size.vocab != tokenizer.vocab_size:
-        raise UserError(f"{path} has a vocabulary of {model.text.size.vocab:,} tokens, the tokenizer of {cfg.data} "
-                        f"{tokenizer.vocab_size:,}: it was trained on other data")
-    if cfg.context_length > model.text.size.positions:
-        raise UserError(f"--context-length {cfg.context_length}: {path} has {model.text.size.positions} positions")
-    return model
+    """A BLIP from a checkpoint at --image-size. UserError when it does not fit the data."""
+    blip = load_blip(common.read_checkpoint(path), cfg.image_size, dropout(cfg), need)
+    text = blip.size.text
+    if text.vocab != tokenizer.vocab_size:
+        raise UserError(f"{path} has a vocabulary of {text.vocab:,} tokens, --data {cfg.data} one "
+                        f"of {tokenizer.vocab_size:,}: it was trained on other data")
+    if tokenizer.context_length > text.positions:
+        raise UserError(f"{path} has {text.positions} positions, texts {tokenizer.context_length}")
+    return blip
 
 
-def build(cfg, tokenizer, teacher=None):
+def build(cfg, tokenizer):
     """DLIP around a new student, or around the one of --init."""
     if cfg.stage == "finetune":
         student = open_blip(cfg.init, cfg, tokenizer, NEEDED[cfg.task[0]])
-        if cfg.task == ("vqa",) and student.text_decoder is None:
-            student.untie_decoder()
+        if cfg.task == ("vqa",) and student.shared:
+            student = untied(student)
     else:
-        embed_dim = teacher.text_proj.out_features if teacher else cfg.embed_dim
-        student = BLIP(*sizes_of(cfg, tokenizer), embed_dim)
+        student = BLIP(size_of(cfg, tokenizer))
         if cfg.vision_init:
-            named(cfg.vision_init, load_vision, student.visual_encoder, common.read_weights(cfg.vision_init)[0])
+            load_vision(student.visual_encoder, common.read_checkpoint(cfg.vision_init))
         if cfg.text_init:
-            named(cfg.text_init, load_bert, student.text, common.read_weights(cfg.text_init)[0])
+            load_bert(student, common.read_checkpoint(cfg.text_init))
     return DLIP(cfg, student, 1 + len(tokenizer.encode(cfg.prompt)))
 
 
-def load_teacher(cfg, tokenizer, device):
-    """The frozen teacher of --teacher in evaluation mode; None without distillation."""
-    if cfg.stage != "distil" or cfg.method == "blip":
+def load_teacher(cfg, student, tokenizer, device):
+    """The frozen teacher in evaluation mode; None where nothing is distilled.
+
+    UserError when its maps or features cannot be compared with the student's.
+    """
+    if cfg.stage != "distil" or cfg.method == "blip" or {*cfg.hr, *cfg.attn} == {"none"}:
         return None
-    need = ("encoder", "decoder", "itc")
-    return open_blip(teacher_file(cfg), cfg, tokenizer, need).to(device).eval().requires_grad_(False)
+    path = teacher_file(cfg)
+    teacher = open_blip(path, cfg, tokenizer, ("text_encoder.", "text_decoder.", "vision_proj."))
+    tokens = [blip.visual_encoder.pos_embed.shape[1] for blip in (student, teacher)]
+    heads = [blip.size.text.heads for blip in (student, teacher)]
+    widths = [blip.size.embed_dim for blip in (student, teacher)]
+    for what, (ours, theirs) in (("image tokens", tokens), ("text heads", heads),
+                                 ("joint dimensions", widths)):
+        if ours != theirs:
+            raise UserError(f"the student has {ours} {what}, {path} {theirs}: they cannot be "
+                            "compared")
+    return teacher.to(device).eval().requires_grad_(False)
 
 
 def teacher_file(cfg):
-    if cfg.teacher or cfg.data == "emoji":
-        return cfg.teacher or common.DATA / "teacher_blip.pt"
-    raise UserError("--teacher: name the checkpoint of a BLIP to distil (or --method blip for none)")
-
-
-def check_teacher(student, teacher, cfg):
-    """UserError when maps that are to be compared have different shapes."""
-    tokens = [blip.visual_encoder.pos_embed.shape[1] for blip in (student, teacher)]
-    for what, ours, theirs, compared in (
-            ("text heads", student.text.size.heads, teacher.text.size.heads, "none" not in cfg.attn),
-            ("image tokens", *tokens, "cross" in cfg.attn)):
-        if ours != theirs and compared:
-            raise UserError(f"the student has {ours} {what}, the teacher {theirs}: their attention maps cannot be "
-                            "compared (--attn none leaves them out)")
+    if not cfg.teacher and cfg.data != "emoji":
+        raise UserError("--teacher: name the checkpoint of a BLIP (or --method blip for none)")
+    return cfg.teacher or str(common.DATA / "teacher_blip.pt")
 
 
 def build_optimiser(model, cfg, device):
-    """AdamW, weight decay on matrices only; fused where the device has it."""
-    trained = [p for p in model.parameters() if p.requires_grad and p is not model.student.temp]
-    groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-              {"params": [model.student.temp], "weight_decay": 0.0, "lr_scale": cfg.temp_lr}]
+    """AdamW, weight decay on matrices only; fused where the device has it.
+
+    Adam's steps do not shrink with the temperature: at the emoji run's learning rate it would
+    collapse within a hundred steps, so there it has a share of that rate.
+    """
+    share = 1.0
+    if cfg.data == "emoji":
+        share = 0.07 if cfg.stage == "teacher" else 0.2
+    temp = model.student.temp
+    trained = [p for p in model.parameters() if p.requires_grad and p is not temp]
+    matrices = [p for p in trained if p.ndim >= 2]
+    vectors = [p for p in trained if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": cfg.weight_decay, "share": 1.0},
+              {"params": vectors, "weight_decay": 0.0, "share": 1.0},
+              {"params": [temp], "weight_decay": 0.0, "share": share}]
     fused = device.type in ("cuda", "cpu")
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), eps=cfg.adam_eps, fused=fused)
+    return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, fused=fused)
 
 
-def schedules(cfg, step, steps, steps_per_epoch):
-    """{"lr", "alpha"} at a step."""
-    if step < cfg.warmup_steps:
-        lr = cfg.lr_start + (cfg.lr - cfg.lr_start) * step / cfg.warmup_steps
-    elif cfg.schedule == "step":
-        lr = max(cfg.lr_end, cfg.lr * cfg.lr_decay ** (step // steps_per_epoch))
+def peak_lr(cfg, text_width):
+    """--lr, else the recipe's, which is larger for small text networks in some tasks."""
+    if cfg.lr is not None:
+        return cfg.lr
+    base, small = (EMOJI_LR if cfg.data == "emoji" else LARGE_LR)[part_of(cfg)]
+    return small if text_width <= SIZES[cfg.preset][1]["small"].width else base
+
+
+def schedules(cfg, peak, step, steps, steps_per_epoch):
+    """{"lr", "alpha"} at a step.
+
+    After the warm-up from 1e-6, in pre-training on large data times 0.85 after every epoch
+    [paper], else a cosine to 1e-5 (emoji) or 0 [BLIP].
+    """
+    warmup = min(cfg.warmup_steps, steps / 5)
+    lowest = 1e-5 if cfg.data == "emoji" else 0.0
+    if step < warmup:
+        lr = 1e-6 + (peak - 1e-6) * step / warmup
+    elif cfg.data != "emoji" and cfg.stage != "finetune":
+        lr = peak * 0.85 ** (step // steps_per_epoch)
     else:
-        done = (step - cfg.warmup_steps) / max(1, steps - cfg.warmup_steps)
-        lr = cfg.lr_end + (cfg.lr - cfg.lr_end) * (1 + math.cos(math.pi * done)) / 2
+        done = (step - warmup) / max(1, steps - warmup)
+        lr = lowest + (peak - lowest) * (1 + math.cos(math.pi * done)) / 2
     ramp = cfg.alpha_ramp * steps_per_epoch
     return {"lr": lr, "alpha": cfg.alpha * min(1.0, step / ramp if ramp else 1.0)}
 
 
-def backward(model, image, texts, index, now, teacher, amp, scaler, seed):
+def backward(model, image, texts, number, alpha, teacher, amp, scaler, seed):
     """Backpropagate one batch; returns the loss and its terms, on the device."""
     torch.manual_seed(seed)  # dropout and the negatives of ITM: the same after --resume
     with amp:
-        loss, terms = model(image, texts, index, now["alpha"], teacher)
+        loss, terms = model(image, texts, number, alpha, teacher)
     scaler.scale(loss).backward()
     return terms
 
 
 def normalise(image, statistics):
-    """(B, 3, S, S) uint8 -> float on the device of the statistics: mean and std of the channels, (2, 3, 1, 1)."""
+    """(B, 3, S, S) uint8 -> float32, on the device of the statistics (2, 3, 1, 1)."""
     mean, std = statistics
     return image.to(mean.device, non_blocking=True).float().sub_(mean).div_(std)
+
+
+def pixel_statistics(device):
+    """Mean and standard deviation of pixels from 0 to 255 [BLIP], (2, 3, 1, 1)."""
+    values = [common.OPENAI["mean"], common.OPENAI["std"]]
+    return 255 * torch.tensor(values, device=device).view(2, 3, 1, 1)
 
 
 def update(model, optimiser, scaler, lr):
     """One optimiser step on the processes' mean gradient, then the clamp of the temperature."""
     for group in optimiser.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
+        group["lr"] = lr * group["share"]
     average_gradients(model.parameters())
     scaler.step(optimiser)
     scaler.update()
@@ -1391,7 +1397,7 @@ def update(model, optimiser, scaler, lr):
 
 
 class Samples(common.TrainSamples):
-    """samples[(epoch, index)] -> image, ids, bad as in common, and the image's index in the training set."""
+    """TrainSamples with the image's number in the training set behind the three."""
 
     def __getitem__(self, place):
         image, ids, bad, index, _ = self.draw(place)
@@ -1399,10 +1405,10 @@ class Samples(common.TrainSamples):
 
 
 class AnsweredQuestions:
-    """A VQA set for training: each "caption" of an image is the question with one of its human answers (A5)."""
+    """Questions for training: a "caption" is the question with one of its human answers (A5)."""
 
     def __init__(self, data):
-        self.data, self.bad = data, data.bad
+        self.data = data
 
     def __len__(self):
         return len(self.data)
@@ -1410,20 +1416,11 @@ class AnsweredQuestions:
     def key(self, i):
         return self.data.key(i)
 
-    def read(self, i):
-        image, (question, answers) = self.data.read(i)
+    def __getitem__(self, i):
+        image, (question, answers) = self.data[i]
+        if not answers:
+            raise common.BadSample("without answer")
         return image, [(question, answer) for answer in answers]
-
-
-def training_samples(cfg, tokenizer):
-    """What --stage and --task train on: captions; captions after the prompt; questions, each with an answer."""
-    task = cfg.task[0] if cfg.stage == "finetune" else "retrieval"
-    data = AnsweredQuestions(common.vqa_set(cfg, "train")) if task == "vqa" else common.training_set(cfg)
-
-    encode = partial(encode_pairs, tokenizer) if task == "vqa" else \
-        partial(encode_captions, tokenizer, cfg.prompt if task == "caption" else "")
-    augment = common.BlipAugment(cfg.flip, cfg.randaugment) if cfg.flip or cfg.randaugment else None
-    return Samples(data, encode, cfg.image_size, (cfg.crop_scale, 1.0), cfg.seed, augment)
 
 
 def encode_captions(tokenizer, prompt, texts):
@@ -1433,598 +1430,539 @@ def encode_captions(tokenizer, prompt, texts):
 
 def encode_pairs(tokenizer, pairs):
     """n pairs of question and answer -> ids (n, 2 context), for split_ids."""
-    questions, answers = zip(*pairs)
-    return torch.cat([tokenizer([common.clean_blip_question(text) for text in questions]), tokenizer(list(answers))], 1)
+    questions = [common.clean_blip_question(question) for question, _ in pairs]
+    return torch.cat([tokenizer(questions), tokenizer([answer for _, answer in pairs])], 1)
 
 
-def split_ids(ids, cfg):
-    """[ids], or [questions, answers] of a VQA batch, without the padding that none of their texts needs."""
-    vqa = cfg.stage == "finetune" and cfg.task == ("vqa",)
-    parts = (ids[:, :cfg.context_length], ids[:, cfg.context_length:]) if vqa else (ids,)
-    return [common.trim_padding(part, 4) for part in parts]
+def split_ids(ids, context):
+    """[ids], or [questions, answers] of a VQA batch, without padding that none of them needs."""
+    return [common.trim_padding(part, 4) for part in ids.split(context, 1)]
+
+
+class Augment:
+    """BLIP's augmentation of a crop: a mirror image half of the time, then two operations of
+    torchvision's RandAugment at magnitude 5, those that change no colour.
+
+    A function of the image, uint8 (3, S, S), and of rng alone.
+    """
+
+    KEPT = ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness",
+            "Sharpness", "AutoContrast", "Equalize")
+
+    def __call__(self, image, rng):
+        transforms = common.import_torchvision().transforms
+
+        class RandAugment(transforms.RandAugment):
+            def _augmentation_space(self, bins, size):
+                space = super()._augmentation_space(bins, size)
+                return {name: space[name] for name in Augment.KEPT}
+
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's generator
+            torch.manual_seed(int(rng.integers(2 ** 63)))
+            image = image.flip(-1) if torch.rand(()) < 0.5 else image
+            return RandAugment(2, 5, fill=[128] * 3)(image)
+
+
+def training_samples(cfg, tokenizer):
+    """What --stage and --task train on: captions; captions after the prompt; questions, each with
+    an answer."""
+    task = cfg.task[0] if cfg.stage == "finetune" else "retrieval"
+    if task == "vqa":
+        data = AnsweredQuestions(common.question_set(cfg, cfg.image_size, "train"))
+        encode = partial(encode_pairs, tokenizer)
+    else:
+        data = common.training_set(cfg, cfg.image_size)
+        encode = partial(encode_captions, tokenizer, cfg.prompt if task == "caption" else "")
+    # no mirror images of emoji scenes: their captions tell left from right
+    augment = None if cfg.data == "emoji" else Augment()
+    return Samples(data, encode, cfg.image_size, crop_scale(cfg), cfg.seed, augment)
+
+
+LOG_COLUMNS = ["step", "epoch", "lr", "alpha", "loss", "itc", "itm", "lm",
+               *(f"hr_{part}" for part in HR_PARTS), "at_self", "at_cross", "logit_scale",
+               "val_retrieval", "val_caption", "val_vqa"]
 
 
 def train(cfg):
-    """Train, validate after every epoch, save the student; one run folder for every stage and task."""
-    device, tokenizer = common.start_device(cfg.device, cfg.seed), tokenizer_of(cfg)
-    run = Run(cfg.out, {"log.csv": LOG_COLUMNS, "timing.csv": common.TIMING_COLUMNS})
-    samples, teacher = training_samples(cfg, tokenizer), load_teacher(cfg, tokenizer, device)
-    model = build(cfg, tokenizer, teacher).to(device).train()
-    if teacher:
-        check_teacher(model.student, teacher, cfg)
-    optimiser, (amp, scaler) = build_optimiser(model, cfg, device), common.mixed_precision(cfg, device)
+    """Train, validate after every epoch, save the student; a run folder of its own."""
+    device = common.start_device(cfg.device, cfg.seed)
+    tokenizer = tokenizer_of(cfg)
+    model = build(cfg, tokenizer).to(device).train()  # before the teacher: arms pair by seed
+    student = model.student
+    teacher = load_teacher(cfg, student, tokenizer, device)
+    optimiser = build_optimiser(model, cfg, device)
+    amp, scaler = common.mixed_precision(cfg.precision, device)
+    samples = training_samples(cfg, tokenizer)
+    asked = Asked(student, cfg, tokenizer, amp, pixel_statistics(device))
+    validation = next(iter(task_sets(cfg, cfg.task[0], "val").values()), None)
+
+    run = common.Run(cfg.out, LOG_COLUMNS)
     parts = {"model": model, "optimiser": optimiser, "scaler": scaler}
-    small = cfg.stage == "finetune" and model.student.text.size.width <= SIZES[cfg.preset][1]["small"].width
-    peak = replace(cfg, lr=cfg.lr * cfg.small_lr) if small else cfg
-    state = run.load_state(**parts) if cfg.resume else {}
-    state = state or {"step": 0, "best": -1.0, "best_step": 0, "bad": 0}
-    prepare_encoders(model, teacher, cfg)
-    evaluator = Evaluator(model.student, cfg, device, amp, tokenizer)
-    evaluator.sets(cfg.task[0], "val")  # what is missing is said before training
-    total = max(1, round(cfg.epochs * (len(samples) // cfg.batch_size)))
-    sampler = common.StepSampler(len(samples), cfg.batch_size, total, state["step"], cfg.seed, rank(), world_size())
+    state = run.load_state(cfg, len(samples), **parts)
+    steps_per_epoch = len(samples) // cfg.batch_size
+    steps = max(1, round(cfg.epochs * steps_per_epoch))
+    sampler = common.StepSampler(len(samples), cfg.batch_size, steps, state["step"], cfg.seed)
+    loader = common.train_loader(samples, sampler, common.loader_workers(cfg), device)
     run.start(cfg, state["step"])
-    loader = common.train_loader(samples, sampler, common.loader_workers(cfg), device.type)
-    progress = common.Progress(sampler, state["step"], cfg.batch_size, device)
+    prepare_encoders(model, teacher, cfg)
+    peak = peak_lr(cfg, student.size.text.width)
+    if rank() == 0:
+        print(f"\n{cfg.out}: {steps} steps, peak learning rate {peak:g}", flush=True)
+
+    progress = common.Progress(steps, state["step"], cfg.batch_size)
     with common.StopRequest() as stop, progress:
-        for image, ids, bad, index in progress.watch(loader):
-            now = schedules(peak, state["step"], sampler.steps, sampler.steps_per_epoch)
-            image, index = normalise(image, evaluator.statistics), index.to(device, non_blocking=True)
-            texts = [part.to(device, non_blocking=True) for part in split_ids(ids, cfg)]
+        for image, ids, bad, number in loader:
+            now = schedules(cfg, peak, state["step"], steps, steps_per_epoch)
+            image, number = normalise(image, asked.statistics), number.to(device)
+            texts = [part.to(device) for part in split_ids(ids, tokenizer.context_length)]
             seed = cfg.seed * 10 ** 9 + state["step"] * world_size() + rank()
-            terms = backward(model, image, texts, index, now, teacher, amp, scaler, seed)
+            terms = backward(model, image, texts, number, now["alpha"], teacher, amp, scaler, seed)
             update(model, optimiser, scaler, now["lr"])
+
             state["step"] += 1
             state["bad"] += bad
-            epoch_ends, logs = state["step"] % sampler.steps_per_epoch == 0, state["step"] % cfg.log_every == 0
-            epoch_ends |= state["step"] == sampler.steps
-            stopping = stop.agreed(synchronise=logs or epoch_ends)
-            if logs or epoch_ends:
-                row = log_row(model, state, sampler, now, terms)
-                run.log("timing.csv", progress.lap(state["step"]))
+            progress.bar.update()
+            epoch_ends = state["step"] % steps_per_epoch == 0 or state["step"] == steps
+            logs = epoch_ends or state["step"] % cfg.log_every == 0
+            stopping = stop.agreed(synchronise=logs)
+            if logs:
+                scale = -student.temp.log()
+                row = common.log_row(state, steps_per_epoch, now, terms, scale)
                 if epoch_ends:
-                    common.check_bad(common.total(state["bad"], device), len(samples), cfg.data)
-                    state["bad"] = 0
-                    row.update(validate(run, evaluator, state))
+                    common.check_epoch(state, len(samples), cfg.data)
+                    if rank() == 0 and validation is not None:
+                        row.update(validate(run, asked, validation, state))
                     model.train()
-                run.log("log.csv", row)
-                progress.show(row, chance=None, line=epoch_ends)
-            if epoch_ends or stopping or state["step"] % cfg.save_every == 0:
-                run.save_state(cfg, state, **parts)
+                run.log(row)
+                progress.show(row, keep=epoch_ends)
+            if epoch_ends or stopping or state["step"] % common.SAVE_EVERY == 0:
+                run.save_state(cfg, student.size, state, **parts)
             if stopping:
-                raise KeyboardInterrupt(f"stopped at step {state['step']}; --resume --out {run.folder} goes on")
-    def conclude():
-        run.save("blip.pt", exported(model.student, cfg))
-        run.write_json("results.json", {"seed": cfg.seed, "steps": state["step"], "best_step": state["best_step"],
-                                        "best_validation": state["best"]})
-        rows = common.read_csv(run.path("log.csv"))
-        common.plot_curves(run.path("curves.png"), rows, None, f"{cfg.stage} on {cfg.data}")
-
-    common.on_first(conclude)
+                raise KeyboardInterrupt(f"stopped at step {state['step']}; the same command with "
+                                        f"--resume --out {Path(cfg.out).parent} goes on")
+    common.on_first(partial(finish, run, cfg, student, state))
 
 
-LOG_COLUMNS = ["step", "epoch", "lr", "alpha", "loss", "itc", "itm", "lm", *(f"hr_{part}" for part in HR_PARTS),
-               "at_self", "at_cross", "kd_itc", "kd_lm", "logit_scale", "val_retrieval", "val_caption", "val_vqa"]
-
-
-def log_row(model, state, sampler, now, terms):
-    """The row of log.csv: the one place where the host waits for the device. FloatingPointError when diverged."""
-    values = common.mean_over_processes(terms)
-    if not math.isfinite(values["loss"]):
-        raise FloatingPointError(f"the loss is {values['loss']} at step {state['step']}: lower --lr, raise "
-                                 "--warmup-steps or use --precision fp32 (a checkpoint saved before it diverged is "
-                                 "kept)")
-    return {"step": state["step"], "epoch": state["step"] / sampler.steps_per_epoch, **now, **values,
-            "logit_scale": 1 / model.student.temp.item()}
+def finish(run, cfg, student, state):
+    """blip.pt, the model alone; results.json; curves.png."""
+    if cfg.stage == "teacher":  # for data/, where half the size matters more than the digits
+        student = copy.deepcopy(student).half()
+    run.save("blip.pt", common.checkpoint(student, cfg, student.size))
+    run.write_json("results.json", {"seed": cfg.seed, **state})
+    rows = common.read_csv(run.path("log.csv"))
+    common.plot_curves(run.path("curves.png"), rows, None, f"{cfg.stage} on {cfg.data}")
 
 
 def prepare_encoders(model, teacher, cfg):
     """--grad-checkpoint and --compile, after the weights are loaded."""
     model.student.visual_encoder.grad_checkpoint = cfg.grad_checkpoint
     if cfg.compile:
-        for blip in filter(None, (model.student, teacher)):
-            blip.visual_encoder.compile()  # in place: the parameter names stay as they are
-        if model.momentum is not None:
-            model.momentum["visual_encoder"].compile()
+        for blip in (model.student, model.momentum, teacher):
+            if blip is not None:
+                blip.visual_encoder.compile()  # in place: the parameter names stay as they are
 
 
-def exported(blip, cfg):
-    """The BLIP alone, under BLIP's parameter names, with its sizes: what --init and --teacher take."""
-    sizes = {"vision": asdict(blip.visual_encoder.size), "text": asdict(blip.text.size)}
-    half = cfg.stage == "teacher"  # for data/, where half the size matters more than the fourth digit
-    weights = {name: w.half() if half else w for name, w in blip.state_dict().items()}
-    return {"model": weights, "config": {**asdict(cfg), **sizes}}
+# ------------------------------------------------------------------------ evaluation, pictures
 
 
-# ------------------------------------------------------------------------------------------------- evaluation, pictures
+class Asked(NamedTuple):
+    """A BLIP, and what it takes to ask it about images (B, 3, S, S) uint8 and strings."""
+
+    blip: BLIP
+    cfg: Config
+    tokenizer: common.BertTokenizer
+    amp: torch.autocast
+    statistics: torch.Tensor
 
 
-EVALUATION_SCENES = 300
+def encode_image(asked, image):
+    """States (B, M, D) and ITC features (B, E)."""
+    with asked.amp:
+        states = asked.blip.encode_image(normalise(image, asked.statistics))
+        return states, asked.blip.image_feature(states)
 
 
-class Evaluator:
-    """A BLIP on the three tasks: images are (B, 3, S, S) uint8, texts strings."""
+def ids_of(asked, texts, clean=common.clean_blip_caption):
+    """Token ids (T, context) on the device, and where they are tokens."""
+    ids = asked.tokenizer([clean(text) for text in texts]).to(asked.statistics.device)
+    return ids, ids != asked.tokenizer.pad
 
-    def __init__(self, blip, cfg, device, amp, tokenizer):
-        self.blip, self.cfg, self.device, self.amp, self.tokenizer = blip, cfg, device, amp, tokenizer
-        self.sets = cache(partial(task_sets, cfg))  # (task, "val" or "test") -> {name: set}
-        self.candidates = cache(lambda answers: common.trim_padding(tokenizer(list(answers)), 4).to(device))
-        self.unscored = None  # answers to a test split's questions, as the server takes them that alone can score them
-        self.statistics = 255 * torch.tensor(common.PIXELS[cfg.pixel_stats], device=device).view(2, 3, 1, 1)
 
-    def encode_image(self, image):
-        """States (B, M, D) and ITC features (B, E)."""
-        with self.amp:
-            states = self.blip.encode_image(normalise(image, self.statistics))
-            return states, self.blip.image_feature(states)
+def encode_text(asked, texts):
+    """Token ids (T, L) and ITC features (T, E)."""
+    ids, mask = ids_of(asked, texts)
+    with asked.amp:
+        return ids, asked.blip.text_feature(asked.blip.encode_text(ids, mask))
 
-    def ids(self, texts, clean):
-        """Token ids of strings, (T, context) on the device, and where they are tokens."""
-        ids = self.tokenizer([clean(text) for text in texts]).to(self.device)
-        return ids, ids != self.tokenizer.pad
 
-    def encode_text(self, texts):
-        """Token ids (T, L) and ITC features (T, E)."""
-        ids, mask = self.ids(texts, common.clean_blip_caption)
-        with self.amp:
-            return ids, self.blip.text_feature(self.blip.encode_text(ids, mask))
+def match(asked, states, ids):
+    """ITM logits (n,) of texts (n, L) with the states (1, M, D) of one image."""
+    ids = common.trim_padding(ids, 4)
+    states = states.to(next(asked.blip.parameters()).dtype)
+    with asked.amp:
+        fused = asked.blip.fuse(ids, ids != asked.tokenizer.pad, states)
+        return asked.blip.match(fused.states)[:, 1].float()
 
-    def match(self, states, ids):
-        """ITM logits (n,) of texts (n, L) with the states (1, M, D) of one image."""
-        ids = common.trim_padding(ids, 4)
-        with self.amp:
-            return self.blip.match(self.blip.fuse(ids, ids != self.tokenizer.pad, states))[:, 1].float()
 
-    def caption(self, image):
-        """Captions by beam search, without the prompt."""
-        cfg, prompt = self.cfg, self.tokenizer.encode(self.cfg.prompt)
-        with self.amp:
-            states = self.blip.encode_image(normalise(image, self.statistics))
-            ids = self.blip.generate(states, prompt, cfg.num_beams, cfg.min_length, cfg.max_length,
-                                     cfg.repetition_penalty)
-        return [self.tokenizer.decode(row[1 + len(prompt):]) for row in ids.tolist()]
+def caption(asked, image):
+    """Captions by beam search, 5 to 20 tokens [BLIP], without the prompt."""
+    prompt = asked.tokenizer.encode(asked.cfg.prompt)
+    states, _ = encode_image(asked, image)
+    with asked.amp:
+        texts = asked.blip.generate(states, prompt, asked.cfg.num_beams)
+    return [asked.tokenizer.decode(ids[1 + len(prompt):]) for ids in texts]
 
-    def answer(self, answers, image, questions):
-        """Answers: the likeliest of a list, or with --vqa generate any."""
-        ids, mask = self.ids(questions, common.clean_blip_question)
-        with self.amp:
-            states = self.blip.fuse(ids, mask, self.blip.encode_image(normalise(image, self.statistics)))
-            if self.cfg.vqa == "generate":
-                found = self.blip.generate(states, (), self.cfg.num_beams, 0, 10, source_mask=mask)
-                return [self.tokenizer.decode(row[1:]) for row in found.tolist()]
-            best = self.blip.rank_answers(states, mask, self.candidates(tuple(answers)), self.cfg.answer_k)
-            return [answers[i] for i in best.tolist()]
 
-    @torch.inference_mode()
-    def itc_scores(self, split):
-        """{metric: percent} of retrieval by the ITC features alone, on the first set."""
-        data, cfg = next(iter(self.sets("retrieval", split).values())), self.cfg
-        images, captions = [], []
-        for batch, _, targets in common.batches(data, cfg.image_size, common.loader_workers(cfg), "validating"):
-            images.append(self.encode_image(batch)[1])
-            captions += targets
-        texts = [text for group in captions for text in group]
-        features = torch.cat([self.encode_text(texts[start:start + 256])[1] for start in range(0, len(texts), 256)])
-        image_of_text = torch.tensor([i for i, group in enumerate(captions) for _ in group])
-        return common.retrieval(torch.cat(images), features, image_of_text)
-
-    @torch.inference_mode()
-    def scores(self, task, split):
-        """{metric: percent} of a task; of several sets, prefixed by their names."""
-        self.blip.eval()
-        cfg, found = self.cfg, {}
-        for name, data in self.sets(task, split).items():
-            if task == "retrieval":
-                scores = common.rerank_retrieval(data, cfg.image_size, self.encode_image, self.encode_text, self.match,
-                                                 cfg.rerank_k, common.loader_workers(cfg))
-            elif task == "caption":
-                captions, references, places = common.caption_images(data, cfg.image_size, self.caption,
-                                                                     common.loader_workers(cfg))
-                domains = [data.domains[i] for i in places] if getattr(data, "domains", None) else None
-                scores = common.caption_scores(references, captions, domains)
-            else:
-                answer = partial(self.answer, data.answers)
-                results, scores = common.answer_questions(data, cfg.image_size, answer, common.loader_workers(cfg))
-                if "accuracy" not in scores:
-                    self.unscored = [{**given, "question_id": int(given["question_id"])} for given in results]
-            prefix = f"{name}_" if len(self.sets(task, split)) > 1 else ""
-            found.update({prefix + metric: value for metric, value in scores.items()})
-        return found
+def answer(asked, answers, image, questions):
+    """The likeliest of a list of answers to each question."""
+    ids, mask = ids_of(asked, questions, common.clean_blip_question)
+    candidates = common.trim_padding(asked.tokenizer(answers), 4).to(ids.device)
+    with asked.amp:
+        states = asked.blip.encode_image(normalise(image, asked.statistics))
+        fused = asked.blip.fuse(ids, mask, states).states
+        best = asked.blip.rank_answers(fused, mask, candidates, asked.cfg.answer_k)
+    return [answers[i] for i in best.tolist()]
 
 
 def task_sets(cfg, task, split):
-    """{name: set} that a task is evaluated on, in a split, "val" or "test"; empty where there is none."""
-    if cfg.data == "emoji":
-        if task == "vqa":
-            return {"emoji": common.vqa_set(cfg, split)}
-        scenes = common.EmojiScenes(split, EVALUATION_SCENES, cfg.image_size, concepts=cfg.concepts,
-                                    difficulty=cfg.difficulty)
-        return {"emoji": scenes}
+    """{name: set} that a task is evaluated on, "val" or "test"; empty where there is none."""
     if task == "vqa":
-        data = common.vqa_set(cfg, split)
-        if split == "val" and data is not None:  # rank 0 validates alone, after every epoch
-            part = common.Subset(data, range(min(len(data), 5000)))
-            part.answers = data.answers
-            return {cfg.data: part}
-        return {cfg.data: data} if data is not None else {}
-    return {name: data for name, data in common.evaluation_sets(cfg, split).items() if not hasattr(data, "classes")}
+        data = common.question_set(cfg, cfg.image_size, split)
+        if split == "val":  # rank 0 validates alone, after every epoch
+            data = common.Subset(data, range(min(len(data), 5000)))
+        return {cfg.data: data}
+    if cfg.data == "emoji":
+        from data.emoji import scenes
+        looks = {"concepts": cfg.concepts, "difficulty": cfg.difficulty}
+        return {"emoji": scenes.EmojiScenes(split, 300, cfg.image_size, **looks)}
+    sets = common.evaluation_sets(cfg, cfg.image_size, split)
+    return {name: data for name, data in sets.items() if data.kind == "captions"}
 
 
-MAIN_METRIC = {"retrieval": ("i2t_r1", "t2i_r1"), "caption": ("cider",), "vqa": ("accuracy",)}
+@torch.inference_mode()
+def scores_of(asked, task, data):
+    """({metric: percent} of a task on a set, [answers as VQA's server takes them] or None)."""
+    cfg, workers = asked.cfg, common.loader_workers(asked.cfg)
+    asked.blip.eval()
+    if task == "retrieval":
+        half = torch.float16 if asked.amp._enabled else torch.float32
+        scores = common.rerank_retrieval(
+            data, cfg.image_size, partial(encode_image, asked), partial(encode_text, asked),
+            partial(match, asked), cfg.rerank_k, workers, dtype=half)
+        return scores, None
+    if task == "vqa":
+        given, scores = common.answer_questions(
+            data, cfg.image_size, partial(answer, asked, data.answers), workers)
+        return scores, given
+    captions, references, places = common.caption_images(
+        data, cfg.image_size, partial(caption, asked), workers)
+    domains = None
+    if isinstance(data, common.Listed):  # nocaps tells domains
+        listed = data.column("domain")
+        domains = [listed[i] for i in places] if all(listed) else None
+    return common.caption_scores(references, captions, domains), None
 
 
-def main_score(task, scores):
-    """The number a task is judged by: the mean of both R@1, CIDEr, or accuracy; of several sets, of the first."""
-    found = [next(value for name, value in scores.items() if name.endswith(metric)) for metric in MAIN_METRIC[task]]
-    return sum(found) / len(found)
+@torch.inference_mode()
+def itc_scores(asked, data):
+    """{metric: percent} of retrieval by the ITC features alone."""
+    features, captions = [], []
+    workers = common.loader_workers(asked.cfg)
+    for images, _, texts in common.batches(data, asked.cfg.image_size, workers, "validating"):
+        features.append(encode_image(asked, images)[1])
+        captions += texts
+    texts = [text for group in captions for text in group]
+    blocks = [texts[start:start + 256] for start in range(0, len(texts), 256)]
+    text_features = torch.cat([encode_text(asked, block)[1] for block in blocks])
+    return common.retrieval(torch.cat(features), text_features, common.owners(captions))
 
 
-def validate(run, evaluator, state):
-    """{"val_TASK"}: the main score on the validation set, retrieval by ITC alone; keeps the best student as best.pt."""
-    cfg, task = evaluator.cfg, evaluator.cfg.task[0]
-    if rank() > 0 or not evaluator.sets(task, "val"):
-        return {}
-    evaluator.blip.eval()
-    value = main_score(task, evaluator.itc_scores("val") if task == "retrieval" else evaluator.scores(task, "val"))
-    if value > state["best"]:
-        state["best"], state["best_step"] = value, state["step"]
-        run.save("best.pt", exported(evaluator.blip, cfg))
+def validate(run, asked, data, state):
+    """{"val_TASK"}: the main score, of retrieval by ITC alone; keeps the best as best.pt."""
+    cfg, task = asked.cfg, asked.cfg.task[0]
+    asked.blip.eval()
+    scores = itc_scores(asked, data) if task == "retrieval" else scores_of(asked, task, data)[0]
+    value = scores.get("cider", scores.get("accuracy"))
+    if task == "retrieval":
+        value = common.main_metric(scores)
+    run.keep_best(value, state, asked.blip, cfg, asked.blip.size)
     return {f"val_{task}": value}
 
 
-# --------------------------------------------------------------------------------------------------------------- stages
+# -------------------------------------------------------------------------------------- stages
 
 
-def open_folder(cfg, given):
-    """Make the run folder and note the flags; returns whether it is new. UserError when it holds another run."""
-    folder = Path(cfg.out)
-    going_on = cfg.resume or (cfg.stage in ("finetune", "evaluate") and "init" not in given)
-    if (folder / "config.json").exists() and not going_on:
-        raise UserError(f"{folder} holds a run: go on with --resume, or choose another --out")
-    if not (folder / "config.json").exists():
-        if going_on and not cfg.resume:
-            raise UserError(f"no run in {folder}: --stage {cfg.stage} needs what --stage distil made there, or --init "
-                            "FILE")
-        common.make_folder(folder)
-        common.write_json(folder / "config.json", {"config": asdict(cfg), "environment": common.environment()})
-        return True
-    return False
-
-
-def leave_folder(cfg):
-    """Take back what open_folder made, after an error before anything was trained: a second try is a new run."""
-    folder = Path(cfg.out)
-    if rank() == 0 and [path.name for path in folder.iterdir()] == ["config.json"]:
-        (folder / "config.json").unlink()
-        folder.rmdir()
-
-
-def train_once(cfg):
-    """train(cfg), unless its folder holds the result already; goes on where it stopped."""
-    own = cfg.init and Path(cfg.init).parent.parent == Path(cfg.out).parent  # of the same run, which may have moved
-    if not common.is_done(cfg, free=("init",) if own else ()):
-        if rank() == 0:
-            print(f"\n{cfg.out}", flush=True)
-        train(cfg)
-
-
-def starts(cfg, with_teacher=True):
-    """{who: checkpoint} of the models that are fine-tuned and evaluated; the teacher only on the emoji scenes."""
+def starts(cfg):
+    """{who: checkpoint} of the models that are fine-tuned and evaluated."""
     if cfg.init:
         return {"model": cfg.init}
     models = {"student": f"{cfg.out}/distil/blip.pt"}
-    with_teacher = with_teacher and cfg.method == "dlip" and cfg.data == "emoji"
-    return {**models, "teacher": str(teacher_file(cfg))} if with_teacher else models
+    if cfg.with_teacher and cfg.method == "dlip" and cfg.data == "emoji":
+        models["teacher"] = teacher_file(cfg)
+    return models
 
 
-def finetune_config(cfg, who, task, checkpoint, given):
-    """The config of one fine-tuning. Its recipe is the task's: flags change it where --stage finetune is given."""
-    chosen = {name: value for name, value in given.items() if name not in ("stage", "task", "out", "resume", "init")}
-    values = {**recipe(cfg.data, task), **(chosen if cfg.stage == "finetune" else {})}
-    name = task if who != "teacher" else f"teacher-{task}"
-    return replace(cfg, **values, stage="finetune", task=(task,), init=checkpoint, out=f"{cfg.out}/{name}",
-                   resume=True)
+def finetuning(cfg, given, who, task, checkpoint):
+    """The Config of one fine-tuning: the task's recipe; flags change it with --stage finetune."""
+    values = dict(recipe(cfg.data, task))
+    if cfg.stage == "finetune":
+        values.update({name: given[name] for name in values if name in given})
+    name = f"teacher-{task}" if who == "teacher" else task
+    lr = cfg.lr if cfg.stage == "finetune" else None
+    return replace(cfg, **values, stage="finetune", task=(task,), init=checkpoint, lr=lr,
+                   out=f"{cfg.out}/{name}", resume=True)
 
 
-def check_prompt(cfg):
-    """UserError when --prompt leaves no room for a caption: before the hours of training that come first."""
-    length = 1 + len(tokenizer_of(cfg).encode(cfg.prompt))  # with [DEC]
-    for name, room in (("max_length", cfg.max_length), ("context_length", cfg.context_length - 1)):
-        if room <= length:
-            raise UserError(f"{common.flag(name)} {getattr(cfg, name)}: the prompt {cfg.prompt!r} has {length} tokens "
-                            "with [DEC], which leaves none for the caption")
+def train_once(cfg):
+    """train(cfg), unless its folder holds the result already; goes on where it stopped.
+
+    UserError when the folder holds a run of other settings.
+    """
+    path = Path(cfg.out, "config.json")
+    if path.is_file():
+        saved = common.saved_config(Config, path)
+        for name, value in asdict(cfg).items():
+            if name not in common.FREE and name != "init" and saved.get(name) != value:
+                raise UserError(f"{cfg.out} has {common.flag(name)} {saved.get(name)}, not "
+                                f"{value}: take another --out")
+    if not Path(cfg.out, "results.json").is_file():
+        train(cfg)
 
 
-def run_stages(cfg, given=(), with_teacher=True):
-    """The stages that --stage names, in their run folder; what is done is not done again. Returns results.json's."""
-    if cfg.stage in ("all", "finetune", "evaluate") and "caption" in cfg.task:
-        check_prompt(cfg)
+def run_stages(cfg, given):
+    """The stages that --stage names, below --out; what is done is not done again."""
     common.start_device(cfg.device, cfg.seed)  # joins the processes: on_first needs them
-    made = common.on_first(partial(open_folder, cfg, given))
-    try:
-        if cfg.stage in ("teacher", "distil") or (cfg.stage == "all" and not cfg.init):
-            stage = "teacher" if cfg.stage == "teacher" else "distil"
-            train_once(replace(cfg, stage=stage, task=("retrieval",), out=f"{cfg.out}/{stage}", resume=True))
-        if cfg.stage in ("all", "finetune"):
-            for task in cfg.task:
-                for who, checkpoint in starts(cfg, with_teacher).items():
-                    train_once(finetune_config(cfg, who, task, checkpoint, dict(given)))
-        if cfg.stage in ("all", "evaluate"):
-            return common.on_first(partial(evaluate, cfg, with_teacher))
-    except UserError:
-        if made:
-            leave_folder(cfg)
-        raise
-    except KeyboardInterrupt as stopped:
-        if not str(stopped):
-            raise
-        raise KeyboardInterrupt(f"stopped in --stage {cfg.stage}; the same command with --resume --out {cfg.out} goes "
-                                "on") from None
+    if cfg.stage in ("all", "finetune", "evaluate") and "caption" in cfg.task:
+        prompt = 1 + len(tokenizer_of(cfg).encode(cfg.prompt))
+        if prompt >= 20 or prompt + 1 >= text_length(cfg):
+            raise UserError(f"--prompt {cfg.prompt!r}: its {prompt} tokens leave no room for a "
+                            "caption of at most 20")
+    path = Path(cfg.out, "config.json")
+    if path.exists() and not cfg.resume and cfg.stage in ("all", "teacher", "distil"):
+        raise UserError(f"{cfg.out} holds a run: go on with --resume, or choose another --out")
+    content = {"config": asdict(cfg), "environment": common.environment()}
+    common.on_first(lambda: path.exists() or common.write_json(path, content))
+    if cfg.stage in ("teacher", "distil") or (cfg.stage == "all" and not cfg.init):
+        stage = "teacher" if cfg.stage == "teacher" else "distil"
+        train_once(replace(cfg, stage=stage, task=("retrieval",), out=f"{cfg.out}/{stage}",
+                           resume=True))
+    if cfg.stage in ("all", "finetune"):
+        for task in cfg.task:
+            for who, checkpoint in starts(cfg).items():
+                train_once(finetuning(cfg, given, who, task, checkpoint))
+    if cfg.stage in ("all", "evaluate"):
+        common.on_first(partial(evaluate, cfg, given))
 
 
-def tuned_model(cfg, who, task, path):
-    """(checkpoint, config) for a task: the fine-tuned model, at its own image and text sizes; else that of --init."""
-    tuned = Path(finetune_config(cfg, who, task, path, {}).out) / "blip.pt"
-    if tuned.exists():
-        saved = common.read_config(tuned.with_name("config.json"))
-        of_model = ("image_size", "context_length", "prompt", "pixel_stats")
-        return tuned, replace(cfg, **{name: saved[name] for name in of_model})
-    if not cfg.init:
-        raise UserError(f"no {tuned}: --stage finetune --task {task} --out {cfg.out} makes it")
-    return path, cfg
+def evaluate(cfg, given):
+    """The test scores of the models on the tasks, their costs, the table and the pictures."""
+    device = torch.device(common.start_device(cfg.device, cfg.seed))
+    amp = common.mixed_precision(cfg.precision, device)[0]
+    folder, statistics = Path(cfg.out), pixel_statistics(device)
 
-
-def evaluate(cfg, with_teacher=True):
-    """The test scores of the models on the tasks, their costs, the table and the pictures; returns results.json's."""
-    device, folder = common.start_device(cfg.device, cfg.seed), Path(cfg.out)
-    paths = starts(cfg, with_teacher)
-    tuned = {(who, task): tuned_model(cfg, who, task, paths[who]) for task in cfg.task for who in paths}
-
-    def evaluator(path, own, need=()):
+    def open_model(path, own, need=()):
         tokenizer = tokenizer_of(own)
         blip = open_blip(path, own, tokenizer, need).to(device).eval()
-        return Evaluator(blip, own, device, common.mixed_precision(cfg, device)[0], tokenizer)
+        return Asked(blip, own, tokenizer, amp, statistics)
 
-    models = {who: evaluator(path, cfg).blip for who, path in paths.items()}
-    found = costs(models, device, cfg.context_length)
-    cells, evaluators = {who: dict(found[who]) for who in models}, {}
-    for (who, task), (path, own) in tuned.items():
-        evaluators[who, task] = evaluator(path, own, NEEDED[task])
-        scores = evaluators[who, task].scores(task, "test")
-        if not evaluators[who, task].sets(task, "test"):
-            raise UserError(f"--data {cfg.data} has no test set for --task {task}: name one with --eval-data")
-        cells[who].update(scores if task != "vqa" else {f"vqa_{name}": value for name, value in scores.items()})
-        if evaluators[who, task].unscored:
-            common.write_json(folder / f"answers_{who}.json", evaluators[who, task].unscored)
-    if "teacher" in cells:
-        cells["kept, %"] = {name: 100 * value / cells["teacher"][name]
-                            for name, value in cells["student"].items() if cells["teacher"].get(name)}
-    results = {"cells": cells, "seed": cfg.seed}
-    common.write_json(folder / "results.json", results)
-    scored = dict.fromkeys(name for cell in cells.values() for name in cell)
-    columns = [*next(iter(found.values())), *(name for name in scored if name.endswith(SHOWN))]
-    common.print_table({who: {column: cell.get(column) for column in columns} for who, cell in cells.items()},
-                       folder / "table.md")
-    draw(cfg, models, evaluators, cells)
-    print(f"pictures, tables and checkpoints: {folder}")
-    return results
-
-
-
-
-def draw(cfg, models, evaluators, cells):
-    """captions.png, attention.png, answers.png and efficiency.png, on the first test set of each task."""
-    folder = Path(cfg.out)
+    models = {who: open_model(path, cfg) for who, path in starts(cfg).items()}
+    cells = costs({who: asked.blip for who, asked in models.items()}, device)
+    tuned = {}
     for task in cfg.task:
-        found = {who: evaluators[who, task] for who in models}
-        own = next(iter(found.values()))
-        data = next(iter(own.sets(task, "test").values()), None)
-        with torch.inference_mode():
-            if task == "caption" and data is not None:
-                images, captions = common.example_images({"": data}, own.cfg.image_size, 12, common.resize_whole)
-                by_model = {who: evaluator.caption(images) for who, evaluator in found.items()}
-                common.plot_captions(folder / "captions.png", images, {"reference": captions, **by_model},
-                                     f"captions of test images of {cfg.data}")
-            elif task == "retrieval" and data is not None:
-                draw_attention(folder / "attention.png", cfg, models, own, data)
-            elif data is not None:
-                draw_answers(folder / "answers.png", own.cfg, found, data)
-    if "teacher" in cells and any(metric in cells["teacher"] for metric in COMPARED):
-        points = {who: efficiency_point([cells[who]], {"student": "distilled"}.get(who, who)) for who in models}
-        common.plot_efficiency(folder / "efficiency.png", points, f"accuracy against size on {cfg.data}")
+        for who, path in starts(cfg).items():
+            own = finetuning(cfg, given, who, task, path)
+            if Path(own.out, "blip.pt").exists():
+                path = Path(own.out, "blip.pt")
+            elif not cfg.init:
+                raise UserError(f"no {own.out}/blip.pt: --stage finetune --task {task} makes it")
+            tuned[who, task] = asked = open_model(path, own, NEEDED[task])
+            sets = task_sets(own, task, "test")
+            if not sets:
+                raise UserError(f"--data {cfg.data} has no test set for --task {task}: name one "
+                                "with --eval-data")
+            for name, data in sets.items():
+                scores, answers = scores_of(asked, task, data)
+                prefix = f"{name}_" * (len(sets) > 1) + "vqa_" * (task == "vqa")
+                cells[who].update({prefix + metric: v for metric, v in scores.items()})
+                if answers and "accuracy" not in scores:  # VQA's server alone can score them
+                    common.write_json(folder / f"answers_{who}.json", answers)
+    if "teacher" in cells:
+        theirs = cells["teacher"]
+        cells["kept, %"] = {name: 100 * value / theirs[name]
+                            for name, value in cells["student"].items() if theirs.get(name)}
+    common.write_json(folder / "results.json", {"cells": cells, "seed": cfg.seed})
+    common.print_table(cells, folder / "table.md")
+    draw(cfg, models, tuned)
+    print(f"pictures, tables and checkpoints: {folder}")
 
 
-def efficiency_point(cells, family):
-    """What plot_efficiency takes, from the cells of one model over seeds. family: teacher, distilled, not distilled."""
-    scores = {metric: [cell[metric] for cell in cells] for metric in COMPARED if metric in cells[0]}
-    return {"parameters": cells[0]["parameters_M"], "latency": cells[0]["latency_ms"], "family": family,
-            "scores": {metric: (float(np.mean(found)), float(np.std(found, ddof=1)) if len(found) > 1 else 0.0)
-                       for metric, found in scores.items()}}
+@torch.inference_mode()
+def draw(cfg, models, tuned):
+    """captions.png and attention.png, on the first test set."""
+    folder, first = Path(cfg.out), next(iter(models))
+    if "caption" in cfg.task:
+        asked = tuned[first, "caption"]
+        sets = task_sets(asked.cfg, "caption", "test")
+        images, references = common.example_images(sets, asked.cfg.image_size, 8,
+                                                   common.resize_whole)
+        texts = {who: caption(tuned[who, "caption"], images) for who in models}
+        common.plot_captions(folder / "captions.png", images, {"reference": references, **texts},
+                             f"captions of test images of {cfg.data}")
+    if "retrieval" in cfg.task:
+        sets = task_sets(cfg, "retrieval", "test")
+        draw_attention(folder / "attention.png", models, sets)
 
 
-PASSED_OVER = set("a an the of in on is are there this picture drawing photo image object everyday".split())
+PASSED_OVER = set("a an the of in on is are there this picture drawing photo image".split())
 
 
-def draw_attention(path, cfg, models, evaluator, data, count=6):
-    """Where the fusion encoders look when they read the first noun or so of a caption: last layer, mean over heads."""
-    images, captions = common.example_images({"": data}, cfg.image_size, count, common.resize_whole)
+@common.picture
+def draw_attention(path, models, sets, count=6):
+    """Where the fusion encoders look when they read the first noun or so of a caption.
+
+    Cross-attention of the last layer, the mean over heads and over the word's tokens.
+    """
+    asked = next(iter(models.values()))
+    images, captions = common.example_images(sets, asked.cfg.image_size, count, common.resize_whole)
     captions = [common.clean_blip_caption(text) for text in captions]
-    found = [[match for match in re.finditer(r"\w+", text) if match[0] not in PASSED_OVER] for text in captions]
-    matches = [words[0] if words else re.search("^", text) for words, text in zip(found, captions)]
-    ids, mask = evaluator.ids(captions, str)
-    of_word = torch.zeros(ids.shape)  # 1 / tokens at the tokens of the word
-    for row, (text, match) in enumerate(zip(captions, matches)):
-        start = 1 + len(evaluator.tokenizer.encode(text[:match.start()]))
-        pieces = max(1, len(evaluator.tokenizer.encode(match[0])))
+    ids, mask = ids_of(asked, captions)
+    words, of_word = [], torch.zeros(ids.shape)  # 1 / tokens at the tokens of the word
+    for row, text in enumerate(captions):
+        nouns = [word for word in text.split() if word not in PASSED_OVER]
+        words.append(nouns[0] if nouns else text)
+        before = text[:text.index(words[-1])]
+        start = 1 + len(asked.tokenizer.encode(before))
+        pieces = len(asked.tokenizer.encode(words[-1]))
         of_word[row, start:start + pieces] = 1 / pieces
-    maps = {}
-    for who, blip in models.items():
-        trace = Trace(-1)
-        blip.fuse(ids, mask, blip.encode_image(normalise(images, evaluator.statistics)), trace)
-        found = trace.cross_maps[-1].float().mean(1).cpu()[:, :, 1:]  # (B, N, M-1), without CLS
-        side = math.isqrt(found.shape[-1])
-        maps[who] = torch.einsum("bn,bnm->bm", of_word, found).unflatten(1, (side, side))
-    common.plot_attention(path, images, [match[0] for match in matches], maps,
-                          "cross-attention of a word to the image, last layer, before fine-tuning")
+    rows = [images]
+    for each in models.values():
+        states = each.blip.encode_image(normalise(images, each.statistics))
+        scores = each.blip.fuse(ids, mask, states, with_scores=True).cross_scores
+        maps = scores.softmax(-1).mean(1).cpu()[:, :, 1:]  # (B, N, M-1), without CLS
+        maps = torch.einsum("bn,bnm->bm", of_word, maps)
+        side = math.isqrt(maps.shape[1])
+        rows.append(common.overlay(images, maps.unflatten(1, (side, side))))
+    title = "cross-attention of a word to the image, last layer, before fine-tuning"
+    common.plot_grid(path, rows, ["image", *models], words, title)
 
 
-def draw_answers(path, cfg, evaluators, data, count=6, each=6):
-    """The first images of a VQA set, some of their questions, and everyone's answers."""
-    images, asked, truth, answers, index = [], [], [], {who: [] for who in evaluators}, 0
-    while index < len(data) and len(images) < count:
-        image, group = data.read(index)[0], []
-        while index < len(data) and data.read(index)[0] == image:
-            group.append(data.read(index)[1])
-            index += 1
-        images.append(torch.from_numpy(common.resize_whole(image, cfg.image_size)))
-        asked.append([question for question, _ in group[:each]])
-        truth.append([max(set(found), key=found.count) if found else "" for _, found in group[:each]])
-        for who, evaluator in evaluators.items():
-            batch = images[-1].expand(len(asked[-1]), -1, -1, -1)
-            answers[who].append(evaluator.answer(data.answers, batch, asked[-1]))
-    common.plot_answers(path, torch.stack(images), asked, {"truth": truth, **answers}, f"answers on {cfg.data}")
+# ------------------------------------------------------------------------ profile and ablation
 
 
-# ------------------------------------------------------------------------------------------------- profile and ablation
+def costs(blips, device, tokens=24, batch=32):
+    """{name: {"parameters_M", "GMACs", "latency_ms", "batch_ms"}} of image and text encoder.
 
-
-def forward_macs(function, *inputs):
-    """Multiply-adds of a forward pass."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.nn.attention.sdpa_kernel(
-            torch.nn.attention.SDPBackend.MATH):  # the plain kernel: its two products are counted on every device
-        function(*inputs)
-    return counter.get_total_flops() / 2
-
-
-def costs(models, device, tokens, batch=32):
-    """{name: {"parameters_M", "GMACs", "latency_ms", "batch_ms"}}: image and text encoder, a text of `tokens` tokens.
-
-    Parameters as the paper counts them: cross-attention included, no decoder, no heads. MACs and latency are those of
-    the image and of the unimodal text, one pair; batch_ms is that of `batch` pairs.
+    Parameters as the paper counts them: cross-attention included, no decoder, no heads. MACs and
+    latency are those of the image and of the unimodal text, one pair; batch_ms that of 32 pairs.
     """
     found, calls = {}, {}
-    for name, blip in models.items():
-        size, parameters = blip.visual_encoder.size, count_parameters(blip)
+    for name, blip in blips.items():
+        side, count = blip.size.vision.image_size, count_parameters(blip)
         for n in (1, batch):
-            image = torch.randn(n, 3, size.image_size, size.image_size, device=device)
-            ids = torch.full((n, tokens), blip.text.size.sep, device=device)
-            calls[name, n] = lambda blip=blip, image=image, ids=ids: (blip.encode_image(image), blip.encode_text(ids))
-        macs = forward_macs(calls[name, batch]) / batch
-        found[name] = {"parameters_M": (parameters["vision"] + parameters["text"]) / 1e6, "GMACs": macs / 1e9}
-    for n, column in ((1, "latency_ms"), (batch, "batch_ms")):
-        times = common.compare_latency({name: calls[name, n] for name in models}, device)
-        for name in models:
-            found[name][column] = times[name]
+            image = torch.randn(n, 3, side, side, device=device)
+            ids = torch.full((n, tokens), blip.size.text.sep, device=device)
+            calls[name, n] = partial(encode_pair, blip, image, ids)
+        found[name] = {"parameters_M": (count["vision"] + count["text"]) / 1e6,
+                       "GMACs": common.multiply_adds(calls[name, 1]) / 1e9}
+    times = common.compare_latency(calls, device)
+    for name in blips:
+        found[name].update(latency_ms=times[name, 1], batch_ms=times[name, batch])
     return found
 
 
-# the paper's Table 1: millions of parameters, GFLOPs (one multiply-add is one), ms on a V100; at 224 px, 30 tokens
-TABLE_1 = {"vit": {"base": (85.6, 16.9, 34.9), "middle": (48.3, 9.51, 22.1), "small": (21.6, 4.25, 11.4),
-                   "tiny": (5.48, 1.08, 4.70)},
-           "bert": {"base": (137.3, 2.25, 6.39), "middle": (59.6, 0.88, 4.03), "small": (26.1, 0.32, 3.49),
-                    "tiny": (9.61, 0.10, 2.21)}}
-PAPER_WHOLE = {"base": (213.6, 17.8, 41.3), "middle": (107.9, 10.4, 26.2), "small": (47.7, 4.4, 14.9)}
+def encode_pair(blip, image, ids):
+    return blip.encode_image(image), blip.encode_text(ids)
+
+
+# the paper's Table 1: millions of parameters, GFLOPs (one multiply-add is one), ms on a V100
+TABLE_1 = {"ViT base": (85.6, 16.9, 34.9), "ViT middle": (48.3, 9.51, 22.1),
+           "ViT small": (21.6, 4.25, 11.4), "ViT tiny": (5.48, 1.08, 4.70),
+           "BERT base": (137.3, 2.25, 6.39), "BERT middle": (59.6, 0.88, 4.03),
+           "BERT small": (26.1, 0.32, 3.49), "BERT tiny": (9.61, 0.10, 2.21),
+           "both base": (213.6, 17.8, 41.3), "both middle": (107.9, 10.4, 26.2),
+           "both small": (47.7, 4.4, 14.9)}
 
 
 def profile(cfg):
-    """--profile: parameters, MACs and latency of every size at 224 px and 30 tokens, beside the paper's Table 1."""
-    device, cells, calls, counts = common.start_device(cfg.device, cfg.seed), {}, {}, {}
+    """--profile: parameters, MACs, latency of every size at 224 px, 30 tokens, beside Table 1."""
+    device, calls, counts = common.start_device(cfg.device, cfg.seed), {}, {}
+    image = torch.randn(1, 3, 224, 224, device=device)
+    ids = torch.full((1, 30), 102, device=device)
     for name in ("base", "middle", "small", "tiny"):
-        blip = BLIP(VIT[name], BERT[name]).to(device).eval()
-        image, ids = torch.randn(1, 3, 224, 224, device=device), torch.full((1, 30), 102, device=device)
-        states, counted = blip.encode_image(image), count_parameters(blip)
-        for kind, call in (("vit", partial(blip.encode_image, image)), ("bert", partial(blip.encode_text, ids)),
-                           ("fusion", partial(blip.fuse, ids, None, states)),
-                           ("whole", lambda blip=blip, image=image, ids=ids: (blip.encode_image(image),
-                                                                              blip.encode_text(ids)))):
-            calls[kind, name] = call
-        counts.update({("vit", name): counted["vision"], ("bert", name): counted["text"],
-                       ("whole", name): counted["vision"] + counted["text"]})
-    with torch.inference_mode():
-        times = common.compare_latency(calls, device)
-    for kind, label in (("vit", "ViT"), ("bert", "BERT"), ("fusion", "BERT with cross-attention"), ("whole", "both")):
-        for name in ("base", "middle", "small", "tiny"):
-            paper = {**TABLE_1, "whole": PAPER_WHOLE}.get(kind, {}).get(name, (None,) * 3)
-            count = counts.get((kind, name))
-            cells[f"{label} {name}"] = {
-                "M parameters": count and count / 1e6, "paper M": paper[0],
-                "GMACs": forward_macs(calls[kind, name]) / 1e9, "paper G": paper[1],
-                "ms": times[kind, name], "paper ms": paper[2]}
-    common.print_table(cells)
-    base, small = (cells[f"both {name}"] for name in ("base", "small"))
-    where = torch.cuda.get_device_name() if device.type == "cuda" else "this CPU"
-    print(f"\nsmall + small against base + base: {small['M parameters'] / base['M parameters']:.1%} of the parameters, "
-          f"{small['GMACs'] / base['GMACs']:.1%} of the MACs, {base['ms'] / small['ms']:.2f} times as fast\n"
-          "(paper: 22.4%, 24.8%, 2.7 times; its totals for base, 213.6 M and 17.8 G, are not the sums of its Table 1, "
-          f"222.9 M and 19.15 G).\nLatency: one image and one text on {where}; the paper's on a V100. Our MACs have "
-          "the two products inside attention.")
+        blip = BLIP(BLIPSize(VIT[name], BERT[name])).to(device).eval()
+        count = count_parameters(blip)
+        calls[f"ViT {name}"] = partial(blip.encode_image, image)
+        calls[f"BERT {name}"] = partial(blip.encode_text, ids)
+        calls[f"both {name}"] = partial(encode_pair, blip, image, ids)
+        counts[f"ViT {name}"], counts[f"BERT {name}"] = count["vision"], count["text"]
+        counts[f"both {name}"] = count["vision"] + count["text"]
+    times = common.compare_latency(calls, device)
+    table = {}
+    for name in sorted(calls, key=lambda name: name.split()[0]):
+        paper = TABLE_1.get(name, (None,) * 3)
+        table[name] = {"M parameters": counts[name] / 1e6, "paper M": paper[0],
+                       "GMACs": common.multiply_adds(calls[name]) / 1e9, "paper G": paper[1],
+                       "ms": times[name], "paper ms": paper[2]}
+    common.print_table(table)
+    base, small = table["both base"], table["both small"]
+    print(f"small against base: {small['M parameters'] / base['M parameters']:.1%} of the "
+          f"parameters, {small['GMACs'] / base['GMACs']:.1%} of the MACs, "
+          f"{base['ms'] / small['ms']:.2f} times as fast (paper: 22.4 %, 24.8 %, 2.7 times; its "
+          "totals for base are not the sums of its Table 1, 222.9 M and 19.15 G)")
 
 
-# the paper's ablations: TR@1, IR@1, CIDEr, VQA of DLIP_Small
+# the paper's ablations of DLIP_Small: TR@1, IR@1, CIDEr, VQA
+COMPARED = {"i2t_r1": "TR@1", "t2i_r1": "IR@1", "cider": "CIDEr", "vqa_accuracy": "VQA"}
 PAPER_ABLATION = {
-    "vlp": (85.5, 72.1, 119.6, 71.24), "vlp + at": (88.2, 73.6, 120.8, 72.31), "vlp + hr": (88.8, 75.4, 121.6, 72.62),
+    "teacher": (92.0, 78.5, 121.8, 75.3), "vlp": (85.5, 72.1, 119.6, 71.24),
+    "vlp + at": (88.2, 73.6, 120.8, 72.31), "vlp + hr": (88.8, 75.4, 121.6, 72.62),
     "at + hr": (87.4, 74.8, 120.9, 72.26), "dlip": (89.1, 76.0, 121.9, 72.70),
     "hr img": (86.9, 73.1, 120.2, 72.37), "hr text": (87.3, 72.9, 119.7, 72.22),
     "hr img text": (88.2, 74.6, 120.4, 72.39), "hr vl_e": (88.6, 75.2, 120.6, 72.48),
-    "hr vl_d": (87.9, 74.5, 121.3, 72.61),
-    "attn self": (87.2, 72.9, 120.4, None), "attn cross": (87.7, 73.2, 120.6, None),
-    "teacher": (92.0, 78.5, 121.8, 75.3)}
+    "hr vl_d": (87.9, 74.5, 121.3, 72.61), "attn self": (87.2, 72.9, 120.4),
+    "attn cross": (87.7, 73.2, 120.6)}
 
 
 def ablation_arms(cfg):
-    """{name: the fields in which the arm differs from the flags given}"""
-    no_at, no_hr, alone = dict(attn=("none",)), dict(hr=("none",)), dict(method="blip")
-    layers = DEMO_BERT[cfg.bert].layers
-    mixes = ("tiny tiny", "middle middle", "small base", "base small", "tiny base", "base tiny")
-    sizes = {f"vit {vit}, bert {bert}": dict(vit=vit, bert=bert) for vit, bert in map(str.split, mixes)}
-    return {
-        "teacher": dict(init=str(teacher_file(cfg))),
-        "vlp": alone,
-        "vlp + at": no_hr,
-        "vlp + hr": no_at,
-        "at + hr": dict(vlp=False),
-        "dlip": {},
-        **{f"hr {' '.join(parts)}": dict(hr=parts, **no_at)
-           for parts in (("img",), ("text",), ("img", "text"), ("vl_e",), ("vl_d",))},
-        **{f"attn {part}": dict(attn=(part,), **no_hr) for part in ("self", "cross")},
-        "attn double-softmax": dict(attn_form="double-softmax"),
-        "kd itc and lm": dict(kd_itc=1.0, kd_lm=1.0),
-        **{f"fusion layers {k}": dict(fusion_layers=k) for k in range(1, layers)},
-        **sizes, **{f"{name}, vlp": dict(**fields, **alone) for name, fields in sizes.items()},
-    }
+    """{name: the flags in which the arm differs from those given}"""
+    no_at, no_hr = dict(attn=("none",)), dict(hr=("none",))
+    arms = {"teacher": dict(init=teacher_file(cfg)), "vlp": dict(method="blip"),
+            "vlp + at": no_hr, "vlp + hr": no_at, "at + hr": dict(vlp=False), "dlip": {}}
+    for parts in (("img",), ("text",), ("img", "text"), ("vl_e",), ("vl_d",)):
+        arms[f"hr {' '.join(parts)}"] = dict(hr=parts, **no_at)
+    for part in ("self", "cross"):
+        arms[f"attn {part}"] = dict(attn=(part,), **no_hr)
+    for k in range(1, DEMO_BERT[cfg.bert].layers):
+        arms[f"fusion layers {k}"] = dict(fusion_layers=k)
+    for vit, bert in (("tiny", "tiny"), ("middle", "middle"), ("small", "base"), ("base", "small")):
+        arms[f"vit {vit}, bert {bert}"] = dict(vit=vit, bert=bert)
+    return {name: {"with_teacher": False, **fields} for name, fields in arms.items()}
 
 
-def ablate(cfg):
-    """--ablate: train the arms that are not done yet; then the tables, with the paper's numbers, and the plot."""
-    found = common.run_arms(cfg, ablation_arms(cfg), partial(run_stages, with_teacher=False), baselines=("vlp", "dlip"))
-    cells = {name: [next(iter(run["cells"].values())) for run in runs] for name, runs in found.items()}
+def ablate(cfg, given):
+    """--ablate: the arms that are not done yet; then the tables, with the paper's numbers."""
+    given = {name: value for name, value in given.items() if name not in ("stage", "task")}
+    results = common.run_arms(cfg, given, ablation_arms(cfg), baselines=("vlp", "dlip"))
     table = {}
-    for name in cells:
-        ours = common.mean_std([{m: cell[m] for m in COMPARED if m in cell} for cell in cells[name]])
-        paper = dict(zip(COMPARED, PAPER_ABLATION.get(name, ())))
-        table[name] = {key: value for m, title in COMPARED.items()
-                       for key, value in ((title, ours.get(m)), (f"paper {title}", paper.get(m)))}
-    print("\nemoji scenes beside the paper's Flickr30K, COCO captions and VQAv2: compare differences, not values")
-    common.print_table(table, Path(cfg.out) / "beside_paper.md")
-    points = {}
-    for name in [name for name in cells if name in ("teacher", "vlp", "dlip") or name.startswith("vit ")]:
-        family = "teacher" if name == "teacher" else "not distilled" if name.endswith("vlp") else "distilled"
-        points[name] = efficiency_point(cells[name], family)
-    if points:
-        common.plot_efficiency(Path(cfg.out) / "efficiency.png", points, "accuracy against size, emoji scenes")
+    for name, runs in results.items():
+        cells = [next(iter(run["cells"].values())) for run in runs]
+        ours = common.mean_std([{metric: cell[metric] for metric in COMPARED} for cell in cells])
+        table[name] = {title: ours[metric] for metric, title in COMPARED.items()}
+        for title, value in zip(COMPARED.values(), PAPER_ABLATION.get(name, ())):
+            table[name][f"paper {title}"] = value
+    print("\nemoji scenes beside the paper's Flickr30K, COCO and VQAv2: compare differences")
+    common.print_table(table, Path(cfg.out, "beside_paper.md"))
 
 
-def main():
-    cfg, given = configure()
+def main(argv=None):
+    cfg, given = configure(argv)
     if cfg.profile:
         profile(cfg)
     elif cfg.ablate:
-        ablate(cfg)
+        ablate(cfg, given)
     else:
         run_stages(cfg, given)
 
 
 if __name__ == "__main__":
-    common.run_main(main)
+    sys.exit(common.run_main(main))

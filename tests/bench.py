@@ -22,13 +22,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import numpy as np
-import torch
-
 import clip_cid
 import common
 import dlip
 import eclipse
+import numpy as np
+import torch
 
 COCO = Path(__file__).resolve().parents[2] / "shared/data/coco_mini"
 PACKAGES = "torch", "torchvision", "open_clip_torch", "transformers", "webdataset", "faiss-cpu", "pillow", "numpy"

@@ -20,12 +20,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import common
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-import common
 
 REPO = Path(__file__).resolve().parents[1]
 COCO_MINI = REPO.parent / "shared" / "data" / "coco_mini"

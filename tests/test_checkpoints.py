@@ -4,13 +4,12 @@ import argparse
 import json
 from dataclasses import asdict, replace
 
+import common
+import eclipse
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
-import common
-import eclipse
 from common import PRESETS, UserError
 
 TINY = PRESETS["tiny"]

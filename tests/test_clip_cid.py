@@ -14,17 +14,17 @@ import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
+import clip_cid
+import common
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import equal
+from common import BadSample, UserError
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import clip_cid
-import common
-from common import BadSample, UserError
+from harness import equal
 
 SIZE = replace(common.PRESETS["tiny"], vision_width=64, vision_heads=4, vision_mlp=128, embed_dim=12,
                text_width=64, text_heads=4, context_length=16, vocab_size=600)

@@ -17,11 +17,15 @@ import tempfile
 import time
 from pathlib import Path
 
+import clip_cid
+import common
+import eclipse
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+
 from test_training import (
     COCO_MINI,
     ONE_THREAD,
@@ -39,10 +43,6 @@ from test_training import (
     posix,
     write_shard,
 )
-
-import clip_cid
-import common
-import eclipse
 
 SIZES = ("--vision-width 32 --vision-mlp 64 --vision-layers 1 --vision-heads 2 --text-width 32 --text-layers 1 "
          "--text-heads 2 --embed-dim 24 --image-size 32 --patch-size 8 --vocab-size 1000").split()

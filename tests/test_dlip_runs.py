@@ -20,11 +20,14 @@ import tempfile
 import time
 from pathlib import Path
 
+import common
+import dlip
 import pytest
 import torch
 from PIL import Image
-from test_data import write_coco
 from test_data_blip import write_images, write_json, write_vqa
+
+from test_data import write_coco
 from test_training import (
     COCO_MINI,
     ONE_THREAD,
@@ -41,9 +44,6 @@ from test_training import (
     posix,
     write_shard,
 )
-
-import common
-import dlip
 
 SIZES = "--preset demo --vit tiny --bert tiny --image-size 40 --embed-dim 32 --context-length 30".split()
 BASIC = "--batch-size 16 --device cpu --log-every 1 --workers 0".split()

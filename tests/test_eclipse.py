@@ -6,15 +6,14 @@ import os
 import shutil
 from dataclasses import replace
 
+import common
+import eclipse
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-
-import common
-import eclipse
 from common import UserError
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SIZE = replace(common.PRESETS["demo"], image_size=32, patch_size=8, vision_width=64, vision_layers=4, vision_heads=2,
                vision_mlp=96, embed_dim=32, text_width=64, text_layers=2, text_heads=2, context_length=12,

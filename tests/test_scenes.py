@@ -9,8 +9,6 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from PIL import ImageColor
-
 from common import BertTokenizer, UserError, clean_blip_caption, clean_blip_question
 from data.emoji import scenes
 from data.emoji.scenes import (
@@ -20,6 +18,7 @@ from data.emoji.scenes import (
     emoji_answers,
     emoji_words,
 )
+from PIL import ImageColor
 
 TABLE = Path(__file__).resolve().parents[1] / "data" / "emoji" / "emoji.tsv"
 ROWS = list(csv.DictReader(TABLE.read_text("utf-8").splitlines(), delimiter="\t"))

@@ -6,14 +6,13 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import common
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
-
-import common
 from common import BadSample, UserError
+from PIL import Image
 
 KS = (1, 5, 10)
 

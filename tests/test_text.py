@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from common import bleu, cider_d, normalize_answer, ptb_tokenize, vqa_accuracy
 
 COCO = Path(__file__).resolve().parents[2] / "shared" / "data" / "coco_mini"

@@ -16,10 +16,9 @@ import types
 import unicodedata
 from pathlib import Path
 
+import common
 import pytest
 import torch
-
-import common
 from common import BERT_SPECIALS, BertTokenizer, CLIPTokenizer, UserError, clean_blip_caption, clean_blip_question
 
 COCO = Path(__file__).resolve().parents[2] / "shared" / "data" / "coco_mini"

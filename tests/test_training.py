@@ -13,9 +13,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import common
+import eclipse
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from harness import (
     COCO_MINI,
     REPO,
@@ -36,10 +40,6 @@ from harness import (
     write_photos,
     write_shard,
 )
-from PIL import Image
-
-import common
-import eclipse
 
 TINY = ["--preset", "tiny", "--batch-size", 16, "--epochs", 2, "--log-every", 1, "--lr", "1e-3"]
 EMOJI = [*TINY, "--scenes", 128, "--concepts", 10]  # 8 steps an epoch

@@ -1,0 +1,411 @@
+"""Make the lists that training and evaluation read from the official files of a data set, once.
+
+    python data/prepare.py NAME DIR [--out DIR]
+
+NAME: coco, flickr30k, vg, sbu, nocaps, vqav2 or cc3m (any table of caption<TAB>address). DIR holds
+the official files and the images, see data/README.md. Written to DIR (or --out): train.jsonl,
+val.jsonl, test.jsonl (vqav2: test-dev.jsonl too), those of them that the set has. Line 1 of a list
+says what it was made from and what could not be used, by reason; then comes one record a line:
+
+    {"key", "image", "captions": [...], "domain" of nocaps}
+    {"key", "question_id", "image", "question", "answers": [...], "kind"}
+
+`image` is relative to the list where that stands in DIR. The file that a record names is the file:
+only where the official files give nothing but a number is it found by that number. A sample that
+cannot be used is counted; a file of another form ends in one line that says what is missing.
+"""
+
+import argparse
+import collections
+import contextlib
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import (
+    HELD_BACK,
+    IMAGE_TYPES,
+    NOT_DOWNLOADED,
+    BadSample,
+    UserError,
+    check_bad,
+    clean_captions,
+    files_below,
+    read_json,
+    read_text,
+    replace_file,
+    run_main,
+)
+
+MISSING = "missing image file"
+FEW_ANSWERS = "with fewer than ten answers: the official accuracy cannot reach 100"
+
+
+class Lists:
+    """The lists in the making: records, and what could not be used, of each split."""
+
+    def __init__(self, root, out):
+        self.root, self.out = root.absolute(), out.absolute()
+        self.sources, self.first = [], {}
+        self.lines = collections.defaultdict(list)
+        self.keys = collections.defaultdict(set)
+        self.bad = collections.defaultdict(collections.Counter)  # samples, by reason
+        self.notes = collections.defaultdict(collections.Counter)  # what is lost of good samples
+        self.answers = None
+
+    def source(self, path):
+        """Note a file that the lists are made from. One that is absent counts, it may come."""
+        self.latest = path
+        stat = path.stat() if path.is_file() else None
+        size, time = (stat.st_size, stat.st_mtime_ns) if stat else (None, None)
+        source = {"file": self.place(path), "size": size, "time": time}
+        if source not in self.sources:
+            self.sources.append(source)
+        return path
+
+    def place(self, path):
+        """A path as the lists hold it."""
+        path = os.path.abspath(path)
+        return os.path.relpath(path, self.out) if self.out == self.root else path
+
+    def read(self, path, name=None, **options):
+        """The list under a name, or at the top, of a json file."""
+        content = read_json(self.source(path), **options)
+        found = content
+        if name:
+            found = content.get(name) if isinstance(content, dict) else None
+        if not isinstance(found, list):
+            where = f'under "{name}"' if name else "at the top"
+            raise UserError(f"{path} holds no list {where}: is it the right file? "
+                            "(see data/README.md)")
+        return found
+
+    @contextlib.contextmanager
+    def entry(self, counter, split, where):
+        """Count what cannot be used of an entry instead of ending."""
+        try:
+            yield
+        except BadSample as error:
+            counter[split][str(error)] += 1
+            self.first.setdefault(split, f"{where}: {error}")
+
+    def add(self, split, key, image, **record):
+        """One sample. BadSample if its image (a path or None) is missing, or its key is not new."""
+        if image is None:
+            raise BadSample(MISSING)
+        if key in self.keys[split]:
+            raise BadSample("listed twice")
+        self.keys[split].add(key)
+        line = {"key": key, "image": self.place(image), **record}
+        self.lines[split].append(json.dumps(line))
+
+    def write(self, name, kind):
+        """Write the lists that hold something. UserError if none does, or too much is unusable."""
+        if not any(self.lines.values()):
+            sources = [source["file"] for source in self.sources if source["size"]]
+            first = next(iter(self.first.values()), "they list nothing")
+            raise UserError(f"nothing can be used of {', '.join(sources)} in {self.root}: {first} "
+                            "(see data/README.md)")
+        head = {"name": name, "kind": kind, "made_from": self.sources,
+                "root": os.path.relpath(self.root, self.out)}
+        if self.answers:
+            head["answers"] = self.answers
+        for split in dict.fromkeys([*self.lines, *self.bad]):
+            lines, bad, path = self.lines[split], +self.bad[split], self.out / f"{split}.jsonl"
+            if not lines:
+                print(f"{path} is not written: {self.first[split]}")
+                continue
+            check_bad(bad, len(lines) + bad.total(), str(path))
+            head |= {"unusable": bad, "notes": +self.notes[split]}
+            text = "\n".join([json.dumps(head), *lines]) + "\n"
+            replace_file(path, lambda new: new.write_text(text, "utf-8"))
+            print(f"{path}: {len(lines):,} {'images' if kind == 'captions' else 'questions'}")
+            for what, number in head["notes"].items():
+                print(f"{path}: {number:,} {what}")
+
+
+KINDS = {str: "text", int: "number", list: "list"}
+
+
+def take(entry, name, kind=str):
+    """entry[name], which must be a text, a number or a list that is not empty; else BadSample."""
+    value = entry.get(name) if isinstance(entry, dict) else None
+    if not isinstance(value, kind) or value in ("", []):
+        raise BadSample(f'no {KINDS[kind]} under "{name}"')
+    return value
+
+
+def first_file(*paths):
+    """The first of these files that is there, else None."""
+    return next((Path(path) for path in paths if os.path.isfile(path)), None)
+
+
+def named_file(root, name):
+    """The file that a list calls `name`, at its own place or below root, images/ or val/.
+
+    An absolute path of another machine, "/there/vg/VG_100K/1.jpg", means the file below root with
+    the longest such ending.
+    """
+    absolute = re.match(r"[/\\]|\w:", name)
+    parts = re.split(r"[/\\]+", name)
+    endings = ["/".join(parts[start:]) for start in range(1, len(parts) if absolute else 1)]
+    places = root, root / "images", root / "val"
+    return first_file(*(place / each for each in (name, "/".join(parts), *endings)
+                        for place in places))
+
+
+def coco_file(root, folders, name):
+    """An image of COCO. The 2017 folders hold those of 2014, without COCO_train2014_ before."""
+    short = re.sub(r"^COCO_[a-z]+20\d\d_", "", name)
+    names = [name, short, *(f"COCO_{folder}_{short}" for folder in folders)]
+    parents = root, root / "images", root.parent / "coco"
+    return first_file(*(parent / folder / each for parent in parents for folder in folders
+                        for each in names))
+
+
+def read_captions(lists, split, path, find, digits=0):
+    """A json in COCO's form: images with id and file_name, annotations with image_id, caption."""
+    captions = collections.defaultdict(list)
+    for i, annotation in enumerate(lists.read(path, "annotations")):
+        with lists.entry(lists.notes, split, f"{path}, annotation {i}"):
+            caption = take(annotation, "caption")
+            captions[take(annotation, "image_id", int)] += clean_captions(caption)
+    images = lists.read(path, "images")
+    ids = collections.Counter(str(image.get("id")) for image in images if isinstance(image, dict))
+    for i, image in enumerate(images):
+        with lists.entry(lists.bad, split, f"{path}, image {i}"):
+            number, file = take(image, "id", int), take(image, "file_name")
+            if ids[str(number)] > 1:
+                raise BadSample("with an id that another image has too")
+            if not captions[number]:
+                raise BadSample("without caption")
+            more = {"domain": image["domain"]} if "domain" in image else {}
+            lists.add(split, str(number).zfill(digits), find(file),
+                      captions=captions[number], **more)
+    unlisted = sum(len(texts) for number, texts in captions.items() if not ids[str(number)])
+    lists.notes[split]["captions of images that are not listed"] += unlisted
+
+
+def karpathy_split(path, image):
+    """Karpathy's split of an image, restval for training. UserError if it has none."""
+    split = str(image.get("split") if isinstance(image, dict) else None)
+    if split not in ("train", "restval", "val", "test"):
+        raise UserError(f'{path}: an image has no "split" of train, restval, val, test')
+    return split.replace("restval", "train")
+
+
+def read_karpathy(lists, path, key_of, find):
+    for i, image in enumerate(lists.read(path, "images")):
+        split = karpathy_split(path, image)
+        with lists.entry(lists.bad, split, f"{path}, image {i}"):
+            captions = [take(sentence, "raw") for sentence in take(image, "sentences", list)]
+            lists.add(split, key_of(image), find(take(image, "filename")),
+                      captions=clean_captions(captions))
+
+
+def read_list(lists, split, path):
+    """A list as BLIP's: [{"image": path, "caption": text or texts}]; the key is the path."""
+    captions = collections.defaultdict(list)
+    for i, entry in enumerate(lists.read(path)):
+        with lists.entry(lists.bad, split, f"{path}, entry {i}"):
+            image = take(entry, "image")
+            captions[image] += clean_captions(entry.get("caption"))
+    for image, texts in captions.items():
+        with lists.entry(lists.bad, split, f"{path}, image {image!r}"):
+            lists.add(split, image, named_file(lists.root, image), captions=texts)
+
+
+def find_list(root, *names):
+    """The first of these files in root, else its only json (img2dataset's reports aside)."""
+    found = first_file(*(root / name for name in names))
+    others = [path for path in root.glob("*.json") if not path.name.endswith("_stats.json")]
+    if not found and len(others) != 1:
+        raise UserError(f"no {' or '.join(names)} in {root} (see data/README.md)")
+    return found or others[0]
+
+
+def coco(lists):
+    root, folders = lists.root, ("val2014", "train2014", "val2017", "train2017")
+    places = root / "dataset_coco.json", root / "annotations" / "dataset_coco.json"
+    splits = first_file(*places)
+    if splits:
+        read_karpathy(lists, splits, lambda image: f"{take(image, 'cocoid', int):012d}",
+                      lambda name: coco_file(root, folders, name))
+        return
+    for path in places:
+        lists.source(path)  # whoever puts it there later is told to prepare anew
+    for split, year in (("train", "train2017"), ("test", "val2017")):
+        path = root / "annotations" / f"captions_{year}.json"
+        if path.is_file() or split == "train":
+            read_captions(lists, split, path, lambda name: coco_file(root, (year,), name), 12)
+
+
+def flickr30k(lists):
+    folders = lists.root / "flickr30k-images", lists.root / "images"
+    read_karpathy(lists, lists.root / "dataset_flickr30k.json",
+                  lambda image: take(image, "filename"),
+                  lambda name: first_file(*(folder / name for folder in folders)))
+
+
+def vg(lists):
+    root = lists.root
+    path = find_list(root, "region_descriptions.json", "vg_caption.json")
+    if path.name != "region_descriptions.json":
+        return read_list(lists, "train", path)
+    held_back = held_back_by_coco(lists)
+
+    def phrase_only(entry):  # 5.4 million regions: keep no more of them, from the start
+        return entry["phrase"] if "phrase" in entry else entry
+
+    for i, image in enumerate(lists.read(path, object_hook=phrase_only)):
+        with lists.entry(lists.bad, "train", f"{path}, image {i}"):
+            number, regions = take(image, "id", int), take(image, "regions", list)
+            if number in held_back:
+                raise BadSample(HELD_BACK)
+            phrases = [phrase for phrase in regions if isinstance(phrase, str)]
+            lists.notes["train"]["regions without text"] += len(regions) - len(phrases)
+            name = f"{number}.jpg"
+            places = [parent / folder / name for parent in (root / "images", root)
+                      for folder in ("VG_100K", "VG_100K_2")]
+            captions = clean_captions(phrases)
+            lists.add("train", str(number), first_file(*places), captions=captions)
+
+
+def held_back_by_coco(lists):
+    """Numbers of Visual Genome's images that Karpathy's splits of COCO keep for val and test."""
+    path = lists.source(lists.root / "image_data.json")
+    folder = lists.root.parent / "coco"
+    splits = first_file(folder / "dataset_coco.json", folder / "annotations" / "dataset_coco.json")
+    if not splits or not path.is_file():
+        lists.source(splits or folder / "dataset_coco.json")
+        print(f"no {path} or no dataset_coco.json in {folder}: images that COCO is tested on stay "
+              "in, do not test on COCO what is trained on this list")
+        return set()
+    images = lists.read(splits, "images")
+    coco = {image["cocoid"] for image in images if karpathy_split(splits, image) != "train"}
+    return {image["image_id"] for image in lists.read(path) if image["coco_id"] in coco}
+
+
+def sbu(lists):
+    path = find_list(lists.root, "sbu-captions-all.json", "sbu.json")
+    if path.name != "sbu-captions-all.json":
+        return read_list(lists, "train", path)
+    add_rows(lists, "train", path, lists.read(path, "captions"), lists.root)
+
+
+def cc3m(lists):
+    root = lists.root
+    for split, folder in (("train", root), ("train", root / "train"), ("val", root / "val")):
+        tables = sorted(folder.glob("Train*.tsv")) or sorted(folder.glob("*.tsv"))
+        if tables:
+            rows = read_table(lists.source(tables[0]))
+            add_rows(lists, split, tables[0], rows, folder / "images")
+
+
+def read_table(path):
+    """The captions of a table caption<TAB>address, with or without a header, row by row."""
+    captions = []
+    for i, line in enumerate(read_text(path, errors="replace").removesuffix("\n").split("\n")):
+        caption, *address = line.split("\t")
+        if address and re.match(r"\s*(\w+:)?//|\s*www\.", address[0]):
+            captions.append(caption)
+        elif i or not address:  # else it is the header
+            raise UserError(f"{path}, line {i + 1}: no address in the second column; the rows "
+                            "behind it would be given each other's images")
+    return captions
+
+
+def add_rows(lists, split, path, captions, folder):
+    """Images named by the row of their caption, 000000123.jpg that of row 123, the first is 0."""
+    files = {}
+    for file in files_below(folder, IMAGE_TYPES):
+        if file.stem.isdecimal():
+            files.setdefault(int(file.stem), file)
+    if files and max(files) >= len(captions):
+        raise UserError(f"{files[max(files)]} is the image of no row, the last of {path} is "
+                        f"{len(captions) - 1}: the first row is 0 (see data/README.md)")
+    if files and 0 not in files:
+        print(f"{path}: row 0 has no image; were they numbered from 1, all captions are shifted")
+    for row, caption in enumerate(captions):
+        file = files.get(row)
+        with lists.entry(lists.bad, split, f"{path}, row {row}"):
+            if not file:
+                raise BadSample(NOT_DOWNLOADED)
+            texts = clean_captions(caption)
+            if "\ufffd" in texts[0]:
+                raise BadSample("caption that is no UTF-8")
+            beside = file.with_suffix(".txt")  # of img2dataset, whose keys may not be the rows
+            if beside.is_file() and read_text(beside).split() != texts[0].split():
+                raise UserError(f"{beside} is not the caption of row {row} of {path}: download "
+                                "with 10,000 images a shard (see data/README.md)")
+            lists.add(split, f"{row:09d}", file, captions=texts)
+
+
+def nocaps(lists):
+    path = find_list(lists.root, "nocaps_val_4500_captions.json", "nocaps_val.json")
+    if path.name != "nocaps_val_4500_captions.json":
+        return read_list(lists, "test", path)
+    read_captions(lists, "test", path, lambda name: named_file(lists.root, name))
+
+
+def vqav2(lists):
+    root = lists.root
+    lists.answers = lists.read(root / "answer_list.json")
+    if not lists.answers or not all(isinstance(answer, str) for answer in lists.answers):
+        raise UserError(f'{root / "answer_list.json"} is no list of texts, ["yes", "no", ...]')
+    for split, part in (("train", "train2014"), ("val", "val2014"), ("test", "test2015"),
+                        ("test-dev", "test-dev2015")):
+        path = root / f"v2_OpenEnded_mscoco_{part}_questions.json"
+        if path.is_file():
+            read_questions(lists, split, part, path)
+
+
+def read_questions(lists, split, part, path):
+    folder = part.replace("-dev", "")
+    folders = (folder,) if split.startswith("test") else (folder, "train2017", "val2017")
+    given = {}
+    if not split.startswith("test"):
+        annotations = lists.root / f"v2_mscoco_{part}_annotations.json"
+        for i, annotation in enumerate(lists.read(annotations, "annotations")):
+            with lists.entry(lists.notes, split, f"{annotations}, annotation {i}"):
+                answers = [take(answer, "answer") for answer in take(annotation, "answers", list)]
+                kind = annotation.get("answer_type")
+                given[take(annotation, "question_id", int)] = answers, kind
+    for i, entry in enumerate(lists.read(path, "questions")):
+        with lists.entry(lists.bad, split, f"{path}, question {i}"):
+            number, question = take(entry, "question_id", int), take(entry, "question")
+            if number not in given and not split.startswith("test"):
+                raise BadSample("without answers")
+            answers, kind = given.get(number, ([], None))
+            image = coco_file(lists.root, folders, f"{take(entry, 'image_id', int):012d}.jpg")
+            lists.add(split, str(number), image, question_id=number, question=question,
+                      answers=answers, kind=kind)
+            lists.notes[split][FEW_ANSWERS] += 0 < len(answers) < 10
+
+
+SETS = {"coco": coco, "flickr30k": flickr30k, "vg": vg, "sbu": sbu, "nocaps": nocaps,
+        "vqav2": vqav2, "cc3m": cc3m}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", choices=SETS)
+    parser.add_argument("dir", type=Path)
+    parser.add_argument("--out", type=Path, help="where the lists are written (default: DIR)")
+    given = parser.parse_args(argv)
+    if not given.dir.is_dir():
+        raise UserError(f"no folder {given.dir}")
+    lists = Lists(given.dir, given.out or given.dir)
+    try:
+        SETS[given.name](lists)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{lists.latest} is not of the official form (see data/README.md): "
+                        f"{error}") from error
+    lists.write(given.name, "questions" if given.name == "vqav2" else "captions")
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
