@@ -5,12 +5,11 @@ import itertools
 import math
 from dataclasses import asdict, replace
 
+import common
+import dlip
 import pytest
 import torch
 import torch.nn.functional as F
-
-import common
-import dlip
 from common import BertTokenizer, Checkpoint, UserError, import_torchvision
 from dlip import BERT, BLIP, VIT, BLIPSize, TextSize, VisionSize, VisionTransformer
 

@@ -5,14 +5,13 @@ import copy
 import math
 from dataclasses import replace
 
+import dlip
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-
-import dlip
 from dlip import BLIP, DLIP, BLIPSize, TextSize, VisionSize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # --------------------------------------------------------------------------------- small models
 
