@@ -1,15 +1,12 @@
 """BLIP as dlip.py has it, against independent references: transformers' BLIP and BERT, timm,
 torchvision, and loops over one image, one head, one token, one answer at a time."""
 
-import itertools
-import math
 from dataclasses import asdict, replace
 
 import common
 import dlip
 import pytest
 import torch
-import torch.nn.functional as F
 from common import BertTokenizer, Checkpoint, UserError, import_torchvision
 from dlip import BERT, BLIP, VIT, BLIPSize, TextSize, VisionSize, VisionTransformer
 
@@ -94,6 +91,13 @@ def test_parameter_counts(name, vision, text):
     assert counts["heads"] == 256 * (VIT[name].width + D + 2) + 2 * D + 2 + 1
 
 
+def assert_maps(encoded, found, mask):
+    """Where there are queries, the scores' softmax is the last layer's map of transformers."""
+    for scores, maps in ((encoded.self_scores, found.attentions), (encoded.cross_scores, found.cross_attentions)):
+        rows = mask[:, None, :, None].expand_as(scores)
+        torch.testing.assert_close(scores.softmax(-1)[rows], maps[-1][rows], **CLOSE)
+
+
 def test_retriever_equals_transformers():
     theirs, (image, ids, mask) = peer("BlipForImageTextRetrieval"), batch()
     need = ("text_encoder.", "vision_proj.", "text_proj.", "itm_head.")
@@ -109,6 +113,9 @@ def test_retriever_equals_transformers():
         torch.testing.assert_close(cosines, itc.itm_score, **CLOSE)
         torch.testing.assert_close(fused[mask], itm.question_embeds[mask], **CLOSE)
         torch.testing.assert_close(model.match(fused), itm.itm_score, **CLOSE)
+        encoded = model.fuse(ids, mask, states, with_scores=True)
+        found = theirs.text_encoder(begin(ids, 63), mask.long(), encoder_hidden_states=states, output_attentions=True)
+    assert_maps(encoded, found, mask)
     assert itm.itm_score.std() > 1e-2 and (text - fused)[mask].abs().max() > 0.1
     with pytest.raises(UserError, match="lacks text_decoder"):
         load(theirs.state_dict(), need=("text_decoder.",))
@@ -132,25 +139,10 @@ def test_captioner_equals_transformers():
             assert (plain - found.loss).abs() > 1e-4
         encoded = model.decoder_states(ids, mask, states, with_scores=True)
         found = theirs.text_decoder(ids, mask.long(), encoder_hidden_states=states,
-                                    output_attentions=True, output_hidden_states=True)
-    for scores, wanted in ((encoded.self_scores, found.attentions[-1]),
-                           (encoded.cross_scores, found.cross_attentions[-1])):
-        rows = mask[:, None, :, None].expand_as(wanted)
-        torch.testing.assert_close(scores.softmax(-1)[rows], wanted[rows], **CLOSE)
-    torch.testing.assert_close(encoded.states[mask], found.hidden_states[-1][mask], **CLOSE)
+                                    output_attentions=True)
+    assert_maps(encoded, found, mask)
     with pytest.raises(UserError, match="lacks text_encoder"):
         load(theirs.state_dict(), need=("text_encoder.", "itm_head."))
-
-
-def test_encoders_equal_blip_model():
-    theirs, (image, ids, mask) = peer("BlipModel"), batch()
-    model = load(theirs.state_dict(), need=("text_encoder.",))
-    with torch.no_grad():
-        found = theirs(ids, image, attention_mask=mask.long())
-        text = found.text_model_output.last_hidden_state[mask]
-        torch.testing.assert_close(model.encode_text(ids, mask)[mask], text, **CLOSE)
-        torch.testing.assert_close(model.encode_image(image),
-                                   found.vision_model_output.last_hidden_state, **CLOSE)
 
 
 def test_vqa_equals_transformers():
@@ -176,57 +168,6 @@ def test_vqa_equals_transformers():
             loss = theirs(ids, image[row], answer[row], own[None].long(), labels=labels[row]).loss
             torch.testing.assert_close(dlip.lm_loss(logits[row], answer[row]), loss, **CLOSE)
             torch.testing.assert_close(sums[i], loss * (own.sum() - 1), **CLOSE)
-
-
-def test_padding_is_ignored():
-    model, (image, ids, mask) = ours(), batch()
-    longer = F.pad(ids, (0, 4))
-    with torch.no_grad():
-        states = model.encode_image(image)
-        for run, causal in ((model.encode_text, False),
-                            (lambda i, m: model.fuse(i, m, states).states, False),
-                            (lambda i, m: model.decode(i, m, states), True)):
-            expected, n = run(ids, mask)[mask], ids.shape[1]
-            torch.testing.assert_close(run(longer, longer != 0)[:, :n][mask], expected, **CLOSE)
-            without = run(longer, None)[:, :n][mask]  # shows, but not to a causal decoder
-            assert torch.allclose(without, expected, **CLOSE) == causal
-
-
-def test_fusion_layers():
-    """Cross-attention in the top layer only: the text network below it never sees the image."""
-    model, (image, ids, mask) = ours(size=resized(fusion_layers=1)), batch()
-    layers = model.text_encoder.encoder.layer
-    assert [layer.crossattention is not None for layer in layers] == [False, False, True]
-    with torch.no_grad():
-        for kind, same in (("image", False), ("cut", True)):
-            if kind == "cut":
-                model.text_encoder.encoder.layer = layers[:2]
-            first, second = (model.fuse(ids, mask, model.encode_image(x)).states
-                             for x in (image, image.flip(0)))
-            assert torch.equal(first, second) == same
-    again = load(ours(size=resized(fusion_layers=1)).state_dict(), resized(fusion_layers=1))
-    assert again.size.text.fusion_layers == 1
-
-
-def test_modes_share_their_weights():
-    """Each trains its own self-attention and what is shared; the first token is set by the mode."""
-    model, (image, ids, mask) = ours(), batch()
-    states = model.encode_image(image).detach()
-    cases = ((lambda i: model.encode_text(i, mask), "encoder", False),
-             (lambda i: model.fuse(i, mask, states).states, "encoder", True),
-             (lambda i: model.decode(i, mask, states), "decoder", True))
-    for run, trained, fuses in cases:
-        model.zero_grad()
-        run(ids).square().sum().backward()
-        encoder = model.text_encoder.encoder.layer[1]
-        decoder = model.text_decoder.bert.encoder.layer[1]
-        assert encoder.output is decoder.output
-        assert encoder.output.dense.weight.grad.abs().sum() > 0
-        moved = {name for name, layer in (("encoder", encoder), ("decoder", decoder))
-                 if layer.attention.self.value.weight.grad is not None}
-        assert moved == {trained}
-        assert (encoder.crossattention.self.value.weight.grad is not None) == fuses
-        assert torch.equal(run(ids), run(begin(ids, 7)))
 
 
 @pytest.mark.parametrize("with_scores", [False, True])
@@ -261,52 +202,6 @@ def test_heads_are_exact_under_autocast():
             assert model.train().logits(text).dtype == torch.bfloat16
 
 
-# ------------------------------------------------------------------------------ attention scores
-
-
-def explicit_map(attention, x, source, allowed):
-    """Attention probabilities (B, H, N, M), one image, head, query and key at a time."""
-    H, own = attention.heads, attention.self
-    query, key = (linear.weight.unflatten(0, (H, -1)) for linear in (own.query, own.key))
-    query_bias, key_bias = (linear.bias.view(H, -1) for linear in (own.query, own.key))
-    out = torch.zeros(len(x), H, x.shape[1], source.shape[1])
-    for b, h, n in itertools.product(range(len(x)), range(H), range(x.shape[1])):
-        q = query[h] @ x[b, n] + query_bias[h]
-        scores = {m: float(q @ (key[h] @ source[b, m] + key_bias[h])) / math.sqrt(len(q))
-                  for m in range(source.shape[1]) if allowed(b, n, m)}
-        total = sum(math.exp(s) for s in scores.values())
-        for m, s in scores.items():
-            out[b, h, n, m] = math.exp(s) / total
-    return out
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@torch.no_grad()
-def test_scores_equal_a_loop(causal):
-    """Of the last layer: their softmax is the map, and the fused kernel gives the same states."""
-    model, (image, ids, mask) = ours(std=0.3), batch(length=7)
-    image_states = model.encode_image(image)
-    run = model.decoder_states if causal else model.fuse
-    network = model.text_decoder.bert if causal else model.text_encoder
-    encoded = run(ids, mask, image_states, with_scores=True)
-    plain = run(ids, mask, image_states)
-    torch.testing.assert_close(encoded.states, plain.states, **CLOSE)
-    assert plain.self_scores is None and plain.cross_scores is None
-    layers = network.encoder.layer
-    network.encoder.layer = layers[:2]
-    below = run(ids, mask, image_states).states
-    network.encoder.layer = layers
-    last = layers[-1]
-    wanted = explicit_map(last.attention, below, below,
-                          lambda b, n, m: mask[b, m] and (not causal or m <= n))
-    torch.testing.assert_close(encoded.self_scores.softmax(-1), wanted, rtol=1e-4, atol=1e-6)
-    seen = wanted.sum(1, keepdim=True) > 0
-    middle = last.attention(below, last.attention.keys_values(below), seen)[0]
-    wanted = explicit_map(last.crossattention, middle, image_states, lambda b, n, m: True)
-    torch.testing.assert_close(encoded.cross_scores.softmax(-1), wanted, rtol=1e-4, atol=1e-6)
-    assert wanted.std() > 1e-3  # far from uniform
-
-
 # ----------------------------------------------------------------------------------- generation
 
 
@@ -319,11 +214,6 @@ def caption_model(seed):
         for layer in theirs.text_decoder.bert.encoder.layer:
             layer.crossattention.output.dense.weight *= 4
     return theirs, load(theirs.state_dict())
-
-
-def cut(ids):
-    """A text up to its [SEP], if it has one: what follows is padding."""
-    return ids[:ids.index(3, 1) + 1] if 3 in ids[1:] else ids
 
 
 SETTINGS = [dict(num_beams=beams, min_length=low, max_length=high) for beams, low, high in
@@ -344,7 +234,8 @@ def test_captions_equal_transformers():
             input_ids=start, encoder_hidden_states=states, do_sample=False, eos_token_id=3,
             pad_token_id=0, attention_mask=torch.ones_like(start), **setting)
         found = model.generate(states, prompt, **setting, released=False)
-        assert found == [cut(row) for row in wanted.tolist()], (seed, setting)
+        wanted = [row[:row.index(3, 1) + 1] if 3 in row else row for row in wanted.tolist()]  # up to [SEP]
+        assert found == wanted, setting
         lengths |= {len(row) for row in found}
         rules_differ += found != model.generate(states, prompt, **setting)
     assert len(lengths) > 6 and rules_differ > 0
@@ -394,18 +285,6 @@ def test_beam_search_is_blips_released_one():
             ends.add(len(ids))
         changed += found != search(table, prompts, *setting, False)
     assert len(ends) > 6 and changed > 10
-
-
-def test_a_beam_search_by_hand():
-    """After a prompt of three: [SEP] with p = 0.3, or word 2 with 0.7; after it [SEP] with 0.236,
-    or one of eight words. BLIP divides log 0.3 = -1.20 by 3 and log(0.7 * 0.236) = -1.80 by 4: the
-    short text. transformers divides by 1 and by 2: the long one."""
-    chance = torch.full((10, 10), 1e-9)
-    chance[0, 1:3] = torch.tensor([0.3, 0.7])
-    chance[2, 1], chance[2, 2:] = 0.236, 0.764 / 8
-    table = chance.log().expand(9, 10, 10)
-    assert search(table, [[0, 0, 0]], 2, 0, 5, True) == [[0, 0, 0, 1]]
-    assert search(table, [[0, 0, 0]], 2, 0, 5, False) == [[0, 0, 0, 2, 1]]
 
 
 # ------------------------------------------------------------------------------- answer ranking
@@ -484,6 +363,8 @@ def names_of_blip(size, shared):
         for i in range(text.layers):
             layer = f"{bert}.encoder.layer.{i}"
             for attention, width in (("attention", D), ("crossattention", source)):
+                if attention == "crossattention" and i < text.layers - text.fusion_layers:
+                    continue
                 linear(f"{layer}.{attention}.self.query", D, D)
                 linear(f"{layer}.{attention}.self.key", width, D)
                 linear(f"{layer}.{attention}.self.value", width, D)
@@ -501,7 +382,7 @@ def names_of_blip(size, shared):
 
 
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("size", [SMALL, BLIPSize(VIT["base"], BERT["base"])], ids=str)
+@pytest.mark.parametrize("size", [BLIPSize(VIT["base"], BERT["base"]), resized(fusion_layers=1)], ids=str)
 def test_names_are_blips_own(size, shared):
     """Nothing is missing where BLIP's code loads our file, and nothing is there that it has not."""
     with torch.device("meta"):
@@ -520,12 +401,42 @@ def salesforce_file(model):
                       "queue_ptr": torch.zeros(1, dtype=torch.long)}
 
 
+def test_sizes_of_published_checkpoints():
+    """BLIP's two at any resolution; whether the LM head is tied is seen from the weights."""
+    kernel, words = "visual_encoder.patch_embed.proj.weight", torch.randn(5, 4)
+    for width, layers, head, tied in ((768, 12, words.clone(), True), (1024, 24, words + 1, False)):
+        weights = {kernel: torch.zeros(width, 3, 16, 16), "visual_encoder.pos_embed": torch.zeros(1, 577, width),
+                   "text_decoder.bert.embeddings.word_embeddings.weight": words,
+                   "text_decoder.cls.predictions.decoder.weight": head}
+        wanted = VisionSize(width, layers, width // 64, 16, 384), TextSize(768, 12, 12, tied_head=tied)
+        assert dlip.blip_size(Checkpoint("FILE", weights, {}, None), weights) == BLIPSize(*wanted)
+    with pytest.raises(UserError, match="no weights of a BLIP"):
+        dlip.blip_size(Checkpoint("FILE", {"something": words}, {}, None), {"something": words})
+
+
+@pytest.mark.parametrize("width", [32, 48])
+def test_untied_decoder(width):
+    """VQA's start: copies that share nothing; keys and values of another width start afresh."""
+    blip = ours(size=resized(width=width))
+    model, before, fresh = dlip.untied(blip), blip.state_dict(), 0
+    shared = len([*model.named_parameters(remove_duplicate=False)]) - len([*model.parameters()])
+    assert not model.shared and shared == 2  # the LM head's weight and bias
+    for name, w in model.state_dict().items():
+        if width != 32 and name.startswith("text_decoder") and ("self.key" in name or "self.value" in name) \
+                and "crossattention" in name:
+            fresh += 1
+            assert len(w) == w.shape[-1] == 48 and abs(w.std() - (0.02 if w.ndim == 2 else 0.0)) < 0.002
+        else:
+            assert torch.equal(w, before[name]) and w.data_ptr() != before[name].data_ptr(), name
+    assert fresh == (0 if width == 32 else 12)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("shared", [True, False])
 def test_pretraining_checkpoints_come_back_whole(tmp_path, tied, shared):
     """Through a file, with a tied LM head or one of its own, and shares what it should."""
     size = resized(tied_head=tied)
-    model, (image, ids, mask) = ours(size=size, shared=shared), batch()
+    model = ours(size=size, shared=shared)
     torch.save({"model": salesforce_file(model), "epoch": 19}, tmp_path / "blip.pth")
     again = load(common.read_checkpoint(tmp_path / "blip.pth").weights, size)
     assert again.shared == shared
@@ -539,60 +450,6 @@ def test_pretraining_checkpoints_come_back_whole(tmp_path, tied, shared):
                tmp_path / "ours.pt")  # ours, which knows its sizes
     ours_again = dlip.load_blip(common.read_checkpoint(tmp_path / "ours.pt"))
     assert ours_again.size == replace(size, text=replace(size.text, dropout=0.0))
-
-
-def test_sizes_of_published_checkpoints():
-    """BLIP's two sizes at any resolution; whether the LM head is tied is seen from the weights."""
-    kernel, words = "visual_encoder.patch_embed.proj.weight", torch.randn(5, 4)
-    for width, layers in ((768, 12), (1024, 24)):
-        for head, tied in ((words.clone(), True), (words + 1, False)):
-            weights = {kernel: torch.zeros(width, 3, 16, 16),
-                       "visual_encoder.pos_embed": torch.zeros(1, 1 + 24 ** 2, width),
-                       "text_decoder.bert.embeddings.word_embeddings.weight": words,
-                       "text_decoder.cls.predictions.decoder.weight": head}
-            size = dlip.blip_size(Checkpoint("FILE", weights, {}, None), weights)
-            assert size == BLIPSize(VisionSize(width, layers, width // 64, 16, 384),
-                                    TextSize(768, 12, 12, tied_head=tied))
-    for weights in ({"something": words}, {kernel: torch.zeros(100, 3, 16, 16)}):
-        with pytest.raises(UserError, match="no weights of a BLIP"):
-            dlip.blip_size(Checkpoint("FILE", weights, {}, None), weights)
-
-
-def test_the_emoji_teacher():
-    """The file of data/ is a whole BLIP of the demo's base sizes, and writes captions."""
-    need = ("text_encoder.", "text_decoder.", "vision_proj.", "text_proj.", "itm_head.", "temp")
-    blip = dlip.load_blip(common.read_checkpoint(common.DATA / "teacher_blip.pt"), need=need)
-    assert blip.size.vision == dlip.DEMO_VIT["base"] and blip.shared
-    text = blip.size.text
-    assert (text.width, text.layers, text.heads) == (128, 4, 4)
-    ids = blip.eval().generate(blip.encode_image(torch.zeros(2, 3, 40, 40)))
-    assert all(row[0] == text.dec and 5 <= len(row) <= 20 for row in ids)
-
-
-@pytest.mark.parametrize("width", [32, 48])
-def test_untied_decoder(width):
-    """VQA's start: copies that share nothing; keys and values of another width start afresh."""
-    blip, (image, ids, mask) = ours(size=resized(width=width)), batch()
-    before = {name: w.clone() for name, w in blip.state_dict().items()}
-    model = dlip.untied(blip).eval()
-    assert not model.shared and len({p.data_ptr() for p in model.parameters()}) == \
-        len([*model.named_parameters(remove_duplicate=False)]) - 2  # the LM head's weight and bias
-    fresh = set()
-    for name, w in model.state_dict().items():
-        if name.startswith("text_decoder") and width != 32 and (
-                "crossattention.self.key" in name or "crossattention.self.value" in name):
-            fresh.add(name)
-            wanted = 0.02 if w.ndim == 2 else 0.0
-            assert len(w) == w.shape[-1] == 48 and abs(w.std() - wanted) < 0.002
-        else:
-            assert torch.equal(w, before[name]), name
-    assert len(fresh) == (0 if width == 32 else 12)
-    with torch.no_grad():
-        states = model.encode_image(image)
-        fused = model.fuse(ids, mask, states).states
-        assert torch.equal(fused, blip.fuse(ids, mask, states).states)
-        if width == 32:
-            assert torch.equal(model.decode(ids, mask, states), blip.decode(ids, mask, states))
 
 
 def test_positions_are_resized_as_by_transformers():
@@ -613,12 +470,6 @@ def test_torchvision_weights():
         x = theirs._process_input(image)
         wanted = theirs.encoder(torch.cat([theirs.class_token.expand(3, -1, -1), x], 1))
         torch.testing.assert_close(model(image), wanted, **CLOSE)
-    with torch.device("meta"):  # the real vit_b_16 has no other names or shapes
-        names = models.vit_b_16().state_dict()
-        base = VisionTransformer(VIT["base"]).state_dict()
-    found = {dlip.vision_name(name): w.shape for name, w in names.items()}
-    assert {name: found[name] for name in base} == {name: w.shape for name, w in base.items()}
-    assert found.keys() - base.keys() == {"heads.head.weight", "heads.head.bias"}
 
 
 def test_timm_weights():
@@ -660,14 +511,14 @@ def test_bert_weights():
         torch.testing.assert_close(text[mask], wanted[mask], **CLOSE)
         wanted = theirs(ids, mask.long()).logits[mask]
         torch.testing.assert_close(model.logits(text)[mask][:, :62], wanted, **CLOSE)
-    after, words = model.state_dict(), "text_encoder.embeddings.word_embeddings.weight"
-    assert torch.equal(after[words][62:], before[words][62:])  # [DEC] and [ENC]
+    after = model.state_dict()
     for name, w in after.items():
         if "crossattention" in name:
-            assert torch.equal(w, before[name])
+            assert torch.equal(w, before[name])  # stays random, as do [DEC] and [ENC]:
+        elif name.endswith("word_embeddings.weight"):
+            assert torch.equal(w[62:], before[name][62:])
         elif name.startswith("text_decoder.bert."):
-            twin = name.replace("text_decoder.bert.", "text_encoder.")
-            assert torch.equal(w, after[twin])
+            assert torch.equal(w, after[name.replace("text_decoder.bert.", "text_encoder.")])
     for size, message in ((resized(layers=4), "FILE lacks .*layer.3"), (resized(width=32), "48")):
         with pytest.raises(UserError, match=message):
             dlip.load_bert(ours(size=size), checkpoint)

@@ -164,17 +164,6 @@ def test_itc_equals_loops(alpha, queue):
         torch.testing.assert_close(ours, theirs, **EXACT)
 
 
-def test_itc_closed_forms():
-    """Without momentum targets InfoNCE; of orthogonal features log(1 + (B - 1) exp(-1 / temp))."""
-    u, v, eye = unit_rows(6, 5), unit_rows(6, 5, seed=1), torch.eye(6).double()
-    temp = torch.tensor(0.5, dtype=torch.float64)
-    logits, target = u @ v.T / temp, torch.arange(6)
-    wanted = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-    torch.testing.assert_close(dlip.itc_loss(u, v, u, v, u, v, eye, temp, 0.0), wanted, **EXACT)
-    found = dlip.itc_loss(eye, eye, eye, eye, eye, eye, eye, temp, 0.0)
-    assert found.item() == pytest.approx(math.log(1 + 5 * math.exp(-2)))
-
-
 # ------------------------------------------------------------------------------- ITM's negatives
 
 
@@ -216,8 +205,6 @@ def test_negatives_have_the_softmax_distribution(floor):
         assert observed[~allowed].sum() == 0 and expected.min() > 100
         distance = ((observed[allowed] - expected) ** 2 / expected).sum()
         assert distance < CHI_SQUARE[allowed.sum() - 1]
-    pairs = np.histogram2d(drawn[:, 1].numpy(), drawn[:, 3].numpy(), bins=6)[0]  # independent rows
-    assert abs(pairs / count - np.outer(pairs.sum(1), pairs.sum(0)) / count ** 2).max() < 0.01
 
 
 # -------------------------------------------------------------------------------------- LM, L_HR
@@ -227,15 +214,12 @@ def test_negatives_have_the_softmax_distribution(floor):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.6])
 def test_lm_loss_equals_loops(smoothing, prompt):
     _, ids = batch(4)
-    logits = draw(4, 7, 40, seed=3).requires_grad_()
+    logits = draw(4, 7, 40, seed=3)
     pairs = [loop_lm(row, text, smoothing, prompt) for row, text in zip(logits, ids)]
     sums = torch.stack([total for total, _ in pairs])
     for reduction, wanted in (("mean", mean_of(pairs)), ("none", sums)):
         found = dlip.lm_loss(logits, ids, 0, smoothing, prompt, reduction)
         torch.testing.assert_close(found, wanted, **EXACT)
-        ours, theirs = (torch.autograd.grad(x.sum(), logits, retain_graph=True)[0]
-                        for x in (found, wanted))
-        torch.testing.assert_close(ours, theirs, **EXACT)
 
 
 def test_closed_forms():
@@ -248,8 +232,6 @@ def test_closed_forms():
     found = dlip.attention_loss(torch.zeros(2, 3, 4, 5), sure, every)
     assert found.item() == pytest.approx(math.log(5))
     rows, teacher = unit_rows(5, 4).requires_grad_(), unit_rows(5, 4, seed=1).requires_grad_()
-    for other, value in ((rows, 0.0), (-rows, 2.0)):
-        assert dlip.representation_loss(rows, other).item() == pytest.approx(value, abs=1e-12)
     dlip.representation_loss(rows, teacher).backward()
     torch.testing.assert_close(rows.grad, -teacher.detach() / 5, **EXACT)
     assert teacher.grad is None
@@ -258,23 +240,15 @@ def test_closed_forms():
 # ------------------------------------------------------------------------------------------ L_AT
 
 
-def attention_scores(kind, seed):
-    """Scores (3, 2, N, M) as attend() gives them, and where there are queries (3, N)."""
-    M, mask = (9 if kind == "cross" else 6), torch.ones(3, 6, dtype=torch.bool)
-    for row, n in enumerate((6, 4, 2)):
-        mask[row, n:] = False
-    scores, least = 2 * draw(3, 2, 6, M, seed=seed), torch.finfo(torch.float32).min
-    if kind != "cross":
-        scores = scores.masked_fill(~mask[:, None, None], least)
-    if kind == "causal":
-        scores = scores.masked_fill(torch.ones(6, 6, dtype=torch.bool).triu(1), least)
-    return scores, mask
-
-
 @pytest.mark.parametrize("kind", ["self", "causal", "cross"])
 def test_attention_loss_equals_loops(kind):
-    (student, queries), (teacher, _) = attention_scores(kind, 0), attention_scores(kind, 1)
-    student.requires_grad_(), teacher.requires_grad_()
+    """With padded queries, and keys hidden as attend() hides them; trains the student alone."""
+    queries = torch.arange(6) < torch.tensor([[6], [4], [2]])
+    student, teacher = 2 * draw(2, 3, 2, 6, 6 if kind != "cross" else 9)
+    hidden = {"self": ~queries[:, None, None], "causal": torch.ones(6, 6).triu(1).bool(),
+              "cross": torch.tensor(False)}[kind]
+    student, teacher = (x.masked_fill(hidden, torch.finfo(torch.float32).min).requires_grad_()
+                        for x in (student, teacher))
     found = dlip.attention_loss(student, teacher, queries)
     wanted = mean_of(loop_attention(s, t.detach(), q) for s, t, q in zip(student, teacher, queries))
     torch.testing.assert_close(found, wanted, **EXACT)
@@ -282,30 +256,8 @@ def test_attention_loss_equals_loops(kind):
     torch.testing.assert_close(ours, theirs, **EXACT)
     found.backward()
     assert teacher.grad is None
-    assert dlip.attention_loss(teacher, teacher, queries).item() == pytest.approx(0, abs=1e-12)
-    shown = queries[:, None, :, None]  # padded queries do not count, others do
-    other = torch.where(shown, student, draw(*student.shape, seed=5))
-    assert torch.equal(dlip.attention_loss(other, teacher, queries), found)
-    other = torch.where(shown, student.roll(1, 1), student)
-    assert (dlip.attention_loss(other, teacher, queries) - found).abs() > 1e-4
-    sure = draw(3, 2, 6, 9).float() * 1e4  # probabilities that underflow
+    sure = 1e4 * student.detach().clamp_min(-9).float()  # probabilities that underflow
     assert dlip.attention_loss(sure, -sure, queries).isfinite()
-
-
-def test_padding_does_not_reach_the_distillation(double):
-    """Through the models: another word vector for padding, and more padding, change no term."""
-    (model, teacher), (image, ids) = make(config(vlp=False)), batch()
-    before = step(model, image, [ids], teacher)[1]
-    longer = step(model, image, [F.pad(ids, (0, 3))], teacher)[1]
-    with torch.no_grad():
-        for one in (model.student, teacher):
-            words = one.text_encoder.embeddings.word_embeddings.weight
-            words[0] += draw(words.shape[1], seed=8)
-    after = step(model, image, [ids], teacher)[1]
-    assert before["at_self"] > 1e-3 and before["at_cross"] > 1e-3
-    for name in before:
-        torch.testing.assert_close(after[name], before[name], **EXACT)
-        torch.testing.assert_close(longer[name], before[name], **EXACT)
 
 
 # --------------------------------------------------------------------------------- pre-training
@@ -511,20 +463,10 @@ def test_who_is_trained():
                    for part in ("itm_head", "temp", "cls.predictions"))
 
 
-def test_momentum_encoders_have_no_dropout():
-    model, _ = make(config(method="blip"), resized(dropout=0.5), torch.float32)
-    image, ids = batch(dtype=torch.float32)
-    for _ in range(2):
-        model.train()
-        assert model.student.training and not any(m.training for m in model.momentum.modules())
-        wanted = momentum_features(averaged(model), image, ids)
-        step(model, image, [ids])
-        torch.testing.assert_close(model.text_queue[:4], wanted[1], rtol=1e-5, atol=1e-6)
-
-
 def test_a_new_model_has_equal_encoders_and_queues_of_no_image():
     torch.manual_seed(0)
-    model = DLIP(config(method="blip"), BLIP(SIZE))
+    model = DLIP(config(method="blip"), BLIP(SIZE)).train()
+    assert model.student.training and not any(m.training for m in model.momentum.modules())
     for name, p in model.momentum.named_parameters():
         own = model.student.get_parameter(name)
         assert torch.equal(p, own) and p.data_ptr() != own.data_ptr() and not p.requires_grad
@@ -606,15 +548,3 @@ def test_a_step_never_reads_a_value_back(changes):
     for reading in (lambda: ids.sum().item(), lambda: ids[ids > 0], lambda: bool(ids.any())):
         with pytest.raises(AssertionError, match="reads a value back"), NoReadBack():
             reading()
-
-
-def test_bf16_is_close_to_fp32():
-    found = []
-    for amp in (False, True):
-        (model, teacher), (image, ids) = make(config(), dtype=torch.float32), batch()
-        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            found.append(step(model, image.float(), [ids], teacher)[1])
-        assert model.image_queue.dtype == torch.float32
-    for name in found[0].keys() - {"loss", "itm"}:  # ITM's negatives may change
-        assert found[1][name].dtype == torch.float32
-        assert found[1][name].item() == pytest.approx(found[0][name].item(), rel=0.05, abs=0.02)
