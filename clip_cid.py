@@ -31,8 +31,8 @@ are refused.
 
 Measured on the emoji scenes, 32,000 samples seen, 3 seeds, 2 CPU cores, torch 2.13.0 (README has
 the table, the commands and the commit): zero-shot top-1 on unseen drawings 21.2 ± 1.2, against
-12.8 ± 1.7 for the same student without a teacher and 39.5 for the teacher. Not run at the paper's
-scale.
+12.8 ± 1.7 for the same student without a teacher and 39.5 for the teacher; with frozen prototypes
+(--prototypes teacher) and one epoch of warm-up, the defaults then. Not run at the paper's scale.
 
 Assumptions. [paper]: its abstract or a summary of it; [figure]: its architecture figure;
 [sibling]: a paper of the same group that shares its parts; [choice]: ours.
@@ -384,24 +384,26 @@ def block_products(x):
     """
     pairs = itertools.combinations_with_replacement(range(0, len(x), BLOCK), 2)
     for a, b in list(pairs)[rank()::world_size()]:
+        left = unit(x[a:a + BLOCK])
         if a == b:
-            yield a, b, cosines_with_earlier(unit(x[a:a + BLOCK])).T
+            yield a, b, cosines_with_earlier(left).T
         else:
-            yield a, b, unit(x[a:a + BLOCK]) @ unit(x[b:b + BLOCK]).T
+            right = unit(x[b:b + BLOCK])
+            yield a, b, left @ right.T
 
 
 def cosines_with_earlier(rows):
     """(m, m): of unit rows i with rows j < i; -2 on the diagonal and above it."""
     cosine = rows @ rows.T
-    return cosine.masked_fill_(torch.ones_like(cosine, dtype=torch.bool).triu(), -2)
+    later = torch.ones_like(cosine, dtype=torch.bool).triu()
+    return cosine.masked_fill_(later, -2)
 
 
 def find_groups(x, eps=None, remove=None):
     """Connected components of the graph that links vectors closer than ε (A1): single linkage.
 
-    eps: Euclidean distance, ‖a-b‖² = 2 - 2 cos; or remove: the
-    share of vectors that goes when one of each group stays. Returns (the lowest member of each
-    vector's group (n,), ε).
+    eps: Euclidean distance, ‖a-b‖² = 2 - 2 cos; or remove: the share of vectors that goes when one
+    of each group stays. Returns (the lowest member of each vector's group (n,), ε).
 
     Whatever ε is, the groups are the components of the maximum spanning forest of all pairs
     without its edges beyond ε, and each edge left removes one vector. So the best remove * n edges
@@ -416,12 +418,12 @@ def find_groups(x, eps=None, remove=None):
         if count == 0:
             return torch.arange(n), 0.0
         floor = lower_bound(x, count)
-    i, j, cosine = best_links(x, count, floor)
-    if eps is None:
+    i, j, cosine = best_links(x, count, floor)  # the near pairs that matter, best first
+    if eps is None:  # the cut
         next_best = cosine[count].item() if len(cosine) > count else floor
         half_way = (cosine[count - 1].item() + next_best) / 2
         eps = math.sqrt(max(0, 2 - 2 * half_way))
-    _, group = spanning_forest(n, i[:count], j[:count])
+    _, group = spanning_forest(n, i[:count], j[:count])  # the components
     return group, eps
 
 
@@ -491,7 +493,8 @@ def spanning_forest(n, i, j):
         return node
 
     joining = []
-    for edge, (a, b) in enumerate(zip(i.tolist(), j.tolist())):
+    ends = zip(i.tolist(), j.tolist())
+    for edge, (a, b) in enumerate(ends):
         a, b = root(a), root(b)
         if a != b:
             parent[max(a, b)] = min(a, b)
@@ -576,7 +579,8 @@ def seed_centroids(x, k, seed):
     Beyond k = 100 several are drawn at once, k / 100 a round: the work is matrix products.
     """
     generator = torch.Generator().manual_seed(seed)
-    rows = unit(x[torch.randperm(len(x), generator=generator)[:32 * k].sort().values])
+    sample = torch.randperm(len(x), generator=generator)[:32 * k]
+    rows = unit(x[sample.sort().values])
     chosen = torch.randint(len(rows), (1,), generator=generator)
     nearest = (rows @ rows[chosen].T).squeeze(1)
     while len(chosen) < k:
@@ -702,18 +706,14 @@ class CLIPCID(nn.Module):
         teacher the loss is CLIP's. seed: of the clusters that --sample-rate draws."""
         cfg = self.cfg
         nce = info_nce(similarities(self.student.logit_scale.exp(), u, v))
-        terms = {"nce": nce}
-        loss = nce
-        if t_image is not None:
-            p, q = unit(self.project_image(u)), unit(self.project_text(v))  # P_v u, P_t v: (b, T)
-            loss = cfg.nce_weight * nce
-            if cfg.cluster_weight:
-                cluster, cluster_terms = self.cluster_loss(p, t_image, label, seed)
-                loss = loss + cfg.cluster_weight * cluster
-                terms.update(cluster_terms)
-            if cfg.instance_weight:
-                terms["instance"] = self.instance_loss(u, v, p, q, t_image, t_text)
-                loss = loss + cfg.instance_weight * terms["instance"]
+        if t_image is None:
+            return nce, {"nce": nce.detach()}
+        p = unit(self.project_image(u))  # P_v u, (b, T)
+        q = unit(self.project_text(v))  # P_t v, (b, T)
+        cluster, terms = self.cluster_loss(p, t_image, label, seed)
+        instance = self.instance_loss(u, v, p, q, t_image, t_text)
+        loss = cfg.nce_weight * nce + cfg.cluster_weight * cluster + cfg.instance_weight * instance
+        terms.update(nce=nce, instance=instance)
         return loss, {name: term.detach() for name, term in terms.items()}
 
     def cluster_loss(self, p, t_image, label, seed):
@@ -766,16 +766,24 @@ class Embeddings:
 
     def __init__(self, cfg, data):
         row_of = {}
-        rows = [row_of.setdefault(data.key(i), len(row_of)) for i in range(len(data))]
-        self.keys, self.rows = list(row_of), np.array(rows)
+        keys = [data.key(i) for i in range(len(data))]
+        rows = [row_of.setdefault(key, len(row_of)) for key in keys]
+        self.keys = list(row_of)
+        self.rows = np.array(rows)
         self.samples = np.unique(self.rows, return_index=True)[1]  # (n,): the first of each row
         names = ("data", *DRAWN) if cfg.data == "emoji" else ("data",)
         source = {name: getattr(cfg, name) for name in names}
-        self.settings = {**source, "keep": cfg.keep, "teacher": stamp(teacher_file(cfg)),
-                         "teacher_precision": cfg.teacher_precision, "act": cfg.act}
+        self.settings = {
+            **source,
+            "keep": cfg.keep,
+            "teacher": stamp(teacher_file(cfg)),
+            "teacher_precision": cfg.teacher_precision,
+            "act": cfg.act,
+        }
         self.folder = Path(cfg.out)
         if cfg.cache:  # one folder per training set
-            self.folder = Path(cfg.cache, "-".join(map(str, source.values())))
+            name = "-".join(map(str, source.values()))
+            self.folder = Path(cfg.cache, name)
 
     def open(self, name, mode="c"):
         """A memory map; "c": what is changed in memory does not reach the file."""
@@ -802,9 +810,10 @@ def read_stage(path, settings, read=common.read_json):
     if found is None:
         return None
     for name, value in settings.items():
-        if found.get(name) != value:
-            raise UserError(f"{path} was made with {name} {found.get(name)!s:.80}, not "
-                            f"{value!s:.80}: delete it, or choose another folder")
+        was = found.get(name) if isinstance(found, dict) else None
+        if was != value:
+            raise UserError(f"{path} was made with {name} {was!s:.80}, not {value!s:.80}: delete "
+                            "it, or choose another folder")
     return found
 
 
@@ -844,8 +853,11 @@ def embed(cfg, data, device):
                         "delete embeddings.json, or choose another folder")
     if not (report and report["complete"]):
         teacher, size = load_teacher(cfg, device)
-        report = {**embeddings.settings, "logit_scale": teacher.logit_scale.item(),
-                  "complete": False}
+        report = {
+            **embeddings.settings,
+            "logit_scale": teacher.logit_scale.item(),
+            "complete": False,
+        }
         common.on_first(lambda: path.is_file() or start_embeddings(embeddings, size, report))
         embed_rows(cfg, data, embeddings, teacher, size, device)
         common.gather_objects("done")
@@ -858,7 +870,8 @@ def start_embeddings(embeddings, size, report):
     """The files of Embeddings, all zeros; embeddings.json last."""
     folder, n = embeddings.folder, len(embeddings.keys)
     common.write_keys(folder / "keys.txt", embeddings.keys)
-    for name, shape in (("image", (n, size.embed_dim)), ("text", (CAPTIONS, n, size.embed_dim))):
+    shapes = {"image": (n, size.embed_dim), "text": (CAPTIONS, n, size.embed_dim)}
+    for name, shape in shapes.items():
         np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16, shape)
     common.write_json(folder / "embeddings.json", report)
 
@@ -873,15 +886,15 @@ def embed_rows(cfg, data, embeddings, teacher, size, device):
     loader = common.eval_loader(subset, size.image_size, 256, common.loader_workers(cfg))
     tokenizer = common.CLIPTokenizer(size.context_length, size.vocab_size)
     amp, _ = common.mixed_precision(cfg.teacher_precision, device)
-    statistics, hidden = size.pixel_statistics(device), True if rank() > 0 else None
-    bar = tqdm(loader, f"embedding, in {embeddings.folder}", disable=hidden)
+    statistics = size.pixel_statistics(device)
+    bar = tqdm(loader, f"embedding, in {embeddings.folder}", disable=rank() > 0 or None)
     for images, places, captions in bar:
         captions = [texts[:CAPTIONS] for texts in captions]
         tokens = common.trim_padding(tokenizer(sum(captions, [])))
         with amp:
             u = teacher.encode_image(normalise(images, statistics)).cpu()
             v = teacher.encode_text(tokens.to(device)).cpu()
-        if not (u.isfinite().all() and v.isfinite().all()):
+        if not torch.cat([u, v]).isfinite().all():
             raise UserError(f"{teacher_file(cfg)} gives NaN: try --teacher-precision fp32")
         counts = [len(texts) for texts in captions]
         for row, own in zip(rows[places], v.half().split(counts)):
@@ -896,31 +909,45 @@ def balance(cfg, size, data, embeddings, device):
     """
     image, out = embeddings.open("image"), Path(cfg.out)
     rows = np.flatnonzero(image.any(1))  # the images that could be read
-    settings = {**embeddings.settings, "filter": cfg.filter, "eps": cfg.eps, "remove": cfg.remove,
-                "seed": cfg.seed}
+    settings = {
+        **embeddings.settings,
+        "filter": cfg.filter,
+        "eps": cfg.eps,
+        "remove": cfg.remove,
+        "seed": cfg.seed,
+    }
     if cfg.filter == "none":
         return rows, settings
     if cfg.filter == "semdedup":
         settings["k of semdedup"] = cfg.k
     report = read_stage(out / "balance.json", settings)
     if report is None:
-        chosen, group, eps = choose(cfg, torch.from_numpy(image[rows]).to(device))
+        x = torch.from_numpy(image[rows]).to(device)
+        chosen, group, eps = choose(cfg, x)
         if len(chosen) < 2:
             raise UserError(f"one image of {len(rows):,} would be left: lower --eps or --remove")
-        kept, sizes = rows[chosen.numpy()], torch.bincount(group)
+        kept = rows[chosen.numpy()]
+        sizes = torch.bincount(group)
         largest = sizes.argsort(descending=True, stable=True)[:10]
-        report = {**settings, "images": len(rows), "kept": len(kept), "distance": eps,
-                  "groups": int((sizes > 1).sum()), "largest": sizes[largest].tolist()}
+        report = {
+            **settings,
+            "images": len(rows),
+            "kept": len(kept),
+            "distance": eps,
+            "groups": int((sizes > 1).sum()),
+            "largest": sizes[largest].tolist(),
+        }
         keys = [embeddings.keys[row] for row in kept]
         common.on_first(lambda: common.write_keys(out / "kept.txt", keys))
         common.on_first(lambda: common.write_json(out / "balance.json", report))
         lines = []
         for number in largest:
             members = rows[group == number]
-            removed = np.setdiff1d(members, kept)
-            lines.append(np.concatenate([np.intersect1d(members, kept), removed]))
+            kept_first = np.argsort(~np.isin(members, kept), kind="stable")
+            lines.append(members[kept_first])
         captions = ["kept"] + ["removed"] * (SHOWN - 1)
-        draw_samples(out / "balance.png", data, embeddings, lines, size, captions, "largest groups")
+        draw_samples(out / "balance.png", data, embeddings, lines, size, captions,
+                     "image semantic balance: the largest groups")
     if rank() == 0:
         tell_balance(cfg, report)
     return common.listed(embeddings.keys, out / "kept.txt"), settings
@@ -934,13 +961,15 @@ def choose(cfg, x):
         group, eps = find_groups(x, cfg.eps, cfg.remove)
         return centres(x, group), group, eps
     if cfg.filter == "random":
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(cfg.seed))
+        generator = torch.Generator().manual_seed(cfg.seed)
+        order = torch.randperm(n, generator=generator)
         return order[count:].sort().values, alone, None
     centroids, label, _ = kmeans(x, cfg.k, cfg.seed)
     score = semdedup(x, centroids, label)
     if cfg.eps:
         count = int((score > 1 - cfg.eps ** 2 / 2).sum())
-    return score.argsort(stable=True)[:n - count].sort().values, alone, cfg.eps
+    lowest_first = score.argsort(stable=True)
+    return lowest_first[:n - count].sort().values, alone, cfg.eps
 
 
 def tell_balance(cfg, report):
@@ -967,19 +996,25 @@ def cluster(cfg, size, data, embeddings, kept, settings, device):
     if found is None:
         x = torch.from_numpy(embeddings.open("image")[kept]).to(device)
         centroids, label, objective = kmeans(x, cfg.k, cfg.seed)
-        found = {**settings, "centroids": centroids.cpu(), "label": label, "objective": objective}
+        found = {
+            **settings,
+            "centroids": centroids.cpu(),
+            "label": label,
+            "objective": objective,
+        }
         common.on_first(lambda: common.replace_file(path, lambda new: torch.save(found, new)))
         sizes = torch.bincount(label, minlength=cfg.k)
         if rank() == 0:
             print(f"k-means: {cfg.k} clusters, mean cosine {objective[0]:.4f} -> "
                   f"{objective[-1]:.4f}; {sizes.min()} to {sizes.max()} images per cluster")
         lines = []
-        for number in sizes.argsort(descending=True)[torch.linspace(0, cfg.k - 1, 10).long()]:
+        for number in sizes.argsort(descending=True)[:10]:
             members = (label == number).nonzero().squeeze(1)
-            nearest = (unit(x[members]) @ centroids[number]).argsort(descending=True)
-            lines.append(kept[members[nearest.cpu()].numpy()])
+            cosine = unit(x[members]) @ centroids[number]
+            nearest_first = cosine.argsort(descending=True).cpu()
+            lines.append(kept[members[nearest_first].numpy()])
         draw_samples(path.with_suffix(".png"), data, embeddings, lines, size, [],
-                     "clusters, from the largest to the smallest; nearest to the centre first")
+                     "the largest clusters, the images nearest to the centre first")
     return found["centroids"], found["label"]
 
 
@@ -987,7 +1022,7 @@ class TaughtSamples(common.TrainSamples):
     """TrainSamples, and the teacher's embeddings, fp16 (T,), of the image and of the caption drawn,
     and the cluster.
 
-    rows (n,): the embeddings' row of each sample, found by key; label (n,): its cluster.
+    rows: the embeddings' row of each sample, found by key; label: its cluster.
     """
 
     def __init__(self, embeddings, rows, label, *how):
@@ -1001,7 +1036,8 @@ class TaughtSamples(common.TrainSamples):
         image, text = self.arrays
         picture, tokens, bad, index, caption = self.draw(place, CAPTIONS)
         row = self.rows[index]
-        t_image, t_text = torch.tensor(image[row]), torch.tensor(text[caption, row])
+        t_image = torch.tensor(image[row])
+        t_text = torch.tensor(text[caption, row])
         return picture, tokens, bad, t_image, t_text, self.label[index]
 
 
@@ -1123,7 +1159,7 @@ LOG_COLUMNS = ["step", "epoch", "lr", "loss", "nce", "cluster_hard", "cluster_kl
 
 
 def train(cfg, loaded=None):
-    """The stages up to --stage: prepare the data, distil, validate after every epoch, evaluate."""
+    """Prepare the data, distil, validate after every epoch, evaluate at the end."""
     device = common.start_device(cfg.device, cfg.seed)
     amp, scaler = common.mixed_precision(cfg.precision, device)
     run = common.Run(cfg.out, LOG_COLUMNS)
@@ -1134,10 +1170,7 @@ def train(cfg, loaded=None):
     statistics = size.pixel_statistics(device)
     test = common.evaluation_sets(cfg, size.image_size, "test")  # what is missing is said now
     validation = next(iter(common.evaluation_sets(cfg, size.image_size, "val").values()), None)
-    prepared = prepare(cfg, size, tokenizer, device)
-    if prepared is None:
-        return
-    samples, taught = prepared
+    samples, taught = prepare(cfg, size, tokenizer, device)
 
     torch.manual_seed(cfg.seed)
     model = build(cfg, loaded, **taught).to(device)
@@ -1315,21 +1348,28 @@ def ablation_arms(cfg):
     for kind in ("random", "semdedup"):
         arms[f"clip, {kind} filter"] = dict(method="clip", filter=kind)
         arms[f"clip-cid, {kind} filter"] = dict(filter=kind)
-    values = dict(cluster_terms=("hard", "kl"), instance=("intra", "both", "logit-kl"),
-                  prototypes=("teacher", "learned"), k=(cfg.k // 4, cfg.k * 4),
-                  sample_rate=(0.25, 0.5), teacher_scale=(8.0, 100.0))
+    values = {
+        "cluster_terms": ("hard", "kl"),
+        "instance": ("intra", "both", "logit-kl"),
+        "prototypes": ("teacher", "learned"),
+        "k": (cfg.k // 4, cfg.k * 4),
+        "sample_rate": (0.25, 0.5),
+        "teacher_scale": (8.0, 100.0),
+    }
     for field, choices in values.items():
         for value in choices:
             arms[f"{field.replace('_', ' ')} {value}"] = {field: value}
 
     size, _ = common.clip_size(cfg)
-    seen = cfg.samples or cfg.epochs * len(common.training_set(cfg, size.image_size))
+    whole = common.training_set(cfg, size.image_size)
+    seen = cfg.samples or cfg.epochs * len(whole)
     cache = cfg.cache or str(Path(cfg.out, "embeddings"))
-    arms = {name: {**fields, "samples": seen, "cache": cache} for name, fields in arms.items()}
-    for name in list(arms):
-        if name.endswith(("filter", "-cid")):
+    shared = {"samples": seen, "cache": cache, "stage": "distil"}
+    arms = {name: {**fields, **shared} for name, fields in arms.items()}
+    for name, fields in list(arms.items()):
+        if name.endswith(("filter", "-cid")) and fields.get("filter") != "none":
             fewer = round(seen * (1 - cfg.remove))
-            arms[f"{name}, equal epochs"] = {**arms[name], "samples": fewer}
+            arms[f"{name}, equal epochs"] = {**fields, "samples": fewer}
     if cfg.data == "emoji":  # other scenes: with embeddings of their own
         for name in ("clip", "clip + filter", "clip-cid"):
             easier = {**arms[name], "cache": ""}
@@ -1343,7 +1383,7 @@ def ablate(cfg, given):
     then the table of all that are."""
     arms = ablation_arms(cfg)
     first = []
-    for seed in cfg.seeds:
+    for seed in cfg.seeds if cfg.data == "emoji" else cfg.seeds[:1]:  # each has scenes of its own
         fields = {"stage": "embed", "seed": seed, "cache": arms["clip-cid"]["cache"]}
         first.append((Path(cfg.out, "embed", f"seed{seed}"), fields))
     common.run_arms(cfg, given, arms, ("clip", "clip-cid"), first)
@@ -1355,6 +1395,9 @@ def main(argv=None):
         ablate(cfg, given)
     elif cfg.evaluate or cfg.stage == "evaluate":
         evaluate_checkpoint(cfg, loaded)
+    elif cfg.stage in ("embed", "balance", "cluster"):
+        size, _ = common.clip_size(cfg, loaded)
+        prepare(cfg, size, None, common.start_device(cfg.device, cfg.seed))
     else:
         train(cfg, loaded)
         if cfg.stage == "all" and cfg.method == "clip_cid" and rank() == 0:

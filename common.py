@@ -44,8 +44,6 @@ import time
 import unicodedata
 import warnings
 import zipfile
-import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -68,7 +66,7 @@ class UserError(Exception):
 
 
 class BadSample(Exception):
-    """One sample cannot be used (corrupt image, no caption): it is skipped, counted and reported."""
+    """One sample cannot be used (corrupt image, no caption): it is skipped and counted."""
 
 
 def run_main(main, argv=None):
@@ -849,10 +847,7 @@ class Checkpoint:
     path: Path
     weights: dict  # {name: tensor}
     config: dict  # the run's Config as saved, else {}
-    size: Size | dict | None  # of a CLIP a Size, of a BLIP a dict
-
-
-WRAPPERS = ("model", "state_dict", "model_state_dict")
+    size: dict | None  # as saved: of a CLIP the fields of its Size
 
 
 def read_checkpoint(path):
@@ -865,20 +860,21 @@ def read_checkpoint(path):
     if not path.is_file():
         raise UserError(f"{path} is no file: name a checkpoint, such as RUN/last.pt")
     try:
-        content = weights = read_content(path)
-        for wrapper in WRAPPERS:
-            weights = weights.get(wrapper, weights)
-        plain = {}
-        for name, tensor in weights.items():
-            name = name.replace("_orig_mod.", "").removeprefix("module.")
-            plain[name] = tensor.detach()
-        config, size = {}, content.get("size")
-        if isinstance(size, dict):
-            config = content["config"]
-            if size.keys() == Size.__annotations__.keys():
-                size = Size(**size)
+        if path.suffix == ".safetensors":
+            content = read_safetensors(path)
+        elif zipfile.is_zipfile(path) and "constants.pkl" in str(zipfile.ZipFile(path).namelist()):
+            content = torch.jit.load(path, map_location="cpu").state_dict()  # OpenAI's TorchScript
         else:
-            size = None
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        weights = content
+        for wrapper in ("model", "state_dict", "model_state_dict"):
+            weights = weights.get(wrapper, weights)
+        weights = {name.replace("_orig_mod.", "").removeprefix("module."): tensor.detach()
+                   for name, tensor in weights.items()}
+        size = content.get("size")
+        if not isinstance(size, dict):
+            return Checkpoint(path, weights, {}, None)
+        return Checkpoint(path, weights, content["config"], size)
     except Exception as error:  # what is damaged or no table of tensors raises many types
         reason = f"it is no table of weights, or cut off or damaged ({type(error).__name__})"
         python_object = re.search(r"GLOBAL (\S+)", str(error))
@@ -887,35 +883,25 @@ def read_checkpoint(path):
                       "If you trust it, re-save the weights alone: torch.save(torch.load(FILE, "
                       "weights_only=False)['state_dict'], NEW_FILE)")
         raise UserError(f"{path} is not read: {reason}") from error
-    return Checkpoint(path, plain, config, size)
 
 
-def read_content(path):
-    """What a file of weights holds, read without executing any of it."""
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
-    if zipfile.is_zipfile(path) and "constants.pkl" in str(zipfile.ZipFile(path).namelist()):
-        return torch.jit.load(path, map_location="cpu").state_dict()  # TorchScript: OpenAI's
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-               "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "I8": torch.int8,
-               "U8": torch.uint8, "BOOL": torch.bool}
+SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+               "I64": torch.int64}
 
 
 def read_safetensors(path):
     """{name: tensor}. The format: the length of the header in 8 bytes, the header, a json with
     dtype, shape and place of each tensor, then the data."""
-    content = torch.from_numpy(np.fromfile(path, np.uint8))
-    start = 8 + content[:8].view(torch.int64).item()
-    header = json.loads(bytes(content[8:start].numpy()))
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        data = content[start + begin:start + end].clone()  # aligned
-        tensors[name] = data.view(SAFETENSORS[entry["dtype"]]).reshape(entry["shape"])
+        data = torch.frombuffer(content[start + begin:start + end],
+                                dtype=SAFETENSORS[entry["dtype"]])
+        tensors[name] = data.reshape(entry["shape"])
     return tensors
 
 
@@ -927,7 +913,7 @@ def read_clip(path, act=None):
 def clip_weights(checkpoint, act=None):
     """(float32 weights in OpenAI's names, Size, config) of a CLIP ViT: ours (its trained towers),
     OpenAI's, OpenCLIP's or Hugging Face's. A file of ours tells its Size; act goes before all."""
-    path, weights, size = checkpoint.path, checkpoint.weights, checkpoint.size
+    path, weights = checkpoint.path, checkpoint.weights
     for prefix in ("online.", "student."):
         if prefix + "logit_scale" in weights:
             weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()
@@ -935,9 +921,13 @@ def clip_weights(checkpoint, act=None):
     try:
         if "vision_model.embeddings.class_embedding" in weights:
             weights = from_hugging_face(weights)
-        if not isinstance(size, Size):
+        if checkpoint.size:
+            size = Size(**checkpoint.size)
+        else:
             size = foreign_size(path, weights, act)
-    except (KeyError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a name, a shape or a field that no CLIP ViT has
         raise UserError(f"{path} is no CLIP ViT ({type(error).__name__}: {error})") from None
     size = replace(size, act=act or size.act)
     if size.act not in ("gelu", "quick_gelu"):
@@ -953,11 +943,14 @@ VISION_HEADS = {1280: 16, 1408: 16, 1664: 16}  # ViT-H, g, bigG; other CLIPs hav
 def foreign_size(path, weights, act):
     """The Size of published weights in OpenAI's names: the tensors tell the sizes, the json files
     that a hub keeps beside them heads, activation, mean and std."""
-    width, _, _, patch = weights["visual.conv1.weight"].shape
+    conv, positions = weights["visual.conv1.weight"], weights["visual.positional_embedding"]
+    width, _, _, patch = conv.shape
     vocab, text_width = weights["token_embedding.weight"].shape
-    grid = grid_side(weights["visual.positional_embedding"], path)
+    grid = math.isqrt(len(positions) - 1)
+    if len(positions) != 1 + grid ** 2:
+        raise ValueError(f"visual.positional_embedding {tuple(positions.shape)} is no square grid")
     archive = "input_resolution" in weights  # only OpenAI's have it
-    half = weights["visual.conv1.weight"].dtype == torch.float16  # as OpenAI publishes
+    half = conv.dtype == torch.float16  # as OpenAI publishes
     size = Size(
         image_size=grid * patch, patch_size=patch, vision_width=width,
         vision_layers=count_blocks(weights, "visual.transformer."),
@@ -968,20 +961,14 @@ def foreign_size(path, weights, act):
         vocab_size=vocab, embed_dim=weights["visual.proj"].shape[1],
         act="quick_gelu" if archive or half else "gelu", **OPENAI)
     told = {}
-    for name in ("config.json", "preprocessor_config.json", "open_clip_config.json"):
-        file = path.with_name(name)
-        content = read_json(file) if file.is_file() else {}
-        try:
-            told.update(told_by(content, width))
-        except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
-            raise UserError(f"{file} does not describe a CLIP: {error}") from None
+    for file in sorted(path.parent.glob("*config.json")):
+        told |= told_by(file, width)
     if not archive and not act and "act" not in told and rank() == 0:
         print(f"{path}: nothing tells the activation, {size.act} is assumed; --act changes it "
               "(OpenAI's weights need quick_gelu)")
     size = replace(size, **told)
-    for width, heads in (size.vision_width, size.vision_heads), (size.text_width, size.text_heads):
-        if heads < 1 or width % heads:
-            raise UserError(f"{path}: {heads} attention heads in a width of {width}")
+    if size.vision_width % size.vision_heads or size.text_width % size.text_heads:
+        raise ValueError(f"{size.vision_heads} and {size.text_heads} heads do not divide widths")
     return size
 
 
@@ -989,82 +976,64 @@ def count_blocks(weights, tower):
     return sum(f"{tower}resblocks.{i}.ln_1.weight" in weights for i in range(len(weights)))
 
 
-def told_by(content, width):
+def told_by(file, width):
     """Fields of Size that a json beside weights tells, with what its library leaves out."""
-    told, pixels = {}, content
-    vision, text = content.get("vision_config"), content.get("text_config") or {}
-    if vision:  # Hugging Face's config.json
-        told["act"] = vision.get("hidden_act", "quick_gelu")
-        told["vision_heads"] = int(vision.get("num_attention_heads", 12))
-        told["text_heads"] = int(text.get("num_attention_heads", 8))
-    model = content.get("model_cfg")
-    if model:  # open_clip_config.json
-        told["act"] = "quick_gelu" if model.get("quick_gelu") else "gelu"
-        if "vision_cfg" in model:
-            told["vision_heads"] = width // model["vision_cfg"].get("head_width", 64)
-        if "text_cfg" in model:
-            told["text_heads"] = int(model["text_cfg"].get("heads", 8))
-        pixels = content.get("preprocess_cfg") or {}
-    for field in ("mean", "std"):
-        values = pixels.get(field) or pixels.get(f"image_{field}")
-        if values:
-            red, green, blue = map(float, values)
-            told[field] = red, green, blue
+    content = read_json(file)
+    told = {}
+    try:
+        if "vision_config" in content:  # Hugging Face's config.json
+            vision, text = content["vision_config"], content["text_config"]
+            told = dict(act=vision.get("hidden_act", "quick_gelu"),
+                        vision_heads=vision.get("num_attention_heads", 12),
+                        text_heads=text.get("num_attention_heads", 8))
+        if "model_cfg" in content:  # open_clip_config.json
+            model = content["model_cfg"]
+            told = dict(act="quick_gelu" if model.get("quick_gelu") else "gelu",
+                        vision_heads=width // model["vision_cfg"].get("head_width", 64),
+                        text_heads=model["text_cfg"]["heads"])
+        pixels = content.get("preprocess_cfg", content)
+        for field in ("mean", "std"):
+            values = pixels.get(field) or pixels.get(f"image_{field}")
+            if values:
+                told[field] = tuple(map(float, values))
+    except Exception as error:
+        raise UserError(f"{file} does not describe a CLIP: {error}") from None
     return told
 
 
 def from_hugging_face(weights):
     """Hugging Face CLIPModel's tensors in OpenAI's names: q, k, v become one in_proj."""
-    renames = [
-        ("encoder.layers.", "transformer.resblocks."),
-        ("embeddings.", ""),
-        ("vision_model.", "visual."),
-        ("text_model.", ""),
-        ("patch_embedding", "conv1"),
-        ("position_embedding.weight", "positional_embedding"),
-        ("pre_layrnorm", "ln_pre"),
-        ("post_layernorm", "ln_post"),
-        ("final_layer_norm", "ln_final"),
-        ("layer_norm", "ln_"),
-        ("self_attn.", "attn."),
-        ("q_proj.", "in_proj_"),
-        ("mlp.fc1", "mlp.c_fc"),
-        ("mlp.fc2", "mlp.c_proj"),
-        ("visual_projection.weight", "visual.proj"),
-        ("text_projection.weight", "text_projection"),
-    ]
+    renames = {
+        "encoder.layers.": "transformer.resblocks.",
+        "embeddings.": "",
+        "vision_model.": "visual.",
+        "text_model.": "",
+        "patch_embedding": "conv1",
+        "position_embedding.weight": "positional_embedding",
+        "pre_layrnorm": "ln_pre",
+        "post_layernorm": "ln_post",
+        "final_layer_norm": "ln_final",
+        "layer_norm": "ln_",
+        "self_attn.": "attn.",
+        "q_proj.": "in_proj_",
+        "mlp.fc1": "mlp.c_fc",
+        "mlp.fc2": "mlp.c_proj",
+        "visual_projection.weight": "visual.proj",
+        "text_projection.weight": "text_projection",
+    }
     renamed = {}
     for name, tensor in weights.items():
         if ".k_proj." in name or ".v_proj." in name:
             continue
         if ".q_proj." in name:
-            parts = [name.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
-            tensor = torch.cat([weights[part] for part in parts])
+            tensor = torch.cat([weights[name.replace("q_proj", part)]
+                                for part in ("q_proj", "k_proj", "v_proj")])
         if name.endswith("projection.weight"):
-            tensor = tensor.T.contiguous()
-        for theirs, ours in renames:
+            tensor = tensor.T
+        for theirs, ours in renames.items():
             name = name.replace(theirs, ours)
         renamed[name] = tensor
     return renamed
-
-
-def grid_side(positions, where="a model"):
-    """g of position embeddings (1 + g*g, D). UserError when they are no square with its CLS."""
-    side = math.isqrt(len(positions) - 1)
-    if side ** 2 != len(positions) - 1:
-        raise UserError(f"{where}: visual.positional_embedding {tuple(positions.shape)} is no "
-                        "square grid and CLS")
-    return side
-
-
-def resize_positions(positions, count):
-    """(1 + g*g, D), a square grid with its CLS, bicubically resized to `count` rows."""
-    if len(positions) == count:
-        return positions
-    old, new = grid_side(positions), math.isqrt(count - 1)
-    grid = positions[1:].T.unflatten(1, (old, old)).unsqueeze(0)
-    grid = F.interpolate(grid, (new, new), mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([positions[:1], grid[0].flatten(1).T])
 
 
 def clip_size(cfg, loaded=None):
@@ -1073,27 +1042,27 @@ def clip_size(cfg, loaded=None):
     size, weights = PRESETS[cfg.preset], None
     if loaded:
         weights, size, _ = clip_weights(loaded, cfg.act)
-    size = replace(size, image_size=cfg.image_size or size.image_size, act=cfg.act or size.act)
-    if size.image_size % size.patch_size:
-        raise UserError(f"--image-size {size.image_size} is no multiple of the patches' "
-                        f"{size.patch_size} px")
-    key = "visual.positional_embedding"
-    if loaded and key in weights:
-        patches = (size.image_size // size.patch_size) ** 2
-        weights[key] = resize_positions(weights[key], 1 + patches)
-    return size, weights
+    old, pixels = size.image_size // size.patch_size, cfg.image_size or size.image_size
+    new, rest = divmod(pixels, size.patch_size)
+    if rest:
+        raise UserError(f"--image-size {pixels} is no multiple of the patches' {size.patch_size}")
+    if loaded and new != old:  # a square grid of position embeddings, without its CLS
+        positions = weights["visual.positional_embedding"]
+        grid = positions[1:].T.unflatten(1, (old, old))[None]  # (1, D, old, old)
+        grid = F.interpolate(grid, (new, new), mode="bicubic", antialias=True)
+        positions = torch.cat([positions[:1], grid[0].flatten(1).T])
+        weights["visual.positional_embedding"] = positions
+    return replace(size, image_size=pixels, act=cfg.act or size.act), weights
 
 
 def load_weights(module, weights, path):
-    """load_state_dict. UserError in one line that names the tensor and both shapes."""
-    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    for name in {**own, **found}:
-        if own.get(name) != found.get(name):
-            raise UserError(f"{path} does not fit: {name} is {found.get(name, 'absent')} in it, "
-                            f"{own.get(name, 'absent')} in the model")
-    meta = any(p.is_meta for p in module.parameters())  # made without memory
-    module.load_state_dict(weights, assign=meta)
+    """load_state_dict. UserError in one line that names the tensors, with both shapes."""
+    meta = next(module.parameters()).is_meta  # made without memory
+    try:
+        module.load_state_dict(weights, assign=meta)
+    except RuntimeError as error:
+        reason = textwrap.shorten(str(error), 300)
+        raise UserError(f"{path} does not fit: {reason}") from None
 
 
 # ---------------------------------------------------------------------------------------- tokenizer
@@ -1113,43 +1082,32 @@ BYTES = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
 BYTES += [b for b in range(256) if b not in BYTES]
 
 
-def read_lines(name: str, count: int) -> list[str]:
-    """The first lines of a compressed text in data/. UserError where it is missing or damaged."""
-    path = DATA / name
-    try:
-        lines = gzip.decompress(path.read_bytes()).decode().split("\n")
-        if len(lines) < count:
-            raise EOFError
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise UserError(f"{path} is missing or damaged ({type(error).__name__}): "
-                        "data/README.md tells its source") from error
-    return lines[:count]
+def read_lines(name):
+    """The lines of a compressed text in data/."""
+    return gzip.decompress((DATA / name).read_bytes()).decode().split("\n")
 
 
 @functools.lru_cache(maxsize=4)
-def load_merges(n_merges: int) -> tuple[dict, list[bytes]]:
-    """The first n_merges byte pairs of data/bpe_simple_vocab_16e6.txt.gz, in order of rank.
+def load_merges(n_merges):
+    """{(left id, right id): id of the merged token} of the first n_merges byte pairs of
+    data/bpe_simple_vocab_16e6.txt.gz, in order of rank.
 
-    Returns {(left id, right id): id of the merged token} and each id's bytes, with a space where
-    the token ends a word. Ids: 0..255 a byte, 256..511 a byte that ends a word, from 512 the
-    merges, then the two specials.
+    Ids: 0..255 a byte, 256..511 a byte that ends a word, from 512 the merges, then the two
+    specials.
     """
     # The file writes a byte as one printable character: itself where it prints, else the next one
     # from U+0100 on.
     symbols = [chr(b) for b in BYTES[:188]] + [chr(i) for i in range(256, 324)]
     symbols += [symbol + "</w>" for symbol in symbols]
     ids = {symbol: i for i, symbol in enumerate(symbols)}
-    texts = [bytes([b]) for b in BYTES]
-    texts += [text + b" " for text in texts]
     merges = {}
-    for line in read_lines("bpe_simple_vocab_16e6.txt.gz", n_merges + 1)[1:]:  # 0: version
+    for line in read_lines("bpe_simple_vocab_16e6.txt.gz")[1:1 + n_merges]:  # 0: version
         left, right = line.split()
-        ids[left + right] = merges[ids[left], ids[right]] = len(texts)
-        texts.append(texts[ids[left]] + texts[ids[right]])
-    return merges, texts + [special.encode() for special in SPECIALS]
+        ids[left + right] = merges[ids[left], ids[right]] = len(ids)
+    return merges
 
 
-def merge_bytes(word: bytes, merges: dict) -> list[int]:
+def merge_bytes(word, merges):
     """Token ids of one word by byte-pair encoding, in O(n log n) for n bytes.
 
     The pair of lowest rank, of equal ones the leftmost, becomes one token, until no pair is in
@@ -1187,11 +1145,11 @@ def merge_bytes(word: bytes, merges: dict) -> list[int]:
 
 
 @functools.lru_cache(maxsize=2**16)  # web captions never stop bringing new words
-def encode_run(run: str, vocab_size: int) -> list[int]:
+def encode_run(run, vocab_size):
     """Token ids of one match of RUNS: a special, or words, of which each number is one."""
     if run in SPECIALS:
         return [vocab_size - 2 + SPECIALS.index(run)]
-    merges, _ = load_merges(vocab_size - 514)
+    merges = load_merges(vocab_size - 514)
     chars = [f" {c} " if c.isnumeric() and not c.isalpha() else c for c in run]
     ids = []
     for word in "".join(chars).split():
@@ -1202,9 +1160,11 @@ def encode_run(run: str, vocab_size: int) -> list[int]:
 def token_rows(texts, encode, length, first, last):
     """Long tensor (B, length): first, the text's ids, last, zeros; a long text keeps its last."""
     texts = [texts] if isinstance(texts, str) else texts
-    rows = [[first, *encode(text)[:length - 2], last] for text in texts]
-    rows = [row + [0] * (length - len(row)) for row in rows]
-    return torch.tensor(rows, dtype=torch.long).view(len(rows), length)
+    rows = torch.zeros(len(texts), length, dtype=torch.long)
+    for row, text in zip(rows, texts):
+        ids = [first, *encode(text)[:length - 2], last]
+        row[:len(ids)] = torch.tensor(ids)
+    return rows
 
 
 class CLIPTokenizer:
@@ -1220,17 +1180,17 @@ class CLIPTokenizer:
     embedding table. UserError for a vocab_size outside 514..49408: another tokenizer's.
     """
 
-    def __init__(self, context_length: int = 77, vocab_size: int = 49408):
+    def __init__(self, context_length=77, vocab_size=49408):
         if not 514 <= vocab_size <= 49408:
             raise UserError(f"a vocabulary of {vocab_size} tokens is not CLIP's: 514 to 49408")
         self.context_length, self.vocab_size = context_length, vocab_size
         self.sot, self.eot = vocab_size - 2, vocab_size - 1
 
-    def __call__(self, texts: str | list[str]) -> torch.Tensor:
+    def __call__(self, texts):
         """Long tensor (B, context_length): start, text, end, zeros. A long text keeps its end."""
         return token_rows(texts, self.encode, self.context_length, self.sot, self.eot)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text):
         """Token ids of a text of any length, without start and end token."""
         # A surrogate has no UTF-8: a pair becomes its character, a lone one U+FFFD, as in ftfy.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -1240,11 +1200,6 @@ class CLIPTokenizer:
             cached = encode_run if len(run) <= 100 else encode_run.__wrapped__
             ids += cached(run, self.vocab_size)
         return ids
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids: a space after each word, padding (id 0) as "!", broken UTF-8 as U+FFFD."""
-        _, texts = load_merges(self.vocab_size - 514)
-        return b"".join(texts[i] for i in ids).decode("utf-8", "replace")
 
 
 # --------------------------------------------------------------------------------- BERT's tokenizer
@@ -1256,13 +1211,7 @@ IDEOGRAPH = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000
 BLIP_SYMBOLS = '.!"()*#:;~'  # what BLIP takes out of captions and questions
 
 
-@functools.lru_cache(maxsize=1)
-def load_vocabulary() -> tuple[str, ...]:
-    """The 30522 tokens of bert-base-uncased in order of their ids, from data/."""
-    return tuple(read_lines("bert_base_uncased_vocab.txt.gz", 30522))
-
-
-def split_words(text: str) -> list[str]:
+def split_words(text):
     """Lower-cased words and single punctuation marks, without accents: BERT's basic tokenization.
 
     Control, format, private and unassigned characters vanish; each CJK ideograph is a word.
@@ -1270,17 +1219,16 @@ def split_words(text: str) -> list[str]:
     # One character at a time: a final Σ becomes σ and not ς, as in transformers, and the marks on
     # a letter, of which none is kept, are not sorted, which would take quadratic time.
     chars = []
-    for decomposed in (unicodedata.normalize("NFD", c.lower()) for c in text):
-        for c in decomposed:
-            kind = unicodedata.category(c)
-            if c in "\t\n\r":
-                chars.append(" ")
-            elif kind[0] == "C" or kind == "Mn" or c == "\ufffd":  # Mn: an accent
-                continue
-            elif kind[0] == "P" or c in string.punctuation or IDEOGRAPH.match(c):
-                chars.append(f" {c} ")
-            else:
-                chars.append(c)
+    for c in "".join(unicodedata.normalize("NFD", c.lower()) for c in text):
+        kind = unicodedata.category(c)
+        if c in "\t\n\r":
+            chars.append(" ")
+        elif kind[0] == "C" or kind == "Mn" or c == "\ufffd":  # Mn: an accent
+            continue
+        elif kind[0] == "P" or c in string.punctuation or IDEOGRAPH.match(c):
+            chars.append(f" {c} ")
+        else:
+            chars.append(c)
     return "".join(chars).split()
 
 
@@ -1295,30 +1243,27 @@ class BertTokenizer:
     context_length: tokens per text, first and [SEP] included. words: texts whose tokens and
     characters make up a small vocabulary, for a small embedding table: they are encoded as with the
     full one, other texts into smaller pieces or [UNK]; its ids count from 0 in the same order.
-    UserError for a vocabulary file that is missing or not whole.
     """
 
-    def __init__(self, context_length: int = 30, words: Iterable[str] | None = None):
+    def __init__(self, context_length=30, words=None):
         self.context_length = context_length
-        self._set_tokens([*load_vocabulary(), "[DEC]", "[ENC]"])
+        tokens = read_lines("bert_base_uncased_vocab.txt.gz")[:30522] + ["[DEC]", "[ENC]"]
         if words is not None:
-            kept = set(BERT_SPECIALS)
+            full, kept = BertTokenizer(), set(BERT_SPECIALS)
             for word in split_words(" ".join(words)):
                 kept.update([word], word, ("##" + c for c in word))
-                kept.update(self._tokens[i] for i in self._pieces(word))
-            self._set_tokens([token for token in self._tokens if token in kept])
-
-    def _set_tokens(self, tokens: list[str]) -> None:
+                kept.update(full._tokens[i] for i in full._pieces(word))
+            tokens = [token for token in tokens if token in kept]
         self._tokens, self.vocab_size = tokens, len(tokens)
         self._ids = {token: i for i, token in enumerate(tokens)}
-        specials = [self._ids[token] for token in BERT_SPECIALS]
+        specials = map(self._ids.get, BERT_SPECIALS)
         self.pad, self.unk, self.cls, self.sep, self.mask, self.dec, self.enc = specials
 
-    def __call__(self, texts: str | list[str], first: str = "[CLS]") -> torch.Tensor:
+    def __call__(self, texts, first="[CLS]"):
         """Long tensor (B, context_length): first, text, [SEP], padding. A long text keeps [SEP]."""
         return token_rows(texts, self.encode, self.context_length, self._ids[first], self.sep)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text):
         """Token ids of a text of any length, without first token and [SEP]."""
         ids = []
         for part in BERT_SPECIAL.split(text):
@@ -1329,7 +1274,7 @@ class BertTokenizer:
                 ids += self._pieces(word)
         return ids
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids):
         """Text without specials, as transformers' decode with clean_up_tokenization_spaces."""
         tokens = [self._tokens[i] for i in ids]
         text = " ".join(token for token in tokens if token not in BERT_SPECIALS)
@@ -1338,7 +1283,7 @@ class BertTokenizer:
             text = text.replace(spaced, spaced.strip())
         return text
 
-    def _pieces(self, word: str) -> list[int]:
+    def _pieces(self, word):
         """Token ids of a word: the longest piece that fits, repeated; [UNK] if none or too long."""
         ids, start = [], 0
         while start < len(word) <= 100:
@@ -1353,14 +1298,14 @@ class BertTokenizer:
         return ids or [self.unk]
 
 
-def clean_blip_caption(text: str, max_words: int = 30) -> str:
+def clean_blip_caption(text, max_words=30):
     """A caption as BLIP reads it: lower case, a space for .!"()*#:;~, at most max_words words."""
     text = text.lower().translate(dict.fromkeys(map(ord, BLIP_SYMBOLS), " "))
     text = re.sub(r"\s\s+", " ", text).rstrip("\n").strip(" ")
     return " ".join(text.split(" ")[:max_words])
 
 
-def clean_blip_question(text: str, max_words: int = 50) -> str:
+def clean_blip_question(text, max_words=50):
     """A question as BLIP reads it: lower case, .!"()*#:;~ removed, at most max_words words.
 
     BLIP's own limit is 50 words, then 35 tokens.
@@ -2320,27 +2265,24 @@ def batches(data, image_size, workers, doing, resize=resize_whole, batch_size=64
 
 @torch.no_grad()
 def embed_images(encoders, data, image_size, workers):
-    """One pass over a set: ({key: (N, D) float32}, its N targets, its N indices in `data`).
+    """One pass over a set: ({key: (N, D) float32}, its N targets).
 
     encoders as in evaluate(). Images that cannot be read are left out; UserError if all are.
     """
-    features, targets, indices = {key: [] for key in encoders}, [], []
+    features, targets = {key: [] for key in encoders}, []
     loader = batches(data, image_size, workers, "embedding", resize_center_crop, 128)
-    for images, places, batch_targets in loader:
+    for images, _, batch_targets in loader:
         for key, (encode_image, _) in encoders.items():
             features[key].append(encode_image(images).float())
         targets += batch_targets
-        indices += places
-    features = {key: torch.cat(parts) for key, parts in features.items()}
-    return features, targets, indices
+    return {key: torch.cat(parts) for key, parts in features.items()}, targets
 
 
 @torch.no_grad()
-def embed_texts(encode_text, tokenizer, texts, block=512):
+def embed_texts(encode_text, tokenizer, texts):
     """(T, D) float32 features of a list of strings."""
     features = []
-    for start in range(0, len(texts), block):
-        tokens = tokenizer(texts[start:start + block])
+    for tokens in tokenizer(texts).split(512):
         features.append(encode_text(trim_padding(tokens)).float())
     return torch.cat(features)
 
@@ -2352,37 +2294,36 @@ def evaluate(encoders, tokenizer, data, image_size, workers):
     token ids -> (T, D), of unit length; a key is any hashable. Returns {key: {metric: percent}}.
     Images that could not be read are left out and counted as "unreadable".
     """
-    features, targets, _ = embed_images(encoders, data, image_size, workers)
-
-    @functools.cache  # encoders with the same text tower share its features
-    def embed(encode_text):
-        if data.kind == "classes":
-            return zero_shot_classifier(encode_text, tokenizer, data.classes, data.templates)
-        texts = [text for captions in targets for text in captions]
-        return embed_texts(encode_text, tokenizer, texts)
-
+    features, targets = embed_images(encoders, data, image_size, workers)
     scores = {}
     for key, (_, encode_text) in encoders.items():
-        text_features = embed(encode_text)
         if data.kind == "classes":
-            labels = torch.tensor(targets)
-            scores[key] = zero_shot(features[key], labels, text_features)
+            texts = zero_shot_classifier(encode_text, tokenizer, data.classes, data.templates)
+            found = zero_shot(features[key], torch.tensor(targets), texts)
         else:
-            scores[key] = retrieval(features[key], text_features, owners(targets))
-        if len(targets) < len(data):
-            scores[key]["unreadable"] = len(data) - len(targets)
+            texts = embed_texts(encode_text, tokenizer, list(itertools.chain(*targets)))
+            found = retrieval(features[key], texts, owners(targets))
+        scores[key] = found | unreadable(data, targets)
     return scores
+
+
+def unreadable(data, read):
+    """How many images of a set were left out, if any."""
+    lost = len(data) - len(read)
+    return {"unreadable": lost} if lost else {}
 
 
 def score_sets(encoders, tokenizer, sets, image_size, workers):
     """evaluate() on each of {name: set}, as {key: {"<name>_<metric>": percent}}."""
     scores = {key: {} for key in encoders}
     for name, data in sets.items():
-        found = evaluate(encoders, tokenizer, data, image_size, workers)
-        for key, metrics in found.items():
-            for metric, value in metrics.items():
-                scores[key][f"{name}_{metric}"] = value
+        for key, found in evaluate(encoders, tokenizer, data, image_size, workers).items():
+            scores[key].update(prefixed(name, found))
     return scores
+
+
+def prefixed(name, metrics):
+    return {f"{name}_{metric}": value for metric, value in metrics.items()}
 
 
 def main_metric(metrics):
@@ -2501,121 +2442,97 @@ def rerank_retrieval(data, image_size, encode_image, encode_text, match, k, work
         features.append(batch_features.float())
         captions += targets
 
-    texts = [text for group in captions for text in group]
+    texts = list(itertools.chain(*captions))
     encoded = [encode_text(texts[start:start + block]) for start in range(0, len(texts), block)]
-    ids, text_features = (torch.cat(parts) for parts in zip(*encoded))
+    ids, text_features = map(torch.cat, zip(*encoded))
     both = torch.cat(features), text_features.float(), owners(captions)
 
     def match_image(i, places):
-        source = states[i][None].to(both[0].device)
-        parts = ids[places.to(ids.device)].split(block)
-        return torch.cat([match(source, part) for part in parts])
+        source = states[i][None].to(places.device)
+        return torch.cat([match(source, part) for part in ids[places].split(block)])
 
-    scores = {f"itc_{metric}": value for metric, value in retrieval(*both).items()}
-    scores.update(rerank(*both, match_image, k))
-    if len(captions) < len(data):
-        scores["unreadable"] = len(data) - len(captions)
-    return scores
+    by_cosine = prefixed("itc", retrieval(*both))
+    return by_cosine | rerank(*both, match_image, k) | unreadable(data, captions)
 
 
 STRENGTHS = tuple(10.0 ** exponent for exponent in range(-2, 7))
 
 
-def linear_probe(train, val, test, classes, strengths=STRENGTHS):
+def linear_probe(train, test, classes, strengths=STRENGTHS):
     """{"top1" in percent, "C"} of L-BFGS logistic regression on frozen features.
 
     A split is (features (N, D), labels (N,)). The inverse regularisation (scikit-learn's C:
-    minimise C * sum of losses + |W|^2 / 2) is chosen on `val`, then train + val are fitted anew.
-    UserError with the place of an image whose features are no numbers.
+    minimise C * sum of losses + |W|^2 / 2) is chosen on every fifth training image, then all are
+    fitted anew. UserError where features are no numbers.
     """
-    def accuracy(weights, features, labels):
-        found = (with_bias(features) @ weights).argmax(1)
-        return percent(found.cpu() == labels.cpu())
+    def accuracy(model, x, y):
+        return percent(model(x).argmax(1).cpu() == y)
 
-    for features, _ in (train, val, test):
-        check_finite(features, range(len(features)))
-    scores = {c: accuracy(fit_logistic(*train, classes, c), *val) for c in strengths}
+    x, y = train
+    if not x.isfinite().all():
+        raise UserError("linear probe: an image has features that are no finite numbers")
+    held = torch.arange(len(y)) % 5 == 4
+    scores = {}
+    for c in strengths:
+        model = fit_logistic(x[~held], y[~held], classes, c)
+        scores[c] = accuracy(model, x[held], y[held])
     best = max(scores, key=scores.get)
-    features, labels = (torch.cat(parts) for parts in zip(train, val))
-    weights = fit_logistic(features, labels, classes, best)
-    return {"top1": accuracy(weights, *test), "C": best}
+    return {"top1": accuracy(fit_logistic(x, y, classes, best), *test), "C": best}
 
 
-def check_finite(features, keys):
-    """UserError with the key of the first image whose features (N, D) are no numbers."""
-    for key, finite in zip(keys, features.isfinite().all(1).tolist()):
-        if not finite:
-            raise UserError(f"linear probe: the features of image {key} are no finite numbers")
-
-
-def with_bias(x):
-    return torch.cat([x, x.new_ones(len(x), 1)], 1)
-
-
-def fit_logistic(x, y, classes, c, block=65536):
-    """(D + 1, K) weights of multinomial logistic regression; the bias is not regularised."""
-    x, y = with_bias(x), y.to(x.device)
-    weights = torch.zeros(x.shape[1], classes, device=x.device, requires_grad=True)
-    optimiser = torch.optim.LBFGS([weights], max_iter=1000, history_size=10, tolerance_grad=1e-6,
-                                  tolerance_change=1e-10, line_search_fn="strong_wolfe")
+def fit_logistic(x, y, classes, c):
+    """Multinomial logistic regression, a torch.nn.Linear; the bias is not regularised."""
+    y = y.to(x.device)
+    model = torch.nn.Linear(x.shape[1], classes, device=x.device)
+    model.weight.data.zero_()
+    model.bias.data.zero_()
+    optimiser = torch.optim.LBFGS(model.parameters(), max_iter=1000, history_size=10,
+                                  tolerance_grad=1e-6, tolerance_change=1e-10,
+                                  line_search_fn="strong_wolfe")
 
     def closure():
         optimiser.zero_grad()
-        total = weights[:-1].square().sum() / (2 * c * len(x))
-        total.backward()
-        for xs, ys in zip(x.split(block), y.split(block)):
-            loss = F.cross_entropy(xs @ weights, ys, reduction="sum") / len(x)
-            loss.backward()
-            total = total + loss
-        return total.detach()
+        penalty = model.weight.square().sum() / (2 * c * len(x))
+        loss = F.cross_entropy(model(x), y) + penalty
+        loss.backward()
+        return loss
 
     optimiser.step(closure)
-    return weights.detach()
+    return model
 
 
 def probe(encoders, cfg, image_size):
-    """--linear-probe: {key: {"<set>_probe_top1", "<set>_probe_C"}} on each set of classes.
-
-    encoders: as evaluate() takes them. Every fifth training image is the validation split.
-    """
-    def embed(data):
-        found, labels, indices = embed_images(encoders, data, image_size, loader_workers(cfg))
-        for features in found.values():
-            check_finite(features, [data.key(i) for i in indices])
-        return found, torch.tensor(labels)
-
+    """--linear-probe: {key: {"<set>_probe_top1", "<set>_probe_C"}} on each set of classes."""
+    workers = loader_workers(cfg)
     scores = {key: {} for key in encoders}
     tests = evaluation_sets(cfg, image_size, "test")
     for name, data in evaluation_sets(cfg, image_size, "train").items():
-        if data.kind != "classes":
-            continue
-        (train, y), (test, test_y) = embed(data), embed(tests[name])
-        held = torch.arange(len(y)) % 5 == 4
-        for key, x in train.items():
-            splits = (x[~held], y[~held]), (x[held], y[held]), (test[key], test_y)
-            found = linear_probe(*splits, len(data.classes))
-            for metric, value in found.items():
-                scores[key][f"{name}_probe_{metric}"] = value
+        if data.kind == "classes":
+            x, y = embed_images(encoders, data, image_size, workers)
+            test_x, test_y = embed_images(encoders, tests[name], image_size, workers)
+            for key in encoders:
+                train = x[key], torch.tensor(y)
+                test = test_x[key], torch.tensor(test_y)
+                found = linear_probe(train, test, len(data.classes))
+                scores[key].update(prefixed(f"{name}_probe", found))
     return scores
 
 
 def test_checkpoint(cfg, size, encoders):
     """--evaluate: {key: {"<set>_<metric>": value}} of the test sets, with --linear-probe.
 
-    The means of several sets' top-1 accuracies are added.
+    The mean of several sets' zero-shot top-1 accuracies is added.
     """
     sets = evaluation_sets(cfg, size.image_size, "test")
     tokenizer = CLIPTokenizer(size.context_length, size.vocab_size)
     cells = score_sets(encoders, tokenizer, sets, size.image_size, loader_workers(cfg))
+    for cell in cells.values():
+        top1 = [value for name, value in cell.items() if name.endswith("_top1")]
+        if len(top1) > 1:
+            cell["mean_top1"] = sum(top1) / len(top1)
     if cfg.linear_probe:
         for key, found in probe(encoders, cfg, size.image_size).items():
             cells[key].update(found)
-    for cell in cells.values():
-        for metric in ("top1", "probe_top1"):
-            columns = [f"{name}_{metric}" for name in sets]
-            values = [cell[column] for column in columns if column in cell]
-            if len(values) > 1:
-                cell[f"mean_{metric}"] = sum(values) / len(values)
     return cells
 
 
@@ -2625,20 +2542,17 @@ def write_results(run, cfg, cells, state):
     cells: {label: {metric: value}}; state: the training loop's counters.
     """
     rows = read_csv(run.path("log.csv"))
-    validation = [float(value) for name, value in rows[-1].items()
-                  if name.startswith("val_") and value]
     results = {
         "cells": cells,
         "seed": cfg.seed,
         "steps": state["step"],
         "best_step": state["best_step"],
         "best_validation": state["best"],
-        "last_validation": max(validation, default=None),
     }
     run.write_json("results.json", results)
     print_table(cells)
-    title = f"{cfg.method} on {cfg.data}"
-    plot_curves(run.path("curves.png"), rows, math.log(cfg.batch_size), title)
+    plot_curves(run.path("curves.png"), rows, math.log(cfg.batch_size),
+                f"{cfg.method} on {cfg.data}")
     return results
 
 
@@ -2646,32 +2560,26 @@ def throughput(encoders, image_size, device):
     """{key: images/s} of image encoders on 256 images of noise; encoders as in evaluate()."""
     shape = (256, 3, image_size, image_size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
-    calls = {}
-    for key, (encode_image, _) in encoders.items():
-        calls[key] = functools.partial(encode_image, images)
-    latency = compare_latency(calls, device, rounds=5)
+    functions = {key: encode_image for key, (encode_image, _) in encoders.items()}
+    latency = compare_latency(functions, device, 5, images)
     return {key: 1000 * len(images) / milliseconds for key, milliseconds in latency.items()}
 
 
-def compare_latency(functions, device, rounds=15):
-    """{key: milliseconds} of functions without arguments: the median over the rounds.
+def compare_latency(functions, device, rounds=15, *inputs):
+    """{key: milliseconds} of functions of the inputs: the median over the rounds.
 
     They take turns, so that a slow moment meets all; each is warmed up first; the device is
     synchronised before every reading of the clock.
     """
-    def milliseconds(function):
-        start = time.perf_counter()
-        function()
-        if kind != "cpu":
-            getattr(torch, kind).synchronize()
-        return 1000 * (time.perf_counter() - start)
-
-    kind = torch.device(device).type
+    device = getattr(torch, torch.device(device).type)  # torch.cuda, torch.mps or torch.cpu
     times = {key: [] for key in functions}
     with torch.inference_mode():
-        for turn in range(2 + rounds):
+        for _ in range(2 + rounds):
             for key, function in functions.items():
-                times[key].append(milliseconds(function))
+                start = time.perf_counter()
+                function(*inputs)
+                device.synchronize()
+                times[key].append(1000 * (time.perf_counter() - start))
     return {key: float(np.median(found[2:])) for key, found in times.items()}
 
 
@@ -2740,7 +2648,7 @@ SPELLED = str.maketrans({
 })
 
 
-def ptb_tokenize(text: str) -> str:
+def ptb_tokenize(text):
     """Lower-cased tokens of a caption without punctuation: "A dog's bowl." -> "a dog 's bowl".
 
     An approximation, without Java, of COCO's caption tokenizer: equal to it on all 795 captions of
@@ -2752,14 +2660,14 @@ def ptb_tokenize(text: str) -> str:
     return " ".join(token.lower().translate(SPELLED) for token in PTB_TOKEN.findall(text))
 
 
-def count_ngrams(sentence: str) -> list[collections.Counter]:
-    """How often each n-gram occurs in a sentence, for n = 1, 2, 3, 4."""
+def count_ngrams(sentence):
+    """How often each n-gram occurs in a sentence, for n = 1, 2, 3, 4: a list of four Counters."""
     words = sentence.split()
     shifted = [words[i:] for i in range(4)]
     return [collections.Counter(zip(*shifted[:n])) for n in (1, 2, 3, 4)]
 
 
-def bleu(references: list[list[str]], hypotheses: list[str]) -> list[float]:
+def bleu(references, hypotheses):
     """BLEU-1, -2, -3 and -4 of a corpus (Papineni et al. 2002, section 2), as in pycocoevalcap.
 
     BLEU-n = exp(min(0, 1 - r/c)) (p_1 ... p_n)^(1/n), in 0..1. p_n: n-grams of the hypotheses that
@@ -2768,10 +2676,9 @@ def bleu(references: list[list[str]], hypotheses: list[str]) -> list[float]:
     shorter one of two. references: N lists of R strings; hypotheses: N strings.
     """
     matched, total = np.zeros(4), np.zeros(4)
-    length = closest = 0
+    closest = 0
     for refs, hypothesis in zip(references, hypotheses, strict=True):
         words = len(hypothesis.split())
-        length += words
         distances = [(abs(len(ref.split()) - words), len(ref.split())) for ref in refs]
         closest += min(distances)[1]
         ref_counts = [count_ngrams(ref) for ref in refs]
@@ -2782,12 +2689,12 @@ def bleu(references: list[list[str]], hypotheses: list[str]) -> list[float]:
 
     # pycocoevalcap's 1e-15 and 1e-9 stand for zeros: nothing matched gives a score close to 0.
     precisions = (matched + 1e-15) / (total + 1e-9)
-    ratio = (length + 1e-15) / (closest + 1e-9)
+    ratio = (total[0] + 1e-15) / (closest + 1e-9)
     means = np.cumprod(precisions) ** (1 / np.arange(1, 5))
-    return (means * np.exp(min(0, 1 - 1 / ratio))).tolist()
+    return means * np.exp(min(0, 1 - 1 / ratio))
 
 
-def cider_d(references: list[list[str]], hypotheses: list[str]) -> tuple[float, np.ndarray]:
+def cider_d(references, hypotheses):
     """CIDEr-D (Vedantam et al. 2015, section 6) as in pycocoevalcap: mean over images, and (N,).
 
     In 0..10. Mean over n = 1..4 and the references of
@@ -2810,12 +2717,11 @@ def cider_d(references: list[list[str]], hypotheses: list[str]) -> tuple[float, 
         counts = count_ngrams(hypothesis)
         for ref in refs:
             difference = counts[0].total() - ref[0].total()
-            for n in range(4):
-                h, r = weigh(counts[n]), weigh(ref[n])
+            penalty = math.exp(-difference ** 2 / 72)
+            for h, r in zip(map(weigh, counts), map(weigh, ref)):
                 dot = sum(min(h[gram], r[gram]) * r[gram] for gram in h if gram in r)
                 norms = math.hypot(*h.values()) * math.hypot(*r.values())
-                if norms:
-                    scores[i] += dot / norms * math.exp(-difference ** 2 / 72)
+                scores[i] += penalty * dot / (norms or 1)
         scores[i] *= 10 / (4 * len(refs))
     return float(scores.mean()), scores
 
@@ -2841,7 +2747,7 @@ NUMBER_WORDS = "zero one two three four five six seven eight nine ten".split()
 NUMBERS = {"none": "0"} | {word: str(i) for i, word in enumerate(NUMBER_WORDS)}
 
 
-def normalize_answer(answer: str) -> str:
+def normalize_answer(answer):
     """An answer as VQA's official evaluation compares it: no punctuation, no articles, digits.
 
     A mark goes without a trace where it stands beside a space, or everywhere if the answer has a
@@ -2857,13 +2763,13 @@ def normalize_answer(answer: str) -> str:
     return " ".join(RESTORED.get(word, word) for word in words)
 
 
-def vqa_accuracy(answer: str, human_answers: Iterable[str]) -> float:
+def vqa_accuracy(answer, human_answers):
     """Accuracy of one answer (Antol et al. 2015, section 3), 0..1: min(people who gave it / 3, 1).
 
     As in the official evaluation, averaged over leaving out each of the human answers (10 in VQA,
     at least one here: fewer than 4 cannot reach 1); normalised only where the humans disagree.
     """
-    answer, *humans = [re.sub(r"[\n\t]", " ", a).strip() for a in (answer, *human_answers)]
+    answer, *humans = [text.strip() for text in (answer, *human_answers)]
     if len(set(humans)) > 1:
         answer, *humans = map(normalize_answer, (answer, *humans))
     same = humans.count(answer)
@@ -2919,14 +2825,12 @@ def answer_questions(data, image_size, answer, workers=0):
         for i, text, (_, humans) in zip(places, answers, targets, strict=True):
             results.append({"question_id": data.key(i), "answer": text})
             if humans:
-                kind, accuracy = data.question_kinds[i], vqa_accuracy(text, humans)
+                kind, accuracy = data.question_kinds[i], 100 * vqa_accuracy(text, humans)
                 accuracies["accuracy"].append(accuracy)
                 if kind:
-                    accuracies["accuracy_" + kind].append(accuracy)
-    scores = {name: 100 * sum(values) / len(values) for name, values in sorted(accuracies.items())}
-    if len(results) < len(data):
-        scores["unreadable"] = len(data) - len(results)
-    return results, scores
+                    accuracies[f"accuracy_{kind}"].append(accuracy)
+    scores = {name: np.mean(values) for name, values in sorted(accuracies.items())}
+    return results, scores | unreadable(data, results)
 
 
 # --------------------------------------------------------------------------------------- pictures
@@ -2934,26 +2838,25 @@ def answer_questions(data, image_size, answer, workers=0):
 
 def print_table(cells, markdown=None):
     """{row: {column: number or text}} as a table on stdout, and as markdown in a file."""
-    columns = list(dict.fromkeys(column for cell in cells.values() for column in cell))
-    lines = [["", *columns]]
+    columns = list(dict.fromkeys(itertools.chain(*cells.values())))
+    rows = [["", *columns]]
     for name, cell in cells.items():
-        lines.append([name, *(_shown(cell.get(column)) for column in columns)])
+        rows.append([name, *(shown(cell.get(column)) for column in columns)])
     if len(columns) > 7:  # too wide for a terminal: turn it
-        lines = [list(line) for line in zip(*lines)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for first, *others in lines:
-        print(first.ljust(widths[0]), *map(str.rjust, others, widths[1:]), sep="  ")
+        rows = list(zip(*rows))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print(*map(str.rjust, row, widths), sep="  ")
     if markdown:
-        rows = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-        markdown.write_text("".join(f"| {' | '.join(row)} |\n" for row in rows), encoding="utf-8")
+        rows.insert(1, ["---"] * len(widths))
+        lines = ["| " + " | ".join(row) + " |\n" for row in rows]
+        markdown.write_text("".join(lines), encoding="utf-8")
 
 
-def _shown(value):
+def shown(value):
     if value is None or isinstance(value, str):
         return value or ""
-    if 10 <= abs(value) < 1000:
-        return f"{value:.1f}"
-    return f"{value:.3g}" if abs(value) < 10 else f"{value:.0f}"
+    return f"{value:.3g}" if abs(value) < 10 else f"{value:.{int(abs(value) < 1000)}f}"
 
 
 def mean_std(runs):
@@ -2962,31 +2865,32 @@ def mean_std(runs):
     for metric in runs[0]:
         values = np.array([run[metric] for run in runs], float)
         digits = 4 if 0 < abs(values).max() < 0.1 else 1
-        spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
-        table[metric] = f"{values.mean():.{digits}f}{spread}"
+        table[metric] = f"{values.mean():.{digits}f}"
+        if len(runs) > 1:
+            table[metric] += f" ± {values.std(ddof=1):.{digits}f}"
     return table
+
+
+# a `$` in a caption is no formula
+STYLE = {"text.parse_math": False, "axes.grid": True, "grid.alpha": 0.3, "savefig.dpi": 150,
+         "savefig.bbox": "tight"}
 
 
 def picture(draw):
     """Guards a function that draws into `path`: what goes wrong is a line, never a run's end."""
     @functools.wraps(draw)
     def guarded(path, *args, **kwargs):
+        os.environ.pop("MPLBACKEND", None)  # a notebook's may be missing here; all are files
         try:
-            plain = {"text.parse_math": False}  # a `$` in a caption is no formula
-            with import_matplotlib().rc_context(plain), warnings.catch_warnings():
+            import matplotlib
+
+            with matplotlib.rc_context(STYLE), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # letters that the font lacks
-                return draw(path, *args, **kwargs)
+                draw(path, *args, **kwargs)
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             print(f"could not draw {Path(path).name}: {reason}")
     return guarded
-
-
-def import_matplotlib():
-    """matplotlib, which fails to import where MPLBACKEND names a notebook's package not here."""
-    os.environ.pop("MPLBACKEND", None)  # no picture is shown: all are files
-    import matplotlib
-    return matplotlib
 
 
 def new_figure(rows, columns, size, title):
@@ -2994,175 +2898,106 @@ def new_figure(rows, columns, size, title):
     from matplotlib.figure import Figure
 
     figure = Figure(size, layout="compressed")
-    figure.suptitle(fold(title, int(7 * size[0])), fontsize=14)
+    figure.suptitle(title)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def fold(text, width, lines=6):
-    return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …"))
+def fold(text, width):
+    """The lines of a text, each over at most four lines of `width` letters."""
+    lines = [textwrap.fill(line, width, max_lines=4, placeholder=" …") for line in text.split("\n")]
+    return "\n".join(lines)
 
 
 @picture
-def plot_grid(path, rows, names, captions, title, beneath=(), side=1.6):
-    """Rows of images (3, S, S) uint8, with names at the left and captions on top of the columns.
+def plot_grid(path, rows, names, captions, title):
+    """Rows of images (3, S, S) uint8, names at the left, captions above the first images.
 
-    beneath: a text below each image, in order. side: of an image, in inches.
+    The captions follow the rows, one an image; a line that is broken in a caption stays so.
     """
+    captions = [fold(caption, 26) for caption in captions]
+    above = max((caption.count("\n") + 1 for caption in captions), default=0)
     columns = max(map(len, rows))
-    below = max((text.count("\n") + 1 for text in beneath), default=0)
-    size = side * columns + 2, (side + 0.2 * below) * len(rows) + 1
+    size = 2 * columns + 2, (2 + 0.15 * above) * len(rows) + 1
     figure, axes = new_figure(len(rows), columns, size, title)
     for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
+        axis.set(xticks=[], yticks=[], frame_on=False)
     for line, images, name in zip(axes, rows, names):
         line[0].set_ylabel(fold(name, 24), rotation=0, ha="right", va="center", fontsize=12)
         for axis, image in zip(line, images):
-            axis.imshow(image.permute(1, 2, 0).cpu().numpy())
-    for axis, caption in zip(axes[0], captions):
-        axis.set_title(fold(caption, int(12 * side), 3), fontsize=10)
-    for axis, text in zip(axes.flat, beneath):
-        axis.set_xlabel(text, loc="left", fontsize=9)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+            axis.imshow(image.permute(1, 2, 0).cpu())
+    for axis, caption in zip(axes.flat, captions):
+        axis.set_title(caption, loc="left", fontsize=9)
+    figure.savefig(path)
 
 
+@picture
 def plot_captions(path, images, captions, title):
-    """Images (n, 3, S, S) uint8; beneath each its captions, of {who: n strings}."""
-    beneath = []
+    """Images (n, 3, S, S) uint8; above each its captions, of {who: n strings}."""
+    above = []
     for texts in zip(*captions.values()):
-        lines = [fold(f"{who}: {text}", 36, 4) for who, text in zip(captions, texts)]
-        beneath.append("\n".join(lines))
+        above.append("\n".join(f"{who}: {text}" for who, text in zip(captions, texts)))
     rows = images.split(4)
-    plot_grid(path, rows, [""] * len(rows), [], title, beneath, side=2.7)
+    plot_grid(path, rows, [""] * len(rows), above, title)
 
 
 def overlay(images, attention):
     """Images (n, 3, S, S) uint8, dark but where attention (n, g, g) is, on a scale of its own."""
-    light = attention[:, None].float().cpu()
-    light = F.interpolate(light, images.shape[-2:], mode="bicubic", align_corners=False)
+    light = F.interpolate(attention[:, None].float().cpu(), images.shape[-2:], mode="bicubic")
     light = light - light.amin((2, 3), keepdim=True)
     light = light / light.amax((2, 3), keepdim=True).clamp(min=1e-12)
     return (images.cpu() * (0.15 + 0.85 * light)).to(torch.uint8)
 
 
 @picture
-def plot_retrieval(path, images, captions, scores, texts=6, shown=5):
-    """For the first captions the images a model ranks highest, the caption's own one framed.
-
-    images (N, 3, S, S) uint8; scores (N, N), image by text.
-    """
-    images, shown = images.cpu(), min(shown, len(images))
-    edge = max(2, images.shape[-1] // 12)
-    frame = torch.ones(images.shape[-2:], dtype=torch.bool)
-    frame[edge:-edge, edge:-edge] = False
-    rows = []
-    for text in range(len(captions[:texts])):
-        best = scores[:, text].topk(shown).indices.cpu()
-        row = images[best]
-        edges = (best == text)[:, None, None] & frame  # (shown, S, S)
-        row.permute(0, 2, 3, 1)[edges] = torch.tensor([40, 170, 60], dtype=torch.uint8)
-        rows.append(row)
-    ranks_shown = [f"rank {n + 1}" for n in range(shown)]
-    title = f"the best of {len(images)} images for each caption, its own one framed"
-    plot_grid(path, rows, captions[:texts], ranks_shown, title)
-
-
 def draw_retrieval(path, encoders, tokenizer, sets, image_size):
-    """plot_retrieval() of an (image encoder, text encoder) on the first captioned set, if any."""
+    """For six captions of the first captioned set, if any, the five best of 64 images.
+
+    encoders: (image encoder, text encoder), as evaluate() takes them.
+    """
     examples = example_images(sets, image_size, 64)
     if examples:
         images, captions = examples
         encode_image, encode_text = encoders
         with torch.no_grad():
-            scores = encode_image(images) @ encode_text(tokenizer(captions)).T
-        plot_retrieval(path, images, captions, scores)
+            scores = encode_text(tokenizer(captions)) @ encode_image(images).T
+        rows, marks = [], []
+        for text, best in enumerate(scores.topk(min(5, len(images))).indices.tolist()):
+            rows.append(images[best])
+            marks += ["✓ its own" if image == text else "" for image in best]
+        title = f"the best of {len(images)} images for each caption"
+        plot_grid(path, rows[:6], captions, marks, title)
 
 
 @picture
 def plot_curves(path, rows, chance, title):
     """Losses (with ln(batch), chance, if given) and validation metrics of log.csv, by epoch."""
-    figure, axes = new_figure(1, 2, (11, 4.5), title)
-    left, right = axes[0]
-    for axis, wanted, marker in ((left, LOSSES, None), (right, ("val_",), "o")):
-        for column in [name for name in rows[0] if name.startswith(wanted)]:
-            logged = [row for row in rows if row[column] and column != "kd_weight"]
-            if logged:
+    figure, (axes,) = new_figure(1, 2, (11, 4.5), title)
+    if chance:
+        axes[0].axhline(chance, color="grey", ls=":", label="chance of one NCE, ln(batch)")
+    for axis, wanted, ylabel in zip(axes, (LOSSES, "val_"), ("loss", "validation, %")):
+        for column in rows[0]:
+            logged = [row for row in rows if row[column]]
+            if logged and column.startswith(wanted) and column != "kd_weight":
                 epochs = [float(row["epoch"]) for row in logged]
                 values = [float(row[column]) for row in logged]
-                axis.plot(epochs, values, label=column, marker=marker)
-        axis.grid(alpha=0.3)
-        axis.set_xlabel("epoch")
-    if chance:
-        left.axhline(chance, color="grey", ls=":", label="chance of one NCE, ln(batch)")
-    left.set_ylabel("loss")
-    right.set_ylabel("validation, %")
-    for axis in (left, right):
-        if axis.lines:
-            axis.legend(ncols=1 + (len(axis.lines) > 6), fontsize=9)
-    figure.savefig(path, dpi=150)
+                axis.plot(epochs, values, ".-", ms=2, label=column)
+        axis.set(xlabel="epoch", ylabel=ylabel)
+        axis.legend(fontsize=9)
+    figure.savefig(path)
 
 
 @picture
-def plot_sweet_spot(path, series, ylabel="test score, %"):
-    """{label: [(κ in training, relative throughput, [score per seed])]}: means and stds.
-
-    Left against the throughput; right, for curves that run at full cost, against κ in training.
-    """
-    figure, axes = new_figure(1, 2, (13, 5), "")
-    left, right = axes[0]
-    right.sharey(left)
-    for number, (label, points) in enumerate(series.items()):
-        points = sorted(points)
-        full_cost = len(points) > 1 and all(speed == 1 for _, speed, _ in points)
-        axis = right if full_cost else left
-        x = [keep_rate if full_cost else speed for keep_rate, speed, _ in points]
-        means = [np.mean(scores) for *_, scores in points]
-        stds = [np.std(scores, ddof=1) if len(scores) > 1 else 0 for *_, scores in points]
-        marker = "o" if len(points) > 1 else "*"
-        axis.errorbar(x, means, stds, label=label, color=f"C{number}", capsize=3,
-                      marker=marker, markersize=9)
-        for place, mean, (keep_rate, *_) in zip(x, means, points):
-            axis.annotate(f"{keep_rate:g}", (place, mean), (6, 6), textcoords="offset points")
-    left.set_ylabel(ylabel)
-    left.set_xlabel("measured throughput, 1 at κ = 1 (numbers: κ in training and at test)")
-    right.set_xlabel("κ in training; all tokens at test")
-    right.invert_xaxis()
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-        axis.margins(0.08)
-        if axis.containers:
-            axis.legend()
-    figure.savefig(path, dpi=150)
-
-
-# family: colour, marker, where a label stands
-FAMILIES = {"teacher": ("#6a3d9a", "*", "bottom"), "distilled": ("#1f5fa8", "o", "bottom"),
-            "not distilled": ("#b8460b", "s", "top")}
-
-
-@picture
-def plot_efficiency(path, points, title):
-    """Each metric's score against the parameters, in millions; the latency stands by the name.
-
-    points: {label: {"parameters", "latency" in ms, "scores": {metric: (mean, std)}, "family"}}.
-    """
-    metrics = dict.fromkeys(metric for point in points.values() for metric in point["scores"])
-    figure, axes = new_figure(1, len(metrics), (6 * len(metrics), 5), title)
-    for axis, metric in zip(axes[0], metrics):
-        for label, point in points.items():
-            if metric not in point["scores"]:
-                continue
-            mean, std = point["scores"][metric]
-            colour, marker, side = FAMILIES[point["family"]]
-            axis.errorbar(point["parameters"], mean, std, color=colour, marker=marker,
-                          markersize=9, capsize=3)
-            offset = (0, 8 if side == "bottom" else -8)
-            text = f"{label}\n{point['latency']:.3g} ms"
-            axis.annotate(text, (point["parameters"], mean), offset, ha="center", va=side,
-                          textcoords="offset points", color=colour)
-        axis.set(xlabel="parameters (M)", ylabel=metric)
-        axis.margins(0.2)
-        # a cut axis would make little differences large
-        axis.set_ylim(0, 1.15 * axis.get_ylim()[1])
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+def plot_sweet_spot(path, series):
+    """{label: [(κ in training, relative throughput, [score per seed])]}: means and stds."""
+    figure, (axes,) = new_figure(1, 2, (13, 5), "")
+    for label, points in series.items():
+        keep_rates, speeds, scores = zip(*sorted(points))
+        means = [np.mean(values) for values in scores]
+        stds = [np.std(values, ddof=1) if len(values) > 1 else 0 for values in scores]
+        for axis, x in zip(axes, (speeds, keep_rates)):
+            axis.errorbar(x, means, stds, label=label, marker="o", capsize=3)
+    axes[0].set(xlabel="measured throughput, 1 at κ = 1", ylabel="test score, %")
+    axes[1].set(xlabel="κ in training")
+    axes[1].invert_xaxis()
+    axes[1].legend()
+    figure.savefig(path)

@@ -12,7 +12,6 @@ import itertools
 import math
 import threading
 from dataclasses import replace
-from types import SimpleNamespace
 
 import clip_cid
 import common
@@ -85,8 +84,8 @@ def clumps(n, d, centres, spread, seed):
 def copies(n, d, distinct, seed):
     """Each row one of a few vectors, scaled by powers of two: exact copies as unit vectors."""
     generator = np.random.default_rng(seed)
-    scale = 2.0 ** generator.integers(-2, 3, (n, 1))
-    return draw(distinct, d, seed=seed)[generator.integers(distinct, size=n)] * torch.tensor(scale).float()
+    scale = torch.tensor(2.0 ** generator.integers(-2, 3, (n, 1))).float()
+    return scale * draw(distinct, d, seed=seed)[generator.integers(distinct, size=n)]
 
 
 DATA = {
@@ -218,33 +217,6 @@ def test_among_equal_pairs_the_first_go():
     x = torch.eye(8).repeat_interleave(2, 0)  # eight pairs of copies
     group, eps = clip_cid.find_groups(x, remove=3 / 16)
     assert group.tolist() == [0, 0, 2, 2, 4, 4, *range(6, 16)]
-
-
-@pytest.mark.parametrize("seed, n, edges", [(0, 60, 150), (1, 200, 190), (2, 50, 1000), (4, 5, 0)])
-def test_spanning_forest_equals_scipy(seed, n, edges):
-    sparse = pytest.importorskip("scipy.sparse")
-    generator = np.random.default_rng(seed)
-    i, j = generator.permutation(np.stack(np.triu_indices(n, 1), 1))[:edges].T
-    flip = generator.random(edges) < 0.5
-    i, j = np.where(flip, j, i), np.where(flip, i, j)
-    weight = np.arange(1.0, edges + 1)  # best first
-    joining, group = clip_cid.spanning_forest(n, torch.from_numpy(i), torch.from_numpy(j))
-    tree = sparse.csgraph.minimum_spanning_tree(sparse.coo_matrix((weight, (i, j)), (n, n)))
-    assert weight[joining].tolist() == sorted(tree.data)
-    assert torch.equal(group, components(n, i, j)) and n - len(group.unique()) == len(joining)
-
-
-@pytest.mark.parametrize("block", [16, 100], indirect=True)
-@pytest.mark.parametrize("name", ["scattered", "clumps", "near copies", "all equal", "large"])
-def test_lower_bound_is_never_above_the_edge(name, block):
-    hierarchy = pytest.importorskip("scipy.cluster.hierarchy")
-    x = DATA[name]
-    levels = 1 - hierarchy.linkage(F.normalize(x.double(), dim=-1).numpy(), "single")[:, 2] ** 2 / 2
-    for count in (1, len(x) // 4, len(x) // 2, len(x) - 1):
-        bound = clip_cid.lower_bound(x, count)
-        assert bound <= levels[count - 1]
-        linked = len(x) - math.ceil(len(x) / block)
-        assert (bound == -2) == (count > linked)
 
 
 @pytest.mark.parametrize("name", DATA)
@@ -456,29 +428,29 @@ def reference_loss(model, u, v, t_image, t_text, label, chosen):
 
     terms = {"nce": both_ways(u, v, v, u, scale)}
     total = cfg.nce_weight * terms["nce"]
-    if cfg.cluster_weight:
-        prototypes = [length_one(model.prototypes)[c] for c in chosen]
-        target = [chosen.index(own) for own in label.tolist()]
-        logits = dots(p, prototypes, 32.0)
-        t_logits = dots(t_image, prototypes, cfg.teacher_scale).detach()
-        share = [row.exp() / row.exp().sum() for row in t_logits]
-        terms["cluster_hard"] = cross_entropy(logits, target)
-        terms["cluster_kl"] = kl(t_logits, logits)
-        terms["teacher_entropy"] = -sum((row * row.log()).sum() for row in share) / len(share)
-        for name in ("hard", "kl"):
-            if cfg.cluster_terms in ("both", name):
-                total = total + cfg.cluster_weight * terms[f"cluster_{name}"]
-    if cfg.instance_weight:
-        cross = both_ways(p, t_text, q, t_image, distil)
-        intra = both_ways(p, t_image, q, t_text, distil)
-        s_t = model.teacher_logit_scale.exp()
-        terms["instance"] = {
-            "cross": cross, "intra": intra, "both": (cross + intra) / 2,
-            "logit-kl": (kl(dots(t_image, t_text, s_t), dots(u, v, scale)) +
-                         kl(dots(t_text, t_image, s_t), dots(v, u, scale))) / 2,
-            "features": 2000 * ((p - t_image).square().sum() + (q - t_text).square().sum()) / p.numel(),
-        }[cfg.instance]
-        total = total + cfg.instance_weight * terms["instance"]
+    prototypes = [length_one(model.prototypes)[c] for c in chosen]
+    target = [chosen.index(own) for own in label.tolist()]
+    logits = dots(p, prototypes, 32.0)
+    t_logits = dots(t_image, prototypes, cfg.teacher_scale).detach()
+    share = [row.exp() / row.exp().sum() for row in t_logits]
+    terms["cluster_hard"] = cross_entropy(logits, target)
+    terms["cluster_kl"] = kl(t_logits, logits)
+    terms["teacher_entropy"] = -sum((row * row.log()).sum() for row in share) / len(share)
+    for name in ("hard", "kl"):
+        if cfg.cluster_terms in ("both", name):
+            total = total + cfg.cluster_weight * terms[f"cluster_{name}"]
+
+    cross = both_ways(p, t_text, q, t_image, distil)
+    intra = both_ways(p, t_image, q, t_text, distil)
+    s_t = model.teacher_logit_scale.exp()
+    squares = (p - t_image).square().sum() + (q - t_text).square().sum()
+    terms["instance"] = {
+        "cross": cross, "intra": intra, "both": (cross + intra) / 2,
+        "logit-kl": (kl(dots(t_image, t_text, s_t), dots(u, v, scale)) +
+                     kl(dots(t_text, t_image, s_t), dots(v, u, scale))) / 2,
+        "features": 2000 * squares / p.numel(),
+    }[cfg.instance]
+    total = total + cfg.instance_weight * terms["instance"]
     return total, terms
 
 
@@ -535,13 +507,15 @@ def test_the_loss_and_its_gradient_equal_the_formulas(double, changes):
     assert not any(term.requires_grad for term in terms.values())
     assert_same(terms, {name: term.detach() for name, term in wanted_terms.items()}, 1e-10)
     assert_same(found, wanted, 1e-9)
+    moved = {name for name, gradient in found.items() if gradient.any()}
     clusters, contrasts = cfg.cluster_weight > 0, cfg.instance_weight > 0
     with_scale = contrasts and cfg.instance in ("cross", "intra", "both")
     projected = contrasts and cfg.instance != "logit-kl"
-    trained = {"u": True, "v": True, "student.logit_scale": True, "distil_scale": with_scale,
+    trained = {"u": True, "v": True, "distil_scale": with_scale,
+               "student.logit_scale": cfg.nce_weight > 0 or cfg.instance == "logit-kl",
                "project_image.weight": clusters or projected, "project_text.weight": projected,
                "prototypes": clusters and cfg.prototypes != "teacher"}
-    assert found.keys() == {name for name, so in trained.items() if so}  # no tower: u, v are given
+    assert moved == {name for name, so in trained.items() if so}  # no tower: u and v are given
 
 
 def test_where_the_prototypes_start():
@@ -555,17 +529,6 @@ def test_where_the_prototypes_start():
     assert (models["learned"] * centroids).sum(1).abs().mean() < 0.7
     torch.testing.assert_close(models["learned"].norm(dim=1), torch.ones(7))
     assert clip_cid.Config().prototypes == "learned-from-teacher"
-
-
-def test_without_a_teacher_the_loss_is_clips(double):
-    model = make(config(method="clip", nce_weight=0.0))  # the weight is that of the distillation
-    u, v = unit_rows(5, 12, seed=1, dtype=double), unit_rows(5, 12, seed=2, dtype=double)
-    logits = dots(u, v, model.student.logit_scale.exp())
-    wanted = (cross_entropy(logits, range(5)) + cross_entropy(logits.T, range(5))) / 2
-    total, terms = model.loss(u, v)
-    torch.testing.assert_close(total, wanted)
-    assert terms.keys() == {"nce"}
-    assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"student"}
 
 
 def test_gradients_are_derivatives(double):
@@ -588,19 +551,6 @@ def test_gradients_are_derivatives(double):
         assert torch.autograd.grad(loss, teacher, allow_unused=True) == (None,)
     same, _ = clip_cid.cluster_kl(teacher, teacher)
     assert same.abs() < 1e-12 and torch.autograd.grad(same, teacher)[0].norm() < 1e-12
-
-
-def test_sampling_every_cluster_is_the_whole_softmax(double):
-    u, v = (unit_rows(5, 12, seed=seed, dtype=double).requires_grad_() for seed in (1, 2))
-    results = []
-    for rate in (1.0, 1 - 1e-9):  # the second takes the way through sample_clusters
-        model = make(config(sample_rate=rate))
-        loss = loss_and_gradients(model, lambda *uv: model.loss(*uv, *teaching(5), 3), u, v)
-        results.append(loss)
-    (total, terms, found), (wanted_total, wanted_terms, wanted) = results
-    torch.testing.assert_close(total, wanted_total, rtol=1e-13, atol=0)
-    assert_same(terms, wanted_terms, 1e-12)
-    assert_same(found, wanted, 1e-12)
 
 
 @pytest.mark.parametrize("k, rate, labels", [(50, 0.3, [3, 3, 41, 7]), (50, 0.01, [3, 3, 41, 7]),
@@ -684,9 +634,8 @@ def test_a_step_trains_what_it_should_and_clamps_the_scales():
 def test_a_tenth_of_the_run_warms_up():
     cfg, steps = config(lr=1e-3), 200
     rates = [clip_cid.schedules(cfg, step, steps)["lr"] for step in range(steps)]
-    assert rates[:21] == pytest.approx(np.linspace(1e-6, 1e-3, 21).tolist())
     cosine = [1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * i / 180)) / 2 for i in range(180)]
-    assert rates[20:] == pytest.approx(cosine)
+    assert rates == pytest.approx([*np.linspace(1e-6, 1e-3, 21)[:20], *cosine])
 
 
 # ---------------------------------------------------------------------------------- 4. towers
@@ -806,27 +755,6 @@ class Colours:
         return i, (texts == tokens).all(1).nonzero().item()
 
 
-@pytest.mark.parametrize("broken", [(), (0, 3, 4, 19)])
-def test_what_is_taught_belongs_to_the_sample_delivered(broken):
-    """Rows in another order than the data, several captions, images broken since the embedding."""
-    data, order = Colours(24, lambda i: 2 + i % 3, broken), np.random.default_rng(0).permutation(24)
-    arrays = {"image": np.array([[i, 1] for i in order], np.float16),  # row r: sample order[r]
-              "text": np.array([[[i, c] for i in order] for c in range(5)], np.float16)}
-    embeddings = SimpleNamespace(open=arrays.get)
-    kept = np.sort(np.random.default_rng(1).permutation(24)[:15])
-    tokenizer = common.CLIPTokenizer(16, 600)
-    how = common.Subset(data, kept), tokenizer, 16, (0.3, 1.0), 3
-    samples = clip_cid.TaughtSamples(embeddings, order.argsort()[kept], torch.tensor(100 + kept), *how)
-    sampler, drawn = common.StepSampler(15, 5, 18, 0, seed=1), set()
-    for batch in common.train_loader(samples, sampler, 0, CPU):
-        for picture, tokens, t_image, t_text, own in zip(*batch[:2], *batch[3:]):
-            i, c = data.recognise(picture, tokens, tokenizer)
-            assert (t_image.tolist(), t_text.tolist(), own) == ([i, 1], [i, c], 100 + i)
-            drawn.add((i, c))
-    assert {i for i, _ in drawn} == set(kept.tolist()) - set(broken)
-    assert {c for _, c in drawn} == {0, 1, 2, 3}
-
-
 def test_stages_teach_each_sample_what_the_teacher_sees_in_it(tmp_path, monkeypatch):
     """embed, balance and cluster, then the training samples: against the teacher asked directly.
 
@@ -880,5 +808,9 @@ def test_stages_teach_each_sample_what_the_teacher_sees_in_it(tmp_path, monkeypa
         cosine = taught["centroids"] @ wanted[i][0]
         assert cosine[label] > cosine.max() - 2e-3
         assert equal(again[2, place][3:], (t_image, t_text, label))
+    data.broken = places[:2]  # since: the next one stands in, with what belongs to it
+    picture, tokens, bad, t_image, *_ = samples[0, 0]
+    assert data.recognise(picture, tokens, tokenizer)[0] == places[2] and bad
+    torch.testing.assert_close(t_image.float(), wanted[places[2]][0], rtol=0, atol=1e-3)
     pairs = itertools.combinations(wanted, 2)
     assert min((wanted[a][0] - wanted[b][0]).norm() for a, b in pairs) > 5e-3  # else: by chance

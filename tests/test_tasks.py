@@ -1,9 +1,6 @@
 """Evaluation and pictures: zero-shot, retrieval, re-ranking, linear probe, captions, answers."""
 
 import math
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import common
@@ -94,14 +91,13 @@ def test_retrieval_equals_brute_force(seed, block, ties):
     assert 5 < found["t2i_r1"] < 95 and found["i2t_r1"] != found["t2i_r1"]
 
 
-@pytest.mark.parametrize("count", [20, 101])
-def test_a_collapsed_or_broken_model_retrieves_nothing(count):
-    one, many = unit(1, 48).expand(count, -1).contiguous(), unit(count, 48, seed=1)
-    nan, own = torch.full((count, 48), math.nan), torch.arange(count)
+def test_a_collapsed_or_broken_model_retrieves_nothing():
+    one, many, own = unit(1, 48).expand(20, -1), unit(20, 48, seed=1), torch.arange(20)
+    nan = torch.full((20, 48), math.nan)
     for images, texts in ((one, one), (nan, nan), (nan, many), (many, nan)):
         assert set(common.retrieval(images, texts, own).values()) == {0.0}
-    assert [common.retrieval(many, one, own)[f"i2t_r{k}"] for k in KS] == [0, 0, 0]
-    assert [common.retrieval(one, many, own)[f"t2i_r{k}"] for k in KS] == [0, 0, 0]
+    assert common.retrieval(many, one, own)["i2t_r10"] == 0
+    assert common.retrieval(one, many, own)["t2i_r10"] == 0
     broken = common.rerank(many, many, own, lambda i, t: torch.full((len(t),), math.nan), 20)
     assert set(broken.values()) == {0.0}
 
@@ -207,24 +203,26 @@ def test_zero_shot_classifier_equals_a_loop():
 def test_evaluate_leaves_out_and_counts_unreadable_images():
     tokenizer = common.CLIPTokenizer(20)
     captions = [["a", "b c"], ["d"], ["never seen"], ["e", "f", "g"], ["h"], ["i"]]
-    encoders = {("online", 1 / 3): (colours, by_tokens),
-                ("online", 1.0): (lambda images: colours(255 - images), by_tokens)}
     data = Samples("captions", captions, (2,))
+
+    def negative(images):
+        return colours(255 - images)
+
+    encoders = {("online", 1 / 3): (colours, by_tokens), "negative": (negative, by_tokens)}
     found = common.evaluate(encoders, tokenizer, data, 16, 0)
     kept = [0, 1, 3, 4, 5]
     images = np.stack([common.resize_center_crop(data[i][0], 16) for i in kept])
     images = torch.from_numpy(images)
     texts = by_tokens(tokenizer([text for i in kept for text in captions[i]]))
-    owner = [n for n, i in enumerate(kept) for _ in captions[i]]
     for key, (encode, _) in encoders.items():
-        wanted = brute_force((encode(images) @ texts.T).numpy(), owner)
+        wanted = brute_force((encode(images) @ texts.T).numpy(), [0, 0, 1, 2, 2, 2, 3, 4])
         assert found[key] == pytest.approx({**wanted, "unreadable": 1})
 
     names = {"classes": ["x", "y", "z"], "templates": ["{}", "the {}"]}
     data = Samples("classes", [0, 1, 1, 1, 0, 2], (2,), **names)
-    found = common.score_sets(encoders, tokenizer, {"toy": data}, 16, 0)["online", 1.0]
+    found = common.score_sets(encoders, tokenizer, {"toy": data}, 16, 0)["negative"]
     classifier = common.zero_shot_classifier(by_tokens, tokenizer, *names.values())
-    right = (colours(255 - images) @ classifier.T).argmax(1) == torch.tensor([0, 1, 1, 0, 2])
+    right = (negative(images) @ classifier.T).argmax(1) == torch.tensor([0, 1, 1, 0, 2])
     assert found["toy_top1"] == pytest.approx(100 * right.float().mean().item())
     assert found["toy_unreadable"] == 1
     with pytest.raises(UserError, match="no readable image"):
@@ -246,7 +244,8 @@ def scikit_learn(x, y, strength):
 def test_logistic_regression_equals_scikit_learn(strength):
     x, y = probe_data(400, 1)
     wanted = scikit_learn(x, y, strength)
-    found = common.fit_logistic(x, y, 5, strength, block=150).double()
+    found = common.fit_logistic(x, y, 5, strength)
+    found = torch.cat([found.weight.T, found.bias[None]]).detach().double()
     wanted = torch.cat([torch.tensor(wanted.coef_.T), torch.tensor(wanted.intercept_)[None]])
 
     def objective(w):
@@ -258,34 +257,26 @@ def test_logistic_regression_equals_scikit_learn(strength):
     assert (found - wanted).norm() < 0.01 * wanted.norm()
 
 
-def test_linear_probe_chooses_on_validation_and_refits_on_both():
-    train, val, test = probe_data(100, 1), probe_data(80, 2), probe_data(400, 3)
-    strengths = (0.01, 1.0, 100.0)
-    found = common.linear_probe(train, val, test, 5, strengths)
-    scores = {c: scikit_learn(*train, c).score(*map(np.asarray, val)) for c in strengths}
+def test_linear_probe_chooses_on_every_fifth_image_and_refits_on_all():
+    (x, y), test = probe_data(180, 1), probe_data(400, 3)
+    strengths, held = (0.01, 1.0, 100.0), np.arange(180) % 5 == 4
+    found = common.linear_probe((x, y), test, 5, strengths)
+    scores = {c: scikit_learn(x[~held], y[~held], c).score(x[held], y[held]) for c in strengths}
     assert found["C"] == max(scores, key=scores.get)
-    both = scikit_learn(*map(torch.cat, zip(train, val)), found["C"])
-    assert found["top1"] == pytest.approx(100 * both.score(*map(np.asarray, test)), abs=0.5)
+    wanted = scikit_learn(x, y, found["C"]).score(*map(np.asarray, test))
+    assert found["top1"] == pytest.approx(100 * wanted, abs=0.5)
 
 
-def test_the_probe_names_an_image_without_finite_features(monkeypatch):
-    split = probe_data(20, 1)
-    broken = split[0].clone(), split[1]
-    broken[0][13, 2] = math.nan
-    with pytest.raises(UserError, match="image 13 "):
-        common.linear_probe(broken, split, split, 5)
+def test_probe_of_each_set_of_classes(monkeypatch):
     labels = [i % 2 for i in range(20)]
     sets = {"toy": Samples("classes", labels, (3,), classes=["x", "y"])}
     monkeypatch.setattr(common, "evaluation_sets", lambda cfg, image_size, split: sets)
     cfg = SimpleNamespace(workers=0, data="toy")
-    found = common.probe({("a", 1): (colours, None)}, cfg, 16)["a", 1]
+    found = common.probe({"a": (colours, None)}, cfg, 16)["a"]
     assert 0 < found["toy_probe_top1"] <= 100 and found["toy_probe_C"] in common.STRENGTHS
-
-    def odd(images):
-        return torch.where(images[:, :1, 0, 0] == 3 * 7, math.nan, colours(images))
-
-    with pytest.raises(UserError, match="image 7 "):
-        common.probe({"a": (odd, None)}, cfg, 16)
+    broken = torch.full((20, 3), math.nan), torch.tensor(labels)
+    with pytest.raises(UserError, match="no finite numbers"):
+        common.linear_probe(broken, broken, 2)
 
 
 # --------------------------------------------------------------- captions and answers
@@ -304,23 +295,25 @@ def test_captions_stand_in_order_beside_their_references():
 
 
 def test_answers_are_scored_as_one_by_one():
-    humans = [["yes"] * (2 + i % 9) + ["no"] * (8 - i % 9) if i != 8 else [] for i in range(70)]
-    names = [("yes/no", "other", None)[i % 3] for i in range(70)]
+    humans = [["yes"] * (2 + i % 9) + ["no"] * (8 - i % 9) for i in range(70)]
+    humans[8] = []
+    kinds = [("yes/no", "other", None)[i % 3] for i in range(70)]
     questions = [(f"question {i}", humans[i]) for i in range(70)]
-    data = Samples("questions", questions, (3, 69), question_kinds=names)
+    data = Samples("questions", questions, (3, 69), question_kinds=kinds)
 
     def answer(images, asked):
-        return [("yes", "no")[text.endswith("1")] for text in asked]
+        return ["no" if text.endswith("1") else "yes" for text in asked]
 
     results, scores = common.answer_questions(data, 16, answer)
     kept = [i for i in range(70) if i not in (3, 69)]
-    given = dict(zip(kept, answer(None, [questions[i][0] for i in kept])))
+    given = ["no" if i % 10 == 1 else "yes" for i in range(70)]
     assert results == [{"question_id": f"image {i}", "answer": given[i]} for i in kept]
-    single = {i: common.vqa_accuracy(given[i], humans[i]) for i in kept if humans[i]}
-    wanted = {"accuracy": 100 * np.mean(list(single.values())), "unreadable": 2}
-    for kind in ("yes/no", "other"):
-        of_kind = [score for i, score in single.items() if names[i] == kind]
-        wanted[f"accuracy_{kind}"] = 100 * np.mean(of_kind)
+    wanted = {"unreadable": 2}
+    for name, asked in (("accuracy", kinds), ("accuracy_yes/no", ["yes/no"]),
+                        ("accuracy_other", ["other"])):
+        accuracies = [common.vqa_accuracy(given[i], humans[i]) for i in kept
+                      if humans[i] and kinds[i] in asked]
+        wanted[name] = 100 * np.mean(accuracies)
     assert scores == pytest.approx(wanted) and 0 < scores["accuracy"] < 100
 
 
@@ -350,20 +343,18 @@ HARD = ["", "$$", "$50% off$ x_1^2 \\frac{a}{b", "寿司 and 😀", "x" * 300, "
 
 def test_pictures_with_hard_texts_are_drawn(tmp_path, capsys):
     images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
-    scores = {"CIDEr $": (50.0, 0.3), "accuracy": (60.0, 0.0)}
-    point = {"parameters": 5.0, "latency": 2.0, "scores": scores}
-    points = {"$a$": {**point, "family": "distilled"}, "b": {**point, "family": "teacher"}}
     series = {"$clip$": [(1.0, 1.0, [50.0])], "full": [(1.0, 1.0, [50.0]), (0.5, 1.0, [4.0, 5.0])]}
     rows = [{"epoch": "1", "loss": "2", "kd": "", "val_$": "3"}]
+    sets = {"$": Samples("captions", [[text] for text in HARD])}
+    encoders = colours, by_tokens
     common.plot_grid(tmp_path / "0.png", [images, images[:2]], HARD[:2], HARD, HARD[5])
     common.plot_captions(tmp_path / "1.png", images, {"a": HARD, "$b$": HARD[::-1]}, HARD[2])
-    common.plot_retrieval(tmp_path / "2.png", images, HARD, torch.randn(6, 6))
+    common.draw_retrieval(tmp_path / "2.png", encoders, common.CLIPTokenizer(20), sets, 16)
     common.plot_curves(tmp_path / "3.png", rows, 2.0, HARD[2])
     common.plot_sweet_spot(tmp_path / "4.png", series)
-    common.plot_efficiency(tmp_path / "5.png", points, HARD[1])
     for path in tmp_path.iterdir():
         assert np.asarray(Image.open(path)).std() > 5
-    assert len(list(tmp_path.iterdir())) == 6 and not capsys.readouterr().out
+    assert len(list(tmp_path.iterdir())) == 5 and not capsys.readouterr().out
 
 
 def test_a_picture_never_ends_a_run(tmp_path, capsys):
@@ -376,14 +367,6 @@ def test_a_picture_never_ends_a_run(tmp_path, capsys):
     first, second = capsys.readouterr().out.splitlines()
     assert first == "could not draw a.png: ValueError: two lines"
     assert second.startswith("could not draw b.png: ")
-
-
-def test_a_notebooks_backend_that_is_not_here_does_not_matter(tmp_path):
-    command = [sys.executable, "-c", "import common; common.plot_sweet_spot('a.png', {})"]
-    environment = {**os.environ, "MPLBACKEND": "module://no_such_package.backend_inline",
-                   "PYTHONPATH": os.path.dirname(common.__file__)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "") and (tmp_path / "a.png").is_file()
 
 
 def test_light_falls_where_the_attention_is():

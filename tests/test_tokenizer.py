@@ -165,12 +165,6 @@ def test_context_length(open_clip, clip_texts, context_length):
     assert torch.equal(ours, open_clip(texts, context_length=context_length))
 
 
-def test_clip_decode(clip, open_clip, clip_texts):
-    rows = [clip.encode(text) for text in [*EDGE_CASES, *clip_texts[:1000]]]
-    for ids in rows + [[i] for i in range(49408)]:  # many single ones are parts of a character
-        assert clip.decode(ids) == open_clip.decode(ids), ids
-
-
 def bpe_by_definition(word: str, n_merges: int) -> list[int]:
     """Byte-pair encoding as it is defined: every merge of the list in turn, over the whole word."""
     symbol = load_open_clip_tokenizer().bytes_to_unicode()
@@ -191,7 +185,6 @@ def test_small_vocabulary_of_clip(n_merges):
     words += ["".join(rng.choices("etaoinshr", k=rng.randint(1, 12))) for _ in range(12)]
     expected = [i for word in words for i in bpe_by_definition(word, n_merges)]
     assert tokenizer.encode(" ".join(words)) == expected
-    assert tokenizer.decode(expected) == " ".join(words) + " "
     assert tokenizer.encode("<start_of_text> <end_of_text>") == [512 + n_merges, 513 + n_merges]
 
 
@@ -217,9 +210,8 @@ def test_work_on_a_long_word_grows_in_step_with_it(monkeypatch):
             self.looked_up += 1
             return super().get(pair)
 
-    merges, texts = common.load_merges(49408 - 514)
-    counting = Counting(merges)
-    monkeypatch.setattr(common, "load_merges", lambda n_merges: (counting, texts))
+    counting = Counting(common.load_merges(49408 - 514))
+    monkeypatch.setattr(common, "load_merges", lambda n_merges: counting)
     cached = common.encode_run.cache_info().currsize
     for word in long_words(40_000):
         counting.looked_up = 0
@@ -263,8 +255,8 @@ def load_reference(folder: Path, tokens: list[str]):
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    return load_reference(tmp_path_factory.mktemp("bert"), list(common.load_vocabulary()))
+def reference(tmp_path_factory, bert):
+    return load_reference(tmp_path_factory.mktemp("bert"), bert._tokens[:30522])
 
 
 @pytest.fixture(scope="module")
@@ -353,17 +345,6 @@ def test_small_vocabulary_of_bert(bert, captions, tmp_path):
         assert [tokens[i] for i in small.encode(text)] == [bert._tokens[i] for i in bert.encode(text)]
     assert not differing(small, load_reference(tmp_path, tokens[:-2]), captions)
     assert BertTokenizer(words=[]).vocab_size == 7
-
-
-@pytest.mark.parametrize("content", [None, b"", b"no gzip", gzip.compress(b"[PAD]\n[UNK]\n"), gzip.compress(b"\xff\n"),
-                                     gzip.compress(b"[PAD]\n" * 99)[:-9], gzip.compress(b"")[:10] + b"\xff" * 20])
-def test_unusable_vocabulary(tmp_path, monkeypatch, content):
-    if content is not None:
-        (tmp_path / "bert_base_uncased_vocab.txt.gz").write_bytes(content)
-    monkeypatch.setattr(common, "DATA", tmp_path)
-    common.load_vocabulary.cache_clear()
-    with pytest.raises(UserError, match="^[^\n]*bert_base_uncased_vocab[^\n]*$"):
-        BertTokenizer()
 
 
 def test_clean_caption():

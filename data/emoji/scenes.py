@@ -28,11 +28,10 @@ Drawings, table and licences: data/README.md. Everything about the scenes is [ch
 Letters in shape comments: S side of the canvas in pixels.
 """
 
-import collections
 import csv
 import dataclasses
 import functools
-import itertools
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,7 +61,7 @@ COLOURS = {  # of backgrounds; the first eight are light and stand out from the 
     "black": "#232328",
     "orange": "#f0963c",
     "purple": "#7d4ba0",
-    "turquoise": "#3cafaa",
+    "turquoise": "#3cafaa"
 }
 
 
@@ -76,7 +75,7 @@ class Difficulty(NamedTuple):
 DIFFICULTIES = {
     "easy": Difficulty((0.85, 0.15), (0.7, 0.9), 8, "plain"),
     "medium": Difficulty((0.5, 0.4, 0.1), (0.4, 0.75), 16, "gradient"),
-    "hard": Difficulty((0.3, 0.4, 0.3), (0.25, 0.6), 16, "clutter"),
+    "hard": Difficulty((0.3, 0.4, 0.3), (0.25, 0.6), 16, "clutter")
 }
 
 # {0}, {1}, {2}: the objects from left to right or from top to bottom
@@ -90,41 +89,41 @@ CAPTIONS = {  # by the number of objects
         "{category}: {0}",
         "{0} {place}",
         "{0} on a {background} background",
-        "{0} {place} of a {background} picture",
+        "{0} {place} of a {background} picture"
     ],
     2: [
         "{0} and {1}",
         "{0} next to {1}",
         "a picture of {0} and {1}",
-        "{0} and {1} on a {background} background",
+        "{0} and {1} on a {background} background"
     ],
     3: [
         "{0}, {1} and {2}",
         "a picture of {0}, {1} and {2}",
-        "{2}, {0} and {1} on a {background} background",
-    ],
+        "{2}, {0} and {1} on a {background} background"
+    ]
 }
 RELATIONS = {  # by the number of objects and whether they are stacked
     (2, False): [
         "{0} to the left of {1}",
         "{1} to the right of {0}",
-        "{0} on the left and {1} on the right",
+        "{0} on the left and {1} on the right"
     ],
     (2, True): [
         "{0} above {1}",
         "{1} below {0}",
-        "{0} at the top and {1} at the bottom",
+        "{0} at the top and {1} at the bottom"
     ],
     (3, False): [
         "{0} to the left of {1} and {2}",
         "{1} between {0} and {2}",
-        "{2} to the right of {0} and {1}",
+        "{2} to the right of {0} and {1}"
     ],
     (3, True): [
         "{0} above {1} and {2}",
         "{1} between {0} and {2}",
-        "{2} below {0} and {1}",
-    ],
+        "{2} below {0} and {1}"
+    ]
 }
 
 
@@ -137,7 +136,7 @@ PLACES = (  # on a 3 x 3 grid, row by row
     "on the right",
     "in the bottom left corner",
     "at the bottom",
-    "in the bottom right corner",
+    "in the bottom right corner"
 )
 QUESTIONS = 6  # about each scene, see ask_scene
 
@@ -147,20 +146,21 @@ QUESTIONS = 6  # about each scene, see ask_scene
 
 @functools.cache
 def load_concepts(count):
-    """The first `count` rows of emoji.tsv, as dicts: the columns and three more.
+    """The first `count` rows of emoji.tsv, as dicts: the columns and three more. UserError when
+    there are not as many, or too few for a scene and its questions.
 
     "names": the phrase and its synonyms; "category": the group with its article, "an animal";
     "artists": {split: the sets whose drawing of the concept belongs to it}.
     """
     lines = (HERE / "emoji.tsv").read_text("utf-8").splitlines()
     rows = list(csv.DictReader(lines, delimiter="\t"))
-    if not 2 <= count <= len(rows):
-        raise UserError(f"--concepts {count}: choose 2 to {len(rows)}")
+    if not 4 <= count <= len(rows):  # up to three in a scene, and one that a question misses
+        raise UserError(f"--concepts {count}: choose 4 to {len(rows)}")
     for concept, row in enumerate(rows):
         row["names"] = [row["phrase"], *filter(None, row["synonyms"].split("|"))]
         group = row["group"]
-        article = "an" if group[0] in "aeiou" else "a"
-        row["category"] = group if group == "food" else f"{article} {group}"
+        article = "" if group == "food" else "an " if group[0] in "aeiou" else "a "
+        row["category"] = article + group
         rng = np.random.default_rng((2312, concept))  # fixed: not the run's seed
         sets = rng.permutation(row["sets"].split()).tolist()
         row["artists"] = {"test": sets[:2], "val": sets[2:3], "train": sets[3:]}
@@ -183,8 +183,8 @@ def load_drawing(concept, artist):
 
 
 @functools.cache
-def kept_images(*drawn_from):
-    """{index: image} of the scenes drawn so far, one dict for all sets that show the same ones."""
+def kept_samples(fields):
+    """{index: sample} of the scenes drawn so far, one dict for all sets with the same fields."""
     return {}
 
 
@@ -195,7 +195,6 @@ class EmojiScenes:
     split "train" shows the training drawings, with one caption a scene and the web's flaws; "val"
     and "test" show held-out drawings, with five captions a scene, none of them wrong. Images have
     S x S pixels, S = 9/8 image_size, which leaves room for crops.
-    Raises UserError where there are fewer concepts than objects in a scene.
     """
 
     split: str
@@ -213,26 +212,12 @@ class EmojiScenes:
     def __post_init__(self):
         self.rows = load_concepts(self.concepts)
         self.setting = DIFFICULTIES[self.difficulty]
-        most = len(self.setting.objects)
-        if self.concepts < most:
-            raise UserError(
-                f"--concepts {self.concepts}: --difficulty {self.difficulty} needs {most} or more"
-            )
         self.canvas = self.image_size + self.image_size // 8
         frequency = 1.0 / np.arange(1, self.concepts + 1) ** self.long_tail
         rng = np.random.default_rng(self.seed)
         self.frequency = rng.permutation(frequency / frequency.sum())
-        self.images = kept_images(
-            self.split,
-            self.image_size,
-            self.seed,
-            self.concepts,
-            self.difficulty,
-            self.long_tail,
-            self.duplicates,
-        )
-        self.texts = {}
-        self.bad = collections.Counter()
+        self.samples = kept_samples(dataclasses.astuple(self))
+        self.bad = Counter()
 
     def __len__(self):
         return self.scenes
@@ -241,9 +226,13 @@ class EmojiScenes:
         return f"emoji-{self.split}-{self.seed}-{index:07d}"
 
     def __getitem__(self, index):
-        if index not in self.texts:
-            self.texts[index] = self.captions(index)
-        return self.image(index), self.texts[index]
+        """(RGB image of S x S pixels, captions). Of large scenes only the latest is kept."""
+        if index not in self.samples:
+            if self.canvas > LARGE:
+                self.samples.clear()
+            image = render_scene(self._rng(index, 2), self.scene(index), self.setting, self.canvas)
+            self.samples[index] = image, self.captions(index)
+        return self.samples[index]
 
     def _rng(self, index, purpose):
         return np.random.default_rng((SPLITS.index(self.split), self.seed, index, purpose))
@@ -264,27 +253,17 @@ class EmojiScenes:
         artists = [rng.choice(self.rows[i]["artists"][self.split]) for i in concepts]
         return compose_scene(rng, self.setting, concepts, artists)
 
-    def image(self, index):
-        """The scene as an RGB image of S x S pixels. Of large ones only the latest is kept."""
-        if index not in self.images:
-            rng = self._rng(index, 2)
-            image = render_scene(rng, self.scene(index), self.setting, self.canvas)
-            if self.canvas > LARGE:
-                self.images.clear()
-            self.images[index] = image
-        return self.images[index]
-
     def captions(self, index):
         """One caption of a training scene, perhaps another scene's; five of an evaluation scene."""
-        rng = self._rng(index, 1)
-        described = index
-        if self.split == "train" and rng.random() < self.noise:
-            described = int(rng.integers(self.scenes))
-        count = 1 if self.split == "train" else 5
-        return caption_scene(rng, self.scene(described), self.rows, count)
+        rng, count = self._rng(index, 1), 5
+        if self.split == "train":
+            count = 1
+            if rng.random() < self.noise:
+                index = int(rng.integers(self.scenes))
+        return caption_scene(rng, self.scene(index), self.rows, count)
 
     def questions(self, index):
-        """[(question, answer)] about the scene, QUESTIONS of them."""
+        """[(kind, question, answer)] about the scene, QUESTIONS of them."""
         return ask_scene(self._rng(index, 3), self.scene(index), self.rows)
 
 
@@ -300,16 +279,13 @@ class EmojiClasses:
         self.split, self.setting = split, DIFFICULTIES[difficulty]
         self.canvas = image_size + image_size // 8
         rows = load_concepts(concepts)
-        names = [row["phrase" if by == "concept" else "category"] for row in rows]
-        self.classes = list(dict.fromkeys(names))
-        self.labels = [self.classes.index(name) for name in names]  # of the concepts
-        self.items = [
-            (concept, artist, view)
-            for concept, row in enumerate(rows)
-            for artist in row["artists"][split]
-            for view in range(3)
-        ]
-        self.bad = collections.Counter()
+        self.names = [row["phrase" if by == "concept" else "category"] for row in rows]
+        self.classes = list(dict.fromkeys(self.names))
+        self.items = []
+        for concept, row in enumerate(rows):
+            for artist in row["artists"][split]:
+                self.items += [(concept, artist, view) for view in range(3)]
+        self.bad = Counter()
 
     def __len__(self):
         return len(self.items)
@@ -322,38 +298,22 @@ class EmojiClasses:
         rng = np.random.default_rng((SPLITS.index(self.split), 1, index, view))
         scene = compose_scene(rng, self.setting, [concept], [artist])
         image = render_scene(rng, scene, self.setting, self.canvas)
-        return image, self.labels[concept]
+        return image, self.classes.index(self.names[concept])
 
 
 class EmojiQuestions:
     """All questions about each of `scenes` EmojiScenes, with one answer as if ten people gave it.
 
-    The images are those of EmojiScenes with the same arguments. `answers`: all that can be right,
-    for any scene. Raises UserError where a scene may show every concept, because one question is
-    about something that is not there.
+    The arguments and the images are those of EmojiScenes. `answers`: all that can be right, for any
+    scene.
     """
 
     kind = "questions"
 
-    def __init__(
-        self,
-        split,
-        scenes,
-        image_size,
-        seed=0,
-        concepts=150,
-        difficulty="easy",
-        long_tail=0.0,
-        duplicates=0.0,
-    ):
-        self.scenes = EmojiScenes(
-            split, scenes, image_size, seed, concepts, difficulty, 0.0, long_tail, duplicates
-        )
-        most = len(self.scenes.setting.objects)
-        if concepts <= most:
-            raise UserError(f"--concepts {concepts}: questions about these scenes need {most + 1}")
-        self.answers = emoji_answers(concepts, difficulty)
-        self.bad = collections.Counter()
+    def __init__(self, *args, **options):
+        self.scenes = EmojiScenes(*args, **options)
+        self.answers = emoji_answers(self.scenes.concepts, self.scenes.difficulty)
+        self.bad = Counter()
 
     def __len__(self):
         return QUESTIONS * len(self.scenes)
@@ -363,21 +323,17 @@ class EmojiQuestions:
 
     def __getitem__(self, index):
         scene, number = divmod(index, QUESTIONS)
-        question, answer = self.scenes.questions(scene)[number]
-        return self.scenes.image(scene), (question, [answer] * 10)
+        _, question, answer = self.scenes.questions(scene)[number]
+        return self.scenes[scene][0], (question, [answer] * 10)
 
     @functools.cached_property
     def question_kinds(self):
         """What each question is about."""
-        kinds = []
-        for index in range(len(self.scenes)):
-            single = len(self.scenes.scene(index)["objects"]) == 1
-            kinds += ["number", "background", "presence", "presence"]
-            kinds += ["what", "where"] if single else ["relation", "relation"]
-        return kinds
+        asked = [self.scenes.questions(scene) for scene in range(len(self.scenes))]
+        return [kind for questions in asked for kind, _, _ in questions]
 
 
-def emoji_answers(concepts: int, difficulty: str) -> list[str]:
+def emoji_answers(concepts, difficulty):
     """All answers that ask_scene can give: concepts, backgrounds, yes and no, numbers, places."""
     setting = DIFFICULTIES[difficulty]
     answers = [row["concept"] for row in load_concepts(concepts)]
@@ -387,7 +343,7 @@ def emoji_answers(concepts: int, difficulty: str) -> list[str]:
     return list(dict.fromkeys(answers))  # an orange and the colour orange are one answer
 
 
-def emoji_words(concepts: int) -> list[str]:
+def emoji_words(concepts):
     """Texts with every word of the captions, questions and answers, whatever the difficulty.
 
     For BertTokenizer(words=...): its small vocabulary then has all that these scenes need.
@@ -395,13 +351,14 @@ def emoji_words(concepts: int) -> list[str]:
     rows = load_concepts(concepts)
     texts = emoji_answers(concepts, "hard")
     for row in rows:
-        texts += [*row["names"], row["category"]]
+        texts += row["names"] + [row["category"]]
     rng = np.random.default_rng(0)
     thing = {"concept": 0, "x": 0.5, "y": 0.5}
     for count, vertical in [(1, False), *RELATIONS]:  # every form of caption and question
         scene = {"background": "white", "vertical": vertical, "objects": [thing] * count}
         texts += caption_scene(rng, scene, rows, None)
-        texts += itertools.chain(*ask_scene(rng, scene, rows))
+        for _, question, answer in ask_scene(rng, scene, rows):
+            texts += [question, answer]
     return texts
 
 
@@ -489,13 +446,12 @@ def caption_scene(rng, scene, rows, count):
     for form in rng.permutation(len(forms))[:count]:
         # the phrase, the usual name, is the likeliest
         names = [rng.choice(thing["names"][: 1 + rng.integers(3)]) for thing in things]
-        caption = forms[form].format(
+        captions.append(forms[form].format(
             *names,
             category=things[0]["category"],
             place=place_in_words(scene["objects"][0]),
-            background=scene["background"],
-        )
-        captions.append(caption)
+            background=scene["background"]
+        ))
     return captions
 
 
@@ -507,7 +463,7 @@ def place_in_words(thing):
 
 
 def ask_scene(rng, scene, rows):
-    """[(question, answer)]: number, background, presence (yes, then no), and two more.
+    """[(kind, question, answer)]: number, background, presence (yes, then no), and two more.
 
     They are what it is and where, of a single object; of several, how they stand to each other.
     """
@@ -516,18 +472,19 @@ def ask_scene(rng, scene, rows):
     shuffled = rng.permutation(rows)
     absent = next(row for row in shuffled if row["concept"] not in names)
     present = things[rng.integers(len(things))]
-    pairs = [
-        ("how many objects are there?", str(len(things))),
-        ("what is the background colour?", scene["background"]),
-        (f"is there {present['phrase']}?", "yes"),
-        (f"is there {absent['phrase']}?", "no"),
+    asked = [
+        ("number", "how many objects are there?", str(len(things))),
+        ("background", "what is the background colour?", scene["background"]),
+        ("presence", f"is there {present['phrase']}?", "yes"),
+        ("presence", f"is there {absent['phrase']}?", "no")
     ]
     if len(things) == 1:
-        place = place_in_words(scene["objects"][0])
-        return [*pairs, ("what is in the picture?", names[0]), ("where is it?", place)]
+        return asked + [
+            ("what", "what is in the picture?", names[0]),
+            ("where", "where is it?", place_in_words(scene["objects"][0]))
+        ]
     before, after = ("above", "below") if scene["vertical"] else ("left of", "right of")
-    return [
-        *pairs,
-        (f"what is {before} the {names[1]}?", names[0]),
-        (f"what is {after} the {names[-2]}?", names[-1]),
+    return asked + [
+        ("relation", f"what is {before} the {names[1]}?", names[0]),
+        ("relation", f"what is {after} the {names[-2]}?", names[-1])
     ]
