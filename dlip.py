@@ -818,7 +818,8 @@ def itc_loss(u, v, u_m, v_m, image_keys, text_keys, same, temp, alpha):
     then of the queue. same (b, B + Q): which keys are of the same image.
     Target: alpha softmax(u_m keys^T / temp) + (1 - alpha) same, each row of which sums to one.
     """
-    hard, loss = same / same.sum(1, keepdim=True), 0.0
+    hard, loss = same.to(u.dtype), 0.0
+    hard = hard / hard.sum(1, keepdim=True)
     for query, query_m, keys in ((u, u_m, text_keys), (v, v_m, image_keys)):
         soft = scaled_cosines(query_m, keys, temp.detach()).softmax(1)
         target = alpha * soft + (1 - alpha) * hard  # (b, B + Q)
