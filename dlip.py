@@ -205,7 +205,7 @@ def recipe(data, part):
 
 def text_length(cfg):
     """Tokens of a text, first and [SEP] included."""
-    return 24 if cfg.data == "emoji" else LARGE_LENGTH[part_of(cfg)]
+    return 24 if cfg.preset == "demo" else LARGE_LENGTH[part_of(cfg)]
 
 
 def crop_scale(cfg):
@@ -1681,7 +1681,7 @@ def validate(run, asked, data, state):
     cfg, task = asked.cfg, asked.cfg.task[0]
     asked.blip.eval()
     scores = itc_scores(asked, data) if task == "retrieval" else scores_of(asked, task, data)[0]
-    value = scores.get("cider", scores.get("accuracy"))
+    value = float(scores.get("cider", scores.get("accuracy", 0)))
     if task == "retrieval":
         value = common.main_metric(scores)
     run.keep_best(value, state, asked.blip, cfg, asked.blip.size)
@@ -1913,7 +1913,6 @@ def ablation_arms(cfg):
 
 def ablate(cfg, given):
     """--ablate: the arms that are not done yet; then the tables. README has the paper's numbers."""
-    given = {name: value for name, value in given.items() if name not in ("stage", "task")}
     common.run_arms(cfg, given, ablation_arms(cfg), baselines=("vlp", "dlip"))
 
 
