@@ -1702,9 +1702,9 @@ def starts(cfg):
 
 
 def finetuning(cfg, given, who, task, checkpoint):
-    """The Config of one fine-tuning: the task's recipe; flags change it with --stage finetune."""
-    values = dict(recipe(cfg.data, task))
-    if cfg.stage == "finetune":
+    """The Config of one fine-tuning: the task's recipe; flags of --stage all are distil's."""
+    values = {**recipe(cfg.data, task), "preset": cfg.preset}
+    if cfg.stage != "all":
         values.update({name: given[name] for name in values if name in given})
     name = f"teacher-{task}" if who == "teacher" else task
     lr = cfg.lr if cfg.stage == "finetune" else None
@@ -1772,6 +1772,8 @@ def evaluate(cfg, given):
             own = finetuning(cfg, given, who, task, path)
             if Path(own.out, "blip.pt").exists():
                 path = Path(own.out, "blip.pt")
+                saved = common.saved_config(Config, path.with_name("config.json"))
+                own = replace(own, image_size=saved["image_size"], prompt=saved["prompt"])
             elif not cfg.init:
                 raise UserError(f"no {own.out}/blip.pt: --stage finetune --task {task} makes it")
             tuned[who, task] = asked = open_model(path, own, NEEDED[task])

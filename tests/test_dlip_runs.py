@@ -27,7 +27,6 @@ from harness import (
     REPO,
     SERVER,
     Script,
-    assert_same_run,
     call,
     cells_of,
     checkpoint,
@@ -116,6 +115,14 @@ def names_in(folder):
     return {path.name for path in folder.iterdir()}
 
 
+def assert_same_stage(a, b):
+    """Two folders of a training hold the same log and tensors, to the last bit."""
+    assert (a / "log.csv").read_bytes() == (b / "log.csv").read_bytes()
+    for name in ("last.pt", "best.pt", "blip.pt"):
+        ours, theirs = checkpoint(a, name), checkpoint(b, name)
+        assert all(equal(ours[key], theirs[key]) for key in ours if key != "config"), name
+
+
 # ---------------------------------------------------------------------------------------- stages
 
 
@@ -154,7 +161,8 @@ def test_results(whole):
         assert {"i2t_r1", "t2i_r10", "itc_i2t_r1", "bleu4", "cider", "vqa_accuracy"} < cell.keys()
         assert all(0 <= value <= 1000 for value in cell.values())
         counted = sum(w.numel() for name, w in weights.items()
-                      if name.startswith(("visual_encoder.", "text_encoder.")))
+                      if name.startswith(("visual_encoder.", "text_encoder."))
+                      and w.is_floating_point())
         assert cell["parameters_M"] == pytest.approx(counted / 1e6)
     for metric, value in cells["kept, %"].items():
         theirs = cells["teacher"][metric]
@@ -165,10 +173,10 @@ def test_stages_one_by_one(emoji, whole, tmp_path):
     """In one folder, which the later stages find; and a task's checkpoint alone."""
     out = tmp_path / "run"
     run("dlip", *emoji, "--stage", "distil", "--out", out)
-    assert_same_run(whole / "distil", out / "distil")
+    assert_same_stage(whole / "distil", out / "distil")
     run("dlip", *EMOJI[:-2], "--stage", "finetune", "--task", "caption", "--out", out)
     assert names_in(out) == {"config.json", "distil", "caption", "teacher-caption"}
-    assert_same_run(whole / "caption", out / "caption")
+    assert_same_stage(whole / "caption", out / "caption")
     run("dlip", *EMOJI, "--stage", "evaluate", "--task", "caption", "--out", out)
     found, expected = cells_of(out)["student"], cells_of(whole)["student"]
     assert found.items() <= expected.items() and "cider" in found and "i2t_r1" not in found
@@ -362,7 +370,7 @@ def test_precision_and_speed(flags, emoji, whole, tmp_path, monkeypatch):
     ours, theirs = (checkpoint(path / "distil", "blip.pt")["model"]
                     for path in (tmp_path / "run", whole))
     assert ours.keys() == theirs.keys()
-    assert {w.dtype for w in ours.values()} == {torch.float32}
+    assert {w.dtype for w in ours.values() if w.is_floating_point()} == {torch.float32}
 
 
 # ----------------------------------------------------------------------------------- user errors
@@ -388,7 +396,7 @@ ERRORS = {
     "--task everything": "--task everything retrieval caption vqa",
     "--stage everything": "--stage everything distil finetune",
     "--vit huge": "--vit huge tiny base",
-    "--data nothing --stage distil": "nothing",
+    "--data nothing --method blip": "nothing",
     "--data coco --stage all": "coco emoji",
     "--data coco --ablate all": "coco emoji",
     "--hr image": "image img text vl_e vl_d none",
@@ -416,7 +424,7 @@ ERRORS = {
     "--stage evaluate --init {wrong}/other.pt": "{wrong}/other.pt",
     "--stage finetune": "{out} distil --init FILE",
     "--stage evaluate": "{out} distil --init FILE",
-    "--prompt a,a,a,a,a,a,a,a,a,a,a,a,a,a,a,a": "--prompt 20",
+    "--prompt a,a,a,a,a,a,a,a,a,a,a,a,a,a,a,a,a,a,a,a": "--prompt 20",
     "--data coco": "--teacher --method blip",
     "--data coco --teacher {words} --root {wrong}/empty": "{wrong}/empty",
     "--data coco --stage finetune --task vqa --init {words}": "vqa coco",
@@ -432,7 +440,7 @@ ERRORS = {
 @pytest.mark.parametrize("flags", ERRORS)
 def test_user_errors_are_one_line(flags, teacher, words_blip, wrong, whole, tmp_path):
     names = dict(wrong=wrong, words=words_blip, out=tmp_path / "run", run=whole)
-    start = [] if "--resume" in flags or "--lr" in flags else WORDS if "--data" in flags else EMOJI
+    start = [] if "--resume" in flags else WORDS if "--data" in flags else EMOJI[:-2]
     if not re.search("--teacher|--init|--data|--resume", flags):
         start = [*start, "--teacher", teacher]
     out = [] if "--out" in flags else ["--out", tmp_path / "run"]
@@ -467,7 +475,7 @@ def test_photographs(tmp_path):
     run("dlip", *data, "--stage", "teacher", "--out", tmp_path / "teacher")
     made = tmp_path / "teacher" / "teacher" / "blip.pt"
     weights = checkpoint(made.parent, "blip.pt")["model"]
-    assert all(w.dtype == torch.float16 for w in weights.values())
+    assert {w.dtype for w in weights.values() if w.is_floating_point()} == {torch.float16}
     out = tmp_path / "run"
     run("dlip", *data, "--stage", "distil", "--teacher", made, "--out", out)
     both = ["--task", "caption", "retrieval"]
@@ -502,8 +510,8 @@ def test_damaged_shards(words_blip, tmp_path):
 
 def write_questions(root, split, count, answers):
     """A prepared list of questions about photographs, three an image."""
-    first = {"made_from": [], "unusable": {}, "name": "vqav2", "kind": "questions",
-             "answers": ["yes", "no", "red"]}
+    first = {"made_from": [], "unusable": {}, "notes": {}, "root": ".", "name": "vqav2",
+             "kind": "questions", "answers": ["yes", "no", "red"]}
     lines = [json.dumps(first)]
     for i in range(count):
         name = f"{split}{i // 3}.jpg"
@@ -520,9 +528,9 @@ def test_questions_about_photographs(words_blip, tmp_path):
         write_questions(tmp_path / "vqa", split, 16, answers)
     data = [*WORDS, "--data", "vqav2", "--root", tmp_path / "vqa", "--image-size", 40,
             "--batch-size", 4, "--init", words_blip]
-    run("dlip", *data, "--stage", "finetune", "--epochs", 2, "--lr", "1e-2", "--out", tmp_path / "run")
+    run("dlip", *data, "--stage", "finetune", "--epochs", 8, "--lr", "1e-2", "--out", tmp_path / "run")
     rows = log_of(tmp_path / "run" / "vqa")
-    assert len(rows) == 8 and float(rows[-1]["loss"]) < float(rows[0]["loss"]) / 2
+    assert len(rows) == 32 and float(rows[-1]["loss"]) < float(rows[0]["loss"]) / 2
     assert float(rows[-1]["val_vqa"]) == 0  # it has learned to say yes
     run("dlip", *data, "--stage", "evaluate", "--out", tmp_path / "run")
     answers = json.loads((tmp_path / "run" / "answers_model.json").read_text())
