@@ -1786,6 +1786,8 @@ def evaluate(cfg, given):
                 prefix = f"{name}_" * (len(sets) > 1) + "vqa_" * (task == "vqa")
                 cells[who].update({prefix + metric: v for metric, v in scores.items()})
                 if answers and "accuracy" not in scores:  # VQA's server alone can score them
+                    answers = [{**each, "question_id": int(each["question_id"])}
+                               for each in answers]
                     common.write_json(folder / f"answers_{who}.json", answers)
     if "teacher" in cells:
         theirs = cells["teacher"]

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -19,7 +18,6 @@ import common
 import dlip
 import pytest
 import torch
-from data.emoji import scenes
 from PIL import Image
 
 from harness import (
