@@ -346,36 +346,26 @@ def sequence(**layers):
     return nn.Sequential(OrderedDict(layers))
 
 
-class VisionAttention(nn.Module):
-    """Multi-head self-attention, one matrix for queries, keys and values."""
+class Block(nn.Module):
+    """Pre-norm transformer block of the image encoder; one matrix for queries, keys and values."""
 
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x):
-        """(B, N, D) -> (B, N, D)"""
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, D/H)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, D/H)
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).flatten(2))
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block of the image encoder."""
-
-    def __init__(self, width, heads):
-        super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = VisionAttention(width, heads)
+        self.attn = nn.ModuleDict()
+        self.attn["qkv"] = nn.Linear(width, 3 * width)
+        self.attn["proj"] = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         fc1 = nn.Linear(width, 4 * width)
         self.mlp = sequence(fc1=fc1, act=nn.GELU(), fc2=nn.Linear(4 * width, width))
 
     def forward(self, x):
-        x = x + self.attn(self.norm1(x))
+        """(B, N, D) -> (B, N, D)"""
+        qkv = self.attn.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, D/H)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, D/H)
+        out = F.scaled_dot_product_attention(q, k, v)
+        x = x + self.attn.proj(out.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
 
 
@@ -992,12 +982,11 @@ class DLIP(nn.Module):
             for part in HR_PARTS:
                 if part in cfg.hr:
                     pair = getattr(ours, part), getattr(theirs, part)
-                    hr[f"hr_{part}"] = representation_loss(*pair)
+                    hr[f"hr_{part}"] = representation_loss(*pair)  # Forward has the four by name
             if "self" in cfg.attn:  # of fusion encoder and decoder
-                encoder, decoder = (
-                    attention_loss(our.self_scores, their.self_scores, mask)
-                    for our, their in ((ours.fused, theirs.fused), (ours.decoded, theirs.decoded)))
-                at["at_self"] = encoder + decoder
+                encoder = ours.fused.self_scores, theirs.fused.self_scores
+                decoder = ours.decoded.self_scores, theirs.decoded.self_scores
+                at["at_self"] = attention_loss(*encoder, mask) + attention_loss(*decoder, mask)
             if "cross" in cfg.attn:
                 pair = ours.fused.cross_scores, theirs.fused.cross_scores
                 at["at_cross"] = attention_loss(*pair, mask)
@@ -1142,7 +1131,6 @@ def blip_names(weights):
         name = name.removeprefix("student.")  # of a run of ours
         if name.startswith("vision_model."):
             name = "visual_encoder." + vision_name(name.removeprefix("vision_model."))
-        name = re.sub(r"^text_model\.", "text_encoder.", name)
         renamed[name] = tensor
     return renamed
 
