@@ -1103,23 +1103,25 @@ def load_blip(checkpoint, image_size=None, dropout=0.0, need=()):
     vision = replace(size.vision, image_size=image_size or size.vision.image_size)
     size = replace(size, vision=vision, text=replace(size.text, dropout=dropout))
     blip = BLIP(size, is_shared(weights))
-    tensors = dict(blip.named_parameters(remove_duplicate=False))  # some have two names
-    held = {id(tensor) for name, tensor in tensors.items() if name in weights}
-    for name, tensor in tensors.items():
-        if id(tensor) not in held and name.startswith(("visual_encoder.", *need)):
-            raise UserError(f"{path} lacks {name}")
-    load_named(blip, weights, path)
+    load_named(blip, weights, path, ("visual_encoder.", *need))
     return blip
 
 
-def load_named(module, weights, path):
-    """Those of the weights that the module has, position embeddings at its size; what else it has
-    stays as it is."""
-    own = module.state_dict()  # not copies: where two names have one tensor, either will do
+def load_named(module, weights, path, need):
+    """Those of the weights that the module has, position embeddings at its size.
+
+    What else it has stays as it is; UserError where its name begins with one of `need`.
+    """
+    tensors = dict(module.named_parameters(remove_duplicate=False))  # some have two names
+    held = {id(tensor) for name, tensor in tensors.items() if name in weights}
+    for name, tensor in tensors.items():
+        if id(tensor) not in held and name.startswith(tuple(need)):
+            raise UserError(f"{path} lacks {name}")
+    own = module.state_dict()  # not copies: of two names of one tensor either will do
     for name in own.keys() & weights.keys():
         own[name] = weights[name]
         if name.endswith("pos_embed"):
-            count = module.state_dict()[name].shape[1]
+            count = tensors[name].shape[1]
             own[name] = resize_positions(weights[name], count, path)
     common.load_weights(module, own, path)
 
@@ -1191,8 +1193,7 @@ def load_vision(visual_encoder, checkpoint):
     for name, tensor in checkpoint.weights.items():
         name = re.sub(r"^(visual_encoder|vision_model)\.", "", name)
         weights[vision_name(name)] = tensor
-    refuse_missing(visual_encoder.state_dict(), weights, checkpoint.path)
-    load_named(visual_encoder, weights, checkpoint.path)
+    load_named(visual_encoder, weights, checkpoint.path, visual_encoder.state_dict())
 
 
 def load_bert(blip, checkpoint):
@@ -1208,16 +1209,9 @@ def load_bert(blip, checkpoint):
             if place in own and own[place].shape[1:] == tensor.shape[1:]:
                 tensor = torch.cat([tensor, own[place][len(tensor):]])
             weights[place] = tensor
-    needed = [name for name in own if name.startswith("text_encoder.")
-              and "crossattention" not in name and "position_ids" not in name]
-    refuse_missing(needed, weights, checkpoint.path)
-    load_named(blip, weights, checkpoint.path)
-
-
-def refuse_missing(names, weights, path):
-    for name in names:
-        if name not in weights:
-            raise UserError(f"{path} lacks {name}")
+    layers = [f"text_encoder.encoder.layer.{i}.attention." for i in range(blip.size.text.layers)]
+    need = ["text_encoder.embeddings.", *layers]
+    load_named(blip, weights, checkpoint.path, need)
 
 
 # ------------------------------------------------------------------------------------ training
