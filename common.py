@@ -950,7 +950,6 @@ def foreign_size(path, weights, act):
     if len(positions) != 1 + grid ** 2:
         raise ValueError(f"visual.positional_embedding {tuple(positions.shape)} is no square grid")
     archive = "input_resolution" in weights  # only OpenAI's have it
-    half = conv.dtype == torch.float16  # as OpenAI publishes
     size = Size(
         image_size=grid * patch, patch_size=patch, vision_width=width,
         vision_layers=count_blocks(weights, "visual.transformer."),
@@ -959,7 +958,8 @@ def foreign_size(path, weights, act):
         text_width=text_width, text_layers=count_blocks(weights, "transformer."),
         text_heads=text_width // 64, context_length=len(weights["positional_embedding"]),
         vocab_size=vocab, embed_dim=weights["visual.proj"].shape[1],
-        act="quick_gelu" if archive or half else "gelu", **OPENAI)
+        act="quick_gelu" if archive or conv.dtype == torch.float16 else "gelu",  # half: OpenAI's
+        **OPENAI)
     told = {}
     for file in sorted(path.parent.glob("*config.json")):
         told |= told_by(file, width)
@@ -1208,7 +1208,7 @@ BERT_SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"]
 BERT_SPECIAL = re.compile(r"(\[(?:PAD|UNK|CLS|SEP|MASK|DEC|ENC)\])")
 IDEOGRAPH = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df"
                        "\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]")
-BLIP_SYMBOLS = '.!"()*#:;~'  # what BLIP takes out of captions and questions
+BLIP_SYMBOLS = r'[.!"()*#:;~]'  # what BLIP takes out of captions and questions
 
 
 def split_words(text):
@@ -1267,10 +1267,8 @@ class BertTokenizer:
         """Token ids of a text of any length, without first token and [SEP]."""
         ids = []
         for part in BERT_SPECIAL.split(text):
-            if part in BERT_SPECIALS:
-                ids.append(self._ids[part])
-                continue
-            for word in split_words(part):
+            words = [part] if part in BERT_SPECIALS else split_words(part)
+            for word in words:
                 ids += self._pieces(word)
         return ids
 
@@ -1300,7 +1298,7 @@ class BertTokenizer:
 
 def clean_blip_caption(text, max_words=30):
     """A caption as BLIP reads it: lower case, a space for .!"()*#:;~, at most max_words words."""
-    text = text.lower().translate(dict.fromkeys(map(ord, BLIP_SYMBOLS), " "))
+    text = re.sub(BLIP_SYMBOLS, " ", text.lower())
     text = re.sub(r"\s\s+", " ", text).rstrip("\n").strip(" ")
     return " ".join(text.split(" ")[:max_words])
 
@@ -1310,7 +1308,7 @@ def clean_blip_question(text, max_words=50):
 
     BLIP's own limit is 50 words, then 35 tokens.
     """
-    text = text.lower().translate(dict.fromkeys(map(ord, BLIP_SYMBOLS))).rstrip(" ")
+    text = re.sub(BLIP_SYMBOLS, "", text.lower()).rstrip(" ")
     return " ".join(text.split(" ")[:max_words])
 
 
@@ -1497,8 +1495,7 @@ class TarShards:
 
     def __str__(self):
         folders = sorted({str(path.parent.relative_to(self.root)) for path in self.shards})
-        return (f"{len(self.shards)} shards in {self.root} (folders: {' '.join(folders[:5])}"
-                f"{' ...' if len(folders) > 5 else ''})")
+        return f"{len(self.shards)} shards in {self.root} (folders: {' '.join(folders)})"
 
     def key(self, i):
         """`<shard>/<key>`: keys need only be unique within a shard."""
@@ -1508,21 +1505,18 @@ class TarShards:
         return f"{shard.as_posix()}/{key}"
 
     def __getitem__(self, i):
-        captions = self.captions(i)
-        return self.read(self.rows[i], "image"), captions
-
-    def read(self, row, part):
-        start = int(row[part]) * tarfile.BLOCKSIZE
-        return read_bytes(self.shards[row["shard"]], start, int(row[f"{part}_size"]))
-
-    def captions(self, i):
         row = self.rows[i]
         text = self.read(row, "caption")
         try:
             texts = json.loads(text).get("caption") if row["json"] else text.decode("utf-8-sig")
         except (ValueError, AttributeError, RecursionError) as error:
             raise BadSample("unreadable caption") from error
-        return clean_captions(texts)
+        captions = clean_captions(texts)
+        return self.read(row, "image"), captions
+
+    def read(self, row, part):
+        start = int(row[part]) * tarfile.BLOCKSIZE
+        return read_bytes(self.shards[row["shard"]], start, int(row[f"{part}_size"]))
 
     def _load_index(self):
         """Rows, all keys as one byte array, and the unusable samples, from the cache if it fits."""
@@ -1666,9 +1660,6 @@ class Listed:
         except ValueError:
             raise UserError(f"{self.path}, line {i + 2}, is damaged: {self.command}") from None
 
-    def captions(self, i):
-        return self.record(i)["captions"]
-
     def key(self, i):
         return self.record(i)["key"]
 
@@ -1702,18 +1693,10 @@ class Mixture(ConcatDataset):
         self.bad = sum((part.bad for part in dict(zip(names, parts)).values()),
                        collections.Counter())
 
-    def place(self, i):
-        """(number of the part, index in it)."""
-        part = bisect.bisect_right(self.cumulative_sizes, i)
-        return part, i - (self.cumulative_sizes[part - 1] if part else 0)
-
     def key(self, i):
-        part, index = self.place(i)
-        return f"{self.names[part]}/{self.datasets[part].key(index)}"
-
-    def captions(self, i):
-        part, index = self.place(i)
-        return self.datasets[part].captions(index)
+        part = bisect.bisect_right(self.cumulative_sizes, i)
+        start = self.cumulative_sizes[part - 1] if part else 0
+        return f"{self.names[part]}/{self.datasets[part].key(i - start)}"
 
 
 class Subset(torch.utils.data.Subset):
@@ -1726,9 +1709,6 @@ class Subset(torch.utils.data.Subset):
 
     def key(self, i):
         return self.dataset.key(self.indices[i])
-
-    def captions(self, i):
-        return self.dataset.captions(self.indices[i])
 
     def column(self, name):
         values = self.dataset.column(name)
@@ -2018,17 +1998,6 @@ def question_set(cfg, image_size, split):
         raise UserError(f"{path} holds no questions")
     check_bad(data.bad, len(data) + sum(data.bad.values()), str(root))
     return data
-
-
-def number_of_captions(data, most=5):
-    """How many captions an image of a captioned set has, the most of any; at most `most`."""
-    number = 1
-    for i in range(len(data)):
-        with contextlib.suppress(BadSample):
-            number = max(number, len(data.captions(i)))
-        if number >= most:
-            return most
-    return number
 
 
 def loader_workers(cfg):
@@ -2486,8 +2455,7 @@ def fit_logistic(x, y, classes, c):
     model = torch.nn.Linear(x.shape[1], classes, device=x.device)
     model.weight.data.zero_()
     model.bias.data.zero_()
-    optimiser = torch.optim.LBFGS(model.parameters(), max_iter=1000, history_size=10,
-                                  tolerance_grad=1e-6, tolerance_change=1e-10,
+    optimiser = torch.optim.LBFGS(model.parameters(), max_iter=1000,
                                   line_search_fn="strong_wolfe")
 
     def closure():

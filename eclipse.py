@@ -38,8 +38,8 @@ Assumptions, where the public text is silent. Each is ours, not the paper's:
       the emoji run).
   A5  Both image encoders see the same crop; only their tokens differ.
   A6  Pruning as in EViT's code: the blocks at a quarter, half and three quarters of the depth (3,
-      6, 9 of 12, from 0), but never the last one, since only CLS is read behind it; tokens ranked by
-      the CLS attention averaged over heads, the dropped ones fused into one (--fuse); κ constant.
+      6, 9 of 12, from 0), but never the last one, since only CLS is read behind it; tokens ranked
+      by the CLS attention, averaged over heads; dropped ones fused into one (--fuse); κ constant.
   A7  The towers are CLIP's, QuickGELU and the norm before the first image block included, so that
       CLIP weights load.
   A8  Recipe for large data: SLIP's CLIP recipe for CC3M; for COCO and Flickr30k the same with batch
@@ -516,8 +516,13 @@ def build(cfg, loaded=None):
     """ECLIPSE with fresh weights, with those of a run, or with those of a CLIP checkpoint."""
     size, weights = common.clip_size(cfg, loaded)
     model = ECLIPSE(cfg, size)
-    if loaded and "online.logit_scale" in loaded.weights and cfg.evaluate:
-        common.load_weights(model, loaded.weights, loaded.path)  # a run of ours: both towers
+    if loaded and "online.logit_scale" in loaded.weights and cfg.evaluate:  # ours: both towers
+        rows, own = len(model.online.visual.positional_embedding), dict(loaded.weights)
+        for name in ("online.visual", "momentum"):
+            key = f"{name}.positional_embedding"
+            if key in own:
+                own[key] = common.resize_positions(own[key], rows)
+        common.load_weights(model, own, loaded.path)
     elif loaded:
         common.load_weights(model.online, weights, loaded.path)
         model.reset_momentum()
@@ -782,15 +787,13 @@ KEEP_RATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 
 
 def profile(cfg):
-    """--profile: parameters, MACs, token counts, images/s of the image tower at each keep rate."""
+    """--profile: MACs, token counts, images/s of the image tower at each keep rate."""
     device = common.start_device(cfg.device, cfg.seed)
     amp = common.mixed_precision(cfg.precision, device)[0]
     model = build(cfg).to(device).eval()
     size, visual = model.size, model.online.visual
-    parameters = sum(p.numel() for p in visual.parameters())
-    print(f"{cfg.preset}: image tower of {parameters / 1e6:.1f} M parameters, {size.image_size} px, "
-          f"patch {size.patch_size}, blocks {visual.prune_blocks} (from 0) prune")
-
+    print(f"{cfg.preset}: {size.image_size} px, patch {size.patch_size}, blocks "
+          f"{visual.prune_blocks} (from 0) prune")
     statistics = size.pixel_statistics(device)
     cells = {rate: (image_encoder(visual, rate, statistics, amp), None) for rate in KEEP_RATES}
     speeds = common.throughput(cells, size.image_size, device)
@@ -799,12 +802,9 @@ def profile(cfg):
     table = {}
     for rate in KEEP_RATES:
         macs = common.multiply_adds(visual, image, rate)
-        _, kept_positions = visual.prune(image, rate)
-        tokens = [str(1 + kept.shape[1] + visual.fuse) for kept in kept_positions
-                  if kept is not None]
+        x, _ = visual.prune(image, rate)
         table[f"κ={rate:g}"] = {
-            "GMACs": macs / 1e9,
-            "tokens": "/".join(tokens), "MACs_x": full / macs,
+            "GMACs": macs / 1e9, "tokens at the end": x.shape[1], "MACs_x": full / macs,
             "images_per_second": speeds[rate], "measured_x": speeds[rate] / speeds[1.0],
             # the image side of a step: a full teacher forward, 3 forwards of the student
             "train_MACs_vs_clip": (full + 3 * macs) / (3 * full)}

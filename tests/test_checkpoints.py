@@ -264,7 +264,8 @@ def write_faulty(path, weights):
 FAULTS = {"absent.pt": "no file", "folder.pt": "no file", "text.pt": "damaged",
           "text.safetensors": "damaged", "truncated.pt": "damaged", "table.pt": "no table",
           "namespace.pt": "argparse.Namespace.*re-save", "scalar.pt": "scalar.*re-save",
-          "resnet.pt": "visual.positional_embedding", "positions.pt": r"positional_embedding \(7, 16\)",
+          "resnet.pt": "visual.positional_embedding",
+          "positions.pt": r"positional_embedding \(7, 16\)",
           "lacking.pt": "Missing key.*ln_final.bias",
           "shape.pt": r"ln_final.bias: .*\[5\].*\[64\]"}
 

@@ -18,7 +18,6 @@ from common import (
     ImageFolder,
     Mixture,
     StepSampler,
-    Subset,
     TarShards,
     TorchvisionSet,
     TrainSamples,
@@ -292,21 +291,10 @@ def test_captions_in_shards(tmp_path, name, content, captions):
     write_tar(tmp_path / "a.tar", [("1.jpg", b"I"), (f"1.{name}", content)])
     data = TarShards(tmp_path)
     if isinstance(captions, list):
-        assert data[0] == (b"I", captions) and common.number_of_captions(data) == len(captions)
+        assert data[0] == (b"I", captions)
     else:
         with pytest.raises(BadSample, match=captions):
             data[0]
-
-
-def test_number_of_captions_is_the_largest(tmp_path):
-    texts = [["a"], ["a", "b", "c"], ["a"] * 7]
-    members = [[(f"{i}.jpg", b""), (f"{i}.json", json.dumps({"caption": captions}).encode())]
-               for i, captions in enumerate(texts)]
-    data = TarShards(write_tar(tmp_path / "a.tar", sum(members, [])).parent)
-    assert common.number_of_captions(data) == 5
-    assert common.number_of_captions(Subset(data, [0, 1])) == 3
-    assert common.number_of_captions(Mixture(["a"], [Subset(data, [0, 1])])) == 3
-    assert common.number_of_captions(training_set(config(), 40)) == 1
 
 
 @pytest.mark.parametrize("at", ["image", "caption", "header", "boundary", "end"])
@@ -513,7 +501,7 @@ def test_a_mixture_is_its_parts_one_after_another(corpora, monkeypatch):
     assert len(sbu) == 198 and len(mine) == 248
     assert keys_of(data) == [f"{name}/{key}" for name, part in (("coco", coco), ("coco", coco),
                              ("sbu", sbu), ("mine", mine)) for key in keys_of(part)]
-    assert data[3] == data[9] == coco[3] and data.captions(12) == ["sbu 0"]
+    assert data[3] == data[9] == coco[3] and data[12][1] == ["sbu 0"]
     monkeypatch.setattr(common, "DATA", corpora)
     assert keys_of(training_set(config(data="coco*2+sbu+mine"), 8)) == keys_of(data)
     bad = Mixture(["a", "a"], [Pictures()] * 2).bad

@@ -255,12 +255,10 @@ class EmojiScenes:
 
     def captions(self, index):
         """One caption of a training scene, perhaps another scene's; five of an evaluation scene."""
-        rng, count = self._rng(index, 1), 5
-        if self.split == "train":
-            count = 1
-            if rng.random() < self.noise:
-                index = int(rng.integers(self.scenes))
-        return caption_scene(rng, self.scene(index), self.rows, count)
+        rng, training = self._rng(index, 1), self.split == "train"
+        if training and rng.random() < self.noise:
+            index = int(rng.integers(self.scenes))
+        return caption_scene(rng, self.scene(index), self.rows, 1 if training else 5)
 
     def questions(self, index):
         """[(kind, question, answer)] about the scene, QUESTIONS of them."""
@@ -284,7 +282,7 @@ class EmojiClasses:
         self.items = []
         for concept, row in enumerate(rows):
             for artist in row["artists"][split]:
-                self.items += [(concept, artist, view) for view in range(3)]
+                self.items += 3 * [(concept, artist)]
         self.bad = Counter()
 
     def __len__(self):
@@ -294,8 +292,8 @@ class EmojiClasses:
         return f"emoji-class-{self.split}-{index:05d}"
 
     def __getitem__(self, index):
-        concept, artist, view = self.items[index]
-        rng = np.random.default_rng((SPLITS.index(self.split), 1, index, view))
+        concept, artist = self.items[index]
+        rng = np.random.default_rng((SPLITS.index(self.split), 1, index, index % 3))
         scene = compose_scene(rng, self.setting, [concept], [artist])
         image = render_scene(rng, scene, self.setting, self.canvas)
         return image, self.classes.index(self.names[concept])
@@ -424,7 +422,7 @@ def jitter(rng, drawing, side):
         drawing = ImageOps.mirror(drawing)
     drawing = drawing.rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC)
     drawing = drawing.resize((side, side))  # bicubic too
-    pixels = np.asarray(drawing).astype(np.float32)
+    pixels = np.array(drawing, np.float32)
     contrast = rng.uniform(0.8, 1.1)
     shift = rng.uniform(-15, 15, 3)  # of red, green and blue
     pixels[..., :3] = (pixels[..., :3] - 128) * contrast + 128 + shift
@@ -469,8 +467,7 @@ def ask_scene(rng, scene, rows):
     """
     things = [rows[thing["concept"]] for thing in scene["objects"]]
     names = [thing["concept"] for thing in things]
-    shuffled = rng.permutation(rows)
-    absent = next(row for row in shuffled if row["concept"] not in names)
+    absent = next(row for row in rng.permutation(rows) if row["concept"] not in names)
     present = things[rng.integers(len(things))]
     asked = [
         ("number", "how many objects are there?", str(len(things))),
