@@ -568,3 +568,49 @@ def test_an_arm_of_the_ablation(emoji, tmp_path):
     assert "vlp: student" in (tmp_path / "ablation" / "table.md").read_text()
     again = run(*flags)
     assert "python" not in again and "vlp: student" in again
+
+
+# ------------------------------------------------------------------------------ optimiser, rates
+
+
+def test_learning_rates():
+    """Warm-up from 1e-6; then 0.85 an epoch in pre-training on large data, a cosine else."""
+    cfg, _ = dlip.configure(["--data", "cc3m", "--method", "blip"])
+    assert dlip.peak_lr(cfg, 384) == 5e-4
+    rates = [dlip.schedules(cfg, 5e-4, step, 100_000, 10_000)["lr"] for step in (0, 1500, 3000, 9999, 10_000, 25_000)]
+    wanted = [1e-6, (1e-6 + 5e-4) / 2, 5e-4, 5e-4, 5e-4 * 0.85, 5e-4 * 0.85 ** 2]
+    np.testing.assert_allclose(rates, wanted, rtol=1e-6)
+    fine = dataclasses.replace(cfg, stage="finetune", task=("retrieval",), warmup_steps=0)
+    assert (dlip.peak_lr(fine, 768), dlip.peak_lr(fine, 384)) == (1e-5, 5e-5)
+    half = dlip.schedules(fine, 1e-5, 50, 100, 10)["lr"]
+    assert half == pytest.approx(0.5e-5)
+    short = dataclasses.replace(fine, data="emoji", warmup_steps=100)
+    assert dlip.schedules(short, 1e-3, 2, 10, 10)["lr"] == pytest.approx(1e-3)  # at most a fifth
+
+
+def test_update_decays_matrices_and_clamps_the_temperature():
+    cfg, _ = dlip.configure(["--stage", "distil", "--method", "blip", "--vit", "tiny", "--bert", "tiny"])
+    model = dlip.build(cfg, dlip.tokenizer_of(cfg))
+    optimiser = dlip.build_optimiser(model, cfg, torch.device("cpu"))
+    decay = {id(p): group["weight_decay"] for group in optimiser.param_groups for p in group["params"]}
+    assert decay.keys() == {id(p) for p in model.student.parameters()}
+    for p in model.student.parameters():
+        assert decay[id(p)] == (0.05 if p.ndim > 1 else 0.0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    for start, gradient, wanted in ((0.0011, 1.0, 0.001), (0.4999, -1.0, 0.5)):
+        with torch.no_grad():
+            model.student.temp.fill_(start)
+        model.student.temp.grad = torch.tensor(gradient)
+        dlip.update(model, optimiser, scaler, 0.1)
+        assert model.student.temp.item() == pytest.approx(wanted)
+
+
+def test_arms_are_paired_by_seed():
+    """With and without a teacher the same seed gives the same student."""
+    students = []
+    for method in ("dlip", "blip"):
+        cfg, _ = dlip.configure(["--stage", "distil", "--method", method, "--seed", "3"])
+        torch.manual_seed(cfg.seed)
+        students.append(dlip.build(cfg, dlip.tokenizer_of(cfg)).student.state_dict())
+    for name, tensor in students[0].items():
+        assert torch.equal(tensor, students[1][name]), name
