@@ -4,6 +4,7 @@ The reference is always another way to the same thing: all stages at once, the u
 one process, the numbers of another file. Models and data are tiny.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import common
 import dlip
+import numpy as np
 import pytest
 import torch
 from PIL import Image
