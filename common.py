@@ -1042,17 +1042,24 @@ def clip_size(cfg, loaded=None):
     size, weights = PRESETS[cfg.preset], None
     if loaded:
         weights, size, _ = clip_weights(loaded, cfg.act)
-    old, pixels = size.image_size // size.patch_size, cfg.image_size or size.image_size
-    new, rest = divmod(pixels, size.patch_size)
-    if rest:
+    pixels = cfg.image_size or size.image_size
+    if pixels % size.patch_size:
         raise UserError(f"--image-size {pixels} is no multiple of the patches' {size.patch_size}")
-    if loaded and new != old:  # a square grid of position embeddings, without its CLS
-        positions = weights["visual.positional_embedding"]
-        grid = positions[1:].T.unflatten(1, (old, old))[None]  # (1, D, old, old)
+    size = replace(size, image_size=pixels, act=cfg.act or size.act)
+    if loaded:
+        resize_positions(weights, "visual", size)
+    return size, weights
+
+
+def resize_positions(weights, tower, size):
+    """Bicubically resize an image tower's position embeddings, a square grid with CLS, in place."""
+    positions = weights[f"{tower}.positional_embedding"]  # (1 + g*g, D)
+    old, new = math.isqrt(len(positions) - 1), size.image_size // size.patch_size
+    if old != new:
+        grid = positions[1:].T.unflatten(1, (old, old))[None]  # (1, D, g, g)
         grid = F.interpolate(grid, (new, new), mode="bicubic", antialias=True)
         positions = torch.cat([positions[:1], grid[0].flatten(1).T])
-        weights["visual.positional_embedding"] = positions
-    return replace(size, image_size=pixels, act=cfg.act or size.act), weights
+    weights[f"{tower}.positional_embedding"] = positions
 
 
 def load_weights(module, weights, path):

@@ -205,7 +205,7 @@ def recipe(data, part):
 
 def text_length(cfg):
     """Tokens of a text, first and [SEP] included."""
-    return 24 if cfg.data == "emoji" else LARGE_LENGTH[part_of(cfg)]
+    return 24 if cfg.preset == "demo" else LARGE_LENGTH[part_of(cfg)]
 
 
 def crop_scale(cfg):
@@ -346,36 +346,26 @@ def sequence(**layers):
     return nn.Sequential(OrderedDict(layers))
 
 
-class VisionAttention(nn.Module):
-    """Multi-head self-attention, one matrix for queries, keys and values."""
+class Block(nn.Module):
+    """Pre-norm transformer block of the image encoder; one matrix for queries, keys and values."""
 
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x):
-        """(B, N, D) -> (B, N, D)"""
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, D/H)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, D/H)
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).flatten(2))
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block of the image encoder."""
-
-    def __init__(self, width, heads):
-        super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = VisionAttention(width, heads)
+        self.attn = nn.ModuleDict()
+        self.attn["qkv"] = nn.Linear(width, 3 * width)
+        self.attn["proj"] = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         fc1 = nn.Linear(width, 4 * width)
         self.mlp = sequence(fc1=fc1, act=nn.GELU(), fc2=nn.Linear(4 * width, width))
 
     def forward(self, x):
-        x = x + self.attn(self.norm1(x))
+        """(B, N, D) -> (B, N, D)"""
+        qkv = self.attn.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, D/H)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, D/H)
+        out = F.scaled_dot_product_attention(q, k, v)
+        x = x + self.attn.proj(out.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
 
 
@@ -992,12 +982,11 @@ class DLIP(nn.Module):
             for part in HR_PARTS:
                 if part in cfg.hr:
                     pair = getattr(ours, part), getattr(theirs, part)
-                    hr[f"hr_{part}"] = representation_loss(*pair)
+                    hr[f"hr_{part}"] = representation_loss(*pair)  # Forward has the four by name
             if "self" in cfg.attn:  # of fusion encoder and decoder
-                encoder, decoder = (
-                    attention_loss(our.self_scores, their.self_scores, mask)
-                    for our, their in ((ours.fused, theirs.fused), (ours.decoded, theirs.decoded)))
-                at["at_self"] = encoder + decoder
+                encoder = ours.fused.self_scores, theirs.fused.self_scores
+                decoder = ours.decoded.self_scores, theirs.decoded.self_scores
+                at["at_self"] = attention_loss(*encoder, mask) + attention_loss(*decoder, mask)
             if "cross" in cfg.attn:
                 pair = ours.fused.cross_scores, theirs.fused.cross_scores
                 at["at_cross"] = attention_loss(*pair, mask)
@@ -1114,23 +1103,25 @@ def load_blip(checkpoint, image_size=None, dropout=0.0, need=()):
     vision = replace(size.vision, image_size=image_size or size.vision.image_size)
     size = replace(size, vision=vision, text=replace(size.text, dropout=dropout))
     blip = BLIP(size, is_shared(weights))
-    tensors = dict(blip.named_parameters(remove_duplicate=False))  # some have two names
-    held = {id(tensor) for name, tensor in tensors.items() if name in weights}
-    for name, tensor in tensors.items():
-        if id(tensor) not in held and name.startswith(("visual_encoder.", *need)):
-            raise UserError(f"{path} lacks {name}")
-    load_named(blip, weights, path)
+    load_named(blip, weights, path, ("visual_encoder.", *need))
     return blip
 
 
-def load_named(module, weights, path):
-    """Those of the weights that the module has, position embeddings at its size; what else it has
-    stays as it is."""
-    own = module.state_dict()  # not copies: where two names have one tensor, either will do
+def load_named(module, weights, path, need):
+    """Those of the weights that the module has, position embeddings at its size.
+
+    What else it has stays as it is; UserError where its name begins with one of `need`.
+    """
+    tensors = dict(module.named_parameters(remove_duplicate=False))  # some have two names
+    held = {id(tensor) for name, tensor in tensors.items() if name in weights}
+    for name, tensor in tensors.items():
+        if id(tensor) not in held and name.startswith(tuple(need)):
+            raise UserError(f"{path} lacks {name}")
+    own = module.state_dict()  # not copies: of two names of one tensor either will do
     for name in own.keys() & weights.keys():
         own[name] = weights[name]
         if name.endswith("pos_embed"):
-            count = module.state_dict()[name].shape[1]
+            count = tensors[name].shape[1]
             own[name] = resize_positions(weights[name], count, path)
     common.load_weights(module, own, path)
 
@@ -1142,7 +1133,6 @@ def blip_names(weights):
         name = name.removeprefix("student.")  # of a run of ours
         if name.startswith("vision_model."):
             name = "visual_encoder." + vision_name(name.removeprefix("vision_model."))
-        name = re.sub(r"^text_model\.", "text_encoder.", name)
         renamed[name] = tensor
     return renamed
 
@@ -1203,8 +1193,7 @@ def load_vision(visual_encoder, checkpoint):
     for name, tensor in checkpoint.weights.items():
         name = re.sub(r"^(visual_encoder|vision_model)\.", "", name)
         weights[vision_name(name)] = tensor
-    refuse_missing(visual_encoder.state_dict(), weights, checkpoint.path)
-    load_named(visual_encoder, weights, checkpoint.path)
+    load_named(visual_encoder, weights, checkpoint.path, visual_encoder.state_dict())
 
 
 def load_bert(blip, checkpoint):
@@ -1220,16 +1209,9 @@ def load_bert(blip, checkpoint):
             if place in own and own[place].shape[1:] == tensor.shape[1:]:
                 tensor = torch.cat([tensor, own[place][len(tensor):]])
             weights[place] = tensor
-    needed = [name for name in own if name.startswith("text_encoder.")
-              and "crossattention" not in name and "position_ids" not in name]
-    refuse_missing(needed, weights, checkpoint.path)
-    load_named(blip, weights, checkpoint.path)
-
-
-def refuse_missing(names, weights, path):
-    for name in names:
-        if name not in weights:
-            raise UserError(f"{path} lacks {name}")
+    layers = [f"text_encoder.encoder.layer.{i}.attention." for i in range(blip.size.text.layers)]
+    need = ["text_encoder.embeddings.", *layers]
+    load_named(blip, weights, checkpoint.path, need)
 
 
 # ------------------------------------------------------------------------------------ training
@@ -1681,7 +1663,7 @@ def validate(run, asked, data, state):
     cfg, task = asked.cfg, asked.cfg.task[0]
     asked.blip.eval()
     scores = itc_scores(asked, data) if task == "retrieval" else scores_of(asked, task, data)[0]
-    value = scores.get("cider", scores.get("accuracy"))
+    value = float(scores.get("cider", scores.get("accuracy", 0)))
     if task == "retrieval":
         value = common.main_metric(scores)
     run.keep_best(value, state, asked.blip, cfg, asked.blip.size)
@@ -1702,9 +1684,9 @@ def starts(cfg):
 
 
 def finetuning(cfg, given, who, task, checkpoint):
-    """The Config of one fine-tuning: the task's recipe; flags change it with --stage finetune."""
-    values = dict(recipe(cfg.data, task))
-    if cfg.stage == "finetune":
+    """The Config of one fine-tuning: the task's recipe; flags of --stage all are distil's."""
+    values = {**recipe(cfg.data, task), "preset": cfg.preset}
+    if cfg.stage != "all":
         values.update({name: given[name] for name in values if name in given})
     name = f"teacher-{task}" if who == "teacher" else task
     lr = cfg.lr if cfg.stage == "finetune" else None
@@ -1772,6 +1754,8 @@ def evaluate(cfg, given):
             own = finetuning(cfg, given, who, task, path)
             if Path(own.out, "blip.pt").exists():
                 path = Path(own.out, "blip.pt")
+                saved = common.saved_config(Config, path.with_name("config.json"))
+                own = replace(own, image_size=saved["image_size"], prompt=saved["prompt"])
             elif not cfg.init:
                 raise UserError(f"no {own.out}/blip.pt: --stage finetune --task {task} makes it")
             tuned[who, task] = asked = open_model(path, own, NEEDED[task])
@@ -1784,6 +1768,8 @@ def evaluate(cfg, given):
                 prefix = f"{name}_" * (len(sets) > 1) + "vqa_" * (task == "vqa")
                 cells[who].update({prefix + metric: v for metric, v in scores.items()})
                 if answers and "accuracy" not in scores:  # VQA's server alone can score them
+                    answers = [{**each, "question_id": int(each["question_id"])}
+                               for each in answers]
                     common.write_json(folder / f"answers_{who}.json", answers)
     if "teacher" in cells:
         theirs = cells["teacher"]
@@ -1913,7 +1899,6 @@ def ablation_arms(cfg):
 
 def ablate(cfg, given):
     """--ablate: the arms that are not done yet; then the tables. README has the paper's numbers."""
-    given = {name: value for name, value in given.items() if name not in ("stage", "task")}
     common.run_arms(cfg, given, ablation_arms(cfg), baselines=("vlp", "dlip"))
 
 

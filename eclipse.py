@@ -515,12 +515,9 @@ def build(cfg, loaded=None):
     size, weights = common.clip_size(cfg, loaded)
     model = ECLIPSE(cfg, size)
     if loaded and "online.logit_scale" in loaded.weights and cfg.evaluate:  # ours: both towers
-        rows, own = len(model.online.visual.positional_embedding), dict(loaded.weights)
-        for name in ("online.visual", "momentum"):
-            key = f"{name}.positional_embedding"
-            if key in own:
-                own[key] = common.resize_positions(own[key], rows)
-        common.load_weights(model, own, loaded.path)
+        for tower in ["online.visual"] + ["momentum"] * (model.momentum is not None):
+            common.resize_positions(loaded.weights, tower, size)
+        common.load_weights(model, loaded.weights, loaded.path)
     elif loaded:
         common.load_weights(model.online, weights, loaded.path)
         model.reset_momentum()

@@ -477,3 +477,10 @@ def test_ablation_with_another_keep_rate_and_data(photos, classes, tmp_path):
 def test_a_failing_arm_is_one_line(tmp_path):
     message = error("eclipse", *EMOJI, "--scenes", 8, "--ablate", "clip", "--seeds", 0, "--out", tmp_path)
     assert "clip" in message and "16" in message
+
+
+def test_evaluate_at_another_image_size(photos_run, classes):
+    """Both towers' positions are resized."""
+    out = run("eclipse", "--evaluate", photos_run / "last.pt", "--image-size", 24, "--eval-data", classes,
+              "--workers", 0)
+    assert "momentum κ=1" in out
