@@ -180,6 +180,8 @@ PLAIN_CLIP = dict(method="clip", filter="none")
 RECIPES = {"emoji": {}, "cc3m": LARGE, "yfcc15m": LARGE, "coco": SMALLER, "flickr30k": SMALLER}
 EMOJI_TEACHER = dict(preset="teacher", scenes=50000, epochs=5, long_tail=0.0, duplicates=0.0,
                      batch_size=128, seed=1000, log_every=100)
+# What --evaluate does not take over from the run it evaluates.
+UNSAVED = dict(resume=False, init=None, device="auto", workers=-1, root=None, keep=None)
 
 
 def weight_decay(cfg):
@@ -194,34 +196,28 @@ def crop_scale(cfg):
 def configure(argv=None):
     """(Config, the flags given, Checkpoint or None)"""
     given = common.parse_command_line(Config, __doc__, argv)
-    data, method = given.get("data", "emoji"), given.get("method", "clip_cid")
-    stage = given.get("stage", "all")
-    recipe = RECIPES.get(data, LARGE)
-    stem = "runs/ablation_cid" if given.get("ablate") else f"runs/{method}-{data}"
-    if stage == "teacher":
-        recipe = {**recipe, **(EMOJI_TEACHER if data == "emoji" else {}), **PLAIN_CLIP}
+    asked = Config(**given)
+    recipe = RECIPES.get(asked.data, LARGE)
+    stem = "runs/ablation_cid" if asked.ablate else f"runs/{asked.method}-{asked.data}"
+    if asked.stage == "teacher":
+        recipe = {**(EMOJI_TEACHER if asked.data == "emoji" else recipe), **PLAIN_CLIP}
         stem = "runs/teacher"
-    elif stage != "all":  # go on where the stage before has left its files
+    elif asked.stage != "all":  # go on where the stage before has left its files
         given.setdefault("out", common.run_folder(stem, newest=True))
 
-    source = given.get("evaluate") or given.get("init")
-    if stage == "evaluate":
+    source = asked.evaluate or asked.init
+    if asked.stage == "evaluate":
         source = Path(given["out"], "student.pt")
     loaded = common.read_checkpoint(source) if source else None
-    if source and not given.get("init"):  # a run of this script: its data and sizes
+    if source and not asked.init:  # a run of this script: its data and sizes
         recipe = {**recipe, **common.known_fields(Config, loaded.config), "stage": "all"}
-    if given.get("evaluate"):
+    if asked.evaluate:
         recipe.update(UNSAVED)
     return common.fill_config(Config, recipe, given, stem), given, loaded
 
 
-# What --evaluate does not take over from the run it evaluates.
-UNSAVED = dict(resume=False, init=None, device="auto", workers=-1, root=None, keep=None)
-
-
-def uses_teacher(cfg):
-    """Whether the stages up to --stage need the teacher's embeddings."""
-    return cfg.method == "clip_cid" or cfg.filter != "none" or cfg.stage == "embed"
+def settings_of(cfg, *names):
+    return {name: getattr(cfg, name) for name in names}
 
 
 # --------------------------------------------------------------------------------------- model
@@ -611,11 +607,16 @@ def similarities(scale, u, v):
     return scale * u @ gather(v).T, scale * v @ gather(u).T
 
 
+def match(logits):
+    """CE(rows, diagonal) of this process's rows (b, B) of a matrix of similarities."""
+    b = len(logits)
+    target = torch.arange(rank() * b, (rank() + 1) * b, device=logits.device)
+    return F.cross_entropy(logits, target)
+
+
 def info_nce(logits):
     """NCE(M) = 1/2 [CE(rows of M, diagonal) + CE(rows of M^T, diagonal)]; (M, M^T), each (b, B)."""
-    b, device = len(logits[0]), logits[0].device
-    target = torch.arange(rank() * b, (rank() + 1) * b, device=device)
-    return sum(F.cross_entropy(rows, target) for rows in logits) / 2
+    return sum(match(rows) for rows in logits) / 2
 
 
 def similarity_kl(teacher, student):
@@ -657,9 +658,7 @@ def cluster_kl(teacher_logits, logits):
 def contrast(scale, student, teacher):
     """CE(s<student_i, teacher_j>, diagonal): each of the student's b rows finds its own among the
     teacher's B."""
-    b = len(student)
-    target = torch.arange(rank() * b, (rank() + 1) * b, device=student.device)
-    return F.cross_entropy(scale * student @ gather(teacher).T, target)
+    return match(scale * student @ gather(teacher).T)
 
 
 # -------------------------------------------------------------------------------------- method
@@ -768,22 +767,20 @@ class Embeddings:
         row_of = {}
         keys = [data.key(i) for i in range(len(data))]
         rows = [row_of.setdefault(key, len(row_of)) for key in keys]
-        self.keys = list(row_of)
-        self.rows = np.array(rows)
-        self.samples = np.unique(self.rows, return_index=True)[1]  # (n,): the first of each row
-        names = ("data", *DRAWN) if cfg.data == "emoji" else ("data",)
-        source = {name: getattr(cfg, name) for name in names}
+        self.keys, self.rows = list(row_of), np.array(rows)
+        self.samples = np.unique(rows, return_index=True)[1]  # (n,): the first of each row
+        source = settings_of(cfg, "data", *(DRAWN if cfg.data == "emoji" else ()))
+        teacher = teacher_file(cfg)
+        found = teacher.stat()  # cheaper than its content, which may be 10 GB
+        stamp = f"{teacher}, {found.st_size} bytes, {found.st_mtime_ns}"
         self.settings = {
             **source,
-            "keep": cfg.keep,
-            "teacher": stamp(teacher_file(cfg)),
-            "teacher_precision": cfg.teacher_precision,
-            "act": cfg.act,
+            **settings_of(cfg, "keep", "teacher_precision", "act"),
+            "teacher": stamp,
         }
         self.folder = Path(cfg.out)
         if cfg.cache:  # one folder per training set
-            name = "-".join(map(str, source.values()))
-            self.folder = Path(cfg.cache, name)
+            self.folder = Path(cfg.cache, "-".join(map(str, source.values())))
 
     def open(self, name, mode="c"):
         """A memory map; "c": what is changed in memory does not reach the file."""
@@ -817,12 +814,6 @@ def read_stage(path, settings, read=common.read_json):
     return found
 
 
-def stamp(path):
-    """Path, size and time of a file: cheaper than its content, which may be 10 GB."""
-    found = path.stat()
-    return f"{path}, {found.st_size} bytes, {found.st_mtime_ns}"
-
-
 def teacher_file(cfg):
     """The checkpoint of the teacher. UserError when there is none."""
     if not cfg.teacher and cfg.data != "emoji":
@@ -835,10 +826,11 @@ def teacher_file(cfg):
 
 def load_teacher(cfg, device):
     """(CLIP in eval mode, its Size) of --teacher."""
-    weights, size, _ = common.read_clip(teacher_file(cfg), cfg.act)
+    path = teacher_file(cfg)
+    weights, size, _ = common.read_clip(path, cfg.act)
     with torch.device("meta"):  # a bigG has 2.5 G parameters: no need to draw them first
         teacher = CLIP(size, VisionTransformer(size))
-    common.load_weights(teacher, weights, teacher_file(cfg))
+    common.load_weights(teacher, weights, path)
     return teacher.to(device).eval().requires_grad_(False), size
 
 
@@ -868,10 +860,9 @@ def embed(cfg, data, device):
 
 def start_embeddings(embeddings, size, report):
     """The files of Embeddings, all zeros; embeddings.json last."""
-    folder, n = embeddings.folder, len(embeddings.keys)
+    folder, shape = embeddings.folder, (len(embeddings.keys), size.embed_dim)
     common.write_keys(folder / "keys.txt", embeddings.keys)
-    shapes = {"image": (n, size.embed_dim), "text": (CAPTIONS, n, size.embed_dim)}
-    for name, shape in shapes.items():
+    for name, shape in (("image", shape), ("text", (CAPTIONS, *shape))):
         np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16, shape)
     common.write_json(folder / "embeddings.json", report)
 
@@ -911,10 +902,7 @@ def balance(cfg, size, data, embeddings, device):
     rows = np.flatnonzero(image.any(1))  # the images that could be read
     settings = {
         **embeddings.settings,
-        "filter": cfg.filter,
-        "eps": cfg.eps,
-        "remove": cfg.remove,
-        "seed": cfg.seed,
+        **settings_of(cfg, "filter", "eps", "remove", "seed"),
     }
     if cfg.filter == "none":
         return rows, settings
@@ -943,46 +931,46 @@ def balance(cfg, size, data, embeddings, device):
         lines = []
         for number in largest:
             members = rows[group == number]
-            kept_first = np.argsort(~np.isin(members, kept), kind="stable")
-            lines.append(members[kept_first])
+            removed = ~np.isin(members, kept)
+            lines.append(members[removed.argsort(kind="stable")])
         captions = ["kept"] + ["removed"] * (SHOWN - 1)
         draw_samples(out / "balance.png", data, embeddings, lines, size, captions,
                      "image semantic balance: the largest groups")
-    if rank() == 0:
-        tell_balance(cfg, report)
+        if rank() == 0:
+            tell_balance(cfg, report)
     return common.listed(embeddings.keys, out / "kept.txt"), settings
 
 
 def choose(cfg, x):
     """What --filter keeps of x: positions, ascending; the group of each vector (n,); ε or None."""
-    n = len(x)
-    alone, count = torch.arange(n), round(cfg.remove * n)
     if cfg.filter == "balance":
         group, eps = find_groups(x, cfg.eps, cfg.remove)
         return centres(x, group), group, eps
+    n = len(x)
+    count = round(cfg.remove * n)
     if cfg.filter == "random":
         generator = torch.Generator().manual_seed(cfg.seed)
-        order = torch.randperm(n, generator=generator)
-        return order[count:].sort().values, alone, None
-    centroids, label, _ = kmeans(x, cfg.k, cfg.seed)
-    score = semdedup(x, centroids, label)
-    if cfg.eps:
-        count = int((score > 1 - cfg.eps ** 2 / 2).sum())
-    lowest_first = score.argsort(stable=True)
-    return lowest_first[:n - count].sort().values, alone, cfg.eps
+        order = torch.randperm(n, generator=generator).flip(0)
+    else:
+        centroids, label, _ = kmeans(x, cfg.k, cfg.seed)
+        score = semdedup(x, centroids, label)
+        order = score.argsort(stable=True)
+        if cfg.eps:
+            count = int((score > 1 - cfg.eps ** 2 / 2).sum())
+    return order[:n - count].sort().values, torch.arange(n), cfg.eps
 
 
 def tell_balance(cfg, report):
     """What the filter did, in a few lines."""
-    images, kept, largest = report["images"], report["kept"], report["largest"]
+    images, kept, eps = report["images"], report["kept"], report["distance"]
     print(f"{cfg.filter}: {kept:,} of {images:,} images kept, {1 - kept / images:.1%} removed")
     if cfg.filter == "balance":
-        eps = report["distance"]
+        share = report["largest"][0] / images
         print(f"ε = {eps:.4f} (cosine distance {eps ** 2 / 2:.4f}); {report['groups']:,} groups of "
-              f"two or more, the largest {largest}")
-    if largest[0] > 0.01 * images:
-        print(f"warning: the largest group holds {largest[0] / images:.1%} of the images: chains "
-              "of neighbours join images that are far apart; lower --eps or --remove")
+              f"two or more, the largest {report['largest']}")
+        if share > 0.01:
+            print(f"warning: the largest group holds {share:.1%} of the images: chains of "
+                  "neighbours join images that are far apart; lower --eps or --remove")
 
 
 def cluster(cfg, size, data, embeddings, kept, settings, device):
@@ -1012,7 +1000,7 @@ def cluster(cfg, size, data, embeddings, kept, settings, device):
             members = (label == number).nonzero().squeeze(1)
             cosine = unit(x[members]) @ centroids[number]
             nearest_first = cosine.argsort(descending=True).cpu()
-            lines.append(kept[members[nearest_first].numpy()])
+            lines.append(kept[members[nearest_first]])
         draw_samples(path.with_suffix(".png"), data, embeddings, lines, size, [],
                      "the largest clusters, the images nearest to the centre first")
     return found["centroids"], found["label"]
@@ -1036,9 +1024,8 @@ class TaughtSamples(common.TrainSamples):
         image, text = self.arrays
         picture, tokens, bad, index, caption = self.draw(place, CAPTIONS)
         row = self.rows[index]
-        t_image = torch.tensor(image[row])
-        t_text = torch.tensor(text[caption, row])
-        return picture, tokens, bad, t_image, t_text, self.label[index]
+        teacher = torch.tensor(image[row]), torch.tensor(text[caption, row])
+        return picture, tokens, bad, *teacher, self.label[index]
 
 
 def prepare(cfg, size, tokenizer, device):
@@ -1046,7 +1033,7 @@ def prepare(cfg, size, tokenizer, device):
     CLIPCID takes from the teacher); None where it ends before."""
     data = common.training_set(cfg, size.image_size, cfg.long_tail, cfg.duplicates)
     how = tokenizer, size.image_size, crop_scale(cfg), cfg.seed
-    if not uses_teacher(cfg):
+    if cfg.method == "clip" and cfg.filter == "none" and cfg.stage != "embed":
         return common.TrainSamples(data, *how), {}
     embeddings = embed(cfg, data, device)
     if cfg.stage == "embed":
@@ -1185,7 +1172,7 @@ def train(cfg, loaded=None):
     loader = common.train_loader(samples, sampler, common.loader_workers(cfg), device)
     run.start(cfg, state["step"])
     prepare_towers(model, cfg)
-    cells = encoders("student", model.student, statistics, amp)
+    cells = {"student": encoders(model.student, statistics, amp)}
 
     progress = common.Progress(steps, state["step"], cfg.batch_size)
     with common.StopRequest() as stop, progress:
@@ -1257,10 +1244,9 @@ def text_encoder(clip, device, amp):
     return encode
 
 
-def encoders(name, clip, statistics, amp):
-    """{name: (image encoder, text encoder)}: a row of the table."""
+def encoders(clip, statistics, amp):
     text = text_encoder(clip, statistics.device, amp)
-    return {name: (image_encoder(clip, statistics, amp), text)}
+    return image_encoder(clip, statistics, amp), text
 
 
 def validate(run, model, cells, data, tokenizer, state):
@@ -1276,8 +1262,8 @@ def finish(run, model, cells, sets, tokenizer, statistics, state):
     """Test scores and throughput, results.json, the student alone, pictures."""
     cfg, size = model.cfg, model.size
     table = common.score_sets(cells, tokenizer, sets, size.image_size, common.loader_workers(cfg))
-    speeds = common.throughput(cells, size.image_size, statistics.device)
-    table["student"]["images_per_second"] = speeds["student"]
+    speed = common.throughput(cells, size.image_size, statistics.device)["student"]
+    table["student"]["images_per_second"] = speed
     common.write_results(run, cfg, table, state)
     common.draw_retrieval(run.path("retrieval.png"), cells["student"], tokenizer, sets,
                           size.image_size)
@@ -1317,7 +1303,7 @@ def evaluate_checkpoint(cfg, loaded):
         clips["teacher"] = load_teacher(cfg, device)
     table = {}
     for name, (clip, size) in clips.items():
-        cells = encoders(name, clip, size.pixel_statistics(device), amp)
+        cells = {name: encoders(clip, size.pixel_statistics(device), amp)}
         table.update(common.test_checkpoint(cfg, size, cells))
     common.print_table(table)
     if cfg.stage == "evaluate":

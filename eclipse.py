@@ -137,6 +137,8 @@ LARGE = dict(preset="vit_b16", epochs=40, batch_size=4096, lr=5e-4, ema=0.994,
 SMALLER = {**LARGE, "batch_size": 1024}
 RECIPES = {"emoji": {}, "cc3m": LARGE, "yfcc15m": {**LARGE, "epochs": 25},
            "coco": SMALLER, "flickr30k": SMALLER}
+# What --evaluate does not take over from the run it evaluates.
+UNSAVED = dict(resume=False, init=None, device="auto", workers=-1, root=None, keep=None)
 
 
 def weight_decay(cfg):
@@ -151,31 +153,22 @@ def crop_scale(cfg):
 def configure(argv=None):
     """(Config, the flags given, Checkpoint or None)"""
     given = common.parse_command_line(Config, __doc__, argv)
-    data, method = given.get("data", "emoji"), given.get("method", "eclipse")
-    recipe = RECIPES.get(data, LARGE)
-    source = given.get("evaluate") or given.get("init")
+    asked = Config(**given)
+    recipe = RECIPES.get(asked.data, LARGE)
+    source = asked.evaluate or asked.init
     loaded = common.read_checkpoint(source) if source else None
-    if given.get("evaluate"):  # a run of this script: its data and its method
+    if asked.evaluate:  # a run of this script: its data and its method
         recipe = {**recipe, **common.known_fields(Config, loaded.config), **UNSAVED}
-    stem = "runs/ablation" if given.get("ablate") else f"runs/{method}-{data}"
+    stem = "runs/ablation" if asked.ablate else f"runs/{asked.method}-{asked.data}"
     cfg = common.fill_config(Config, recipe, given, stem)
     if cfg.method == "clip":
         cfg = replace(cfg, keep_rate=1.0)
-    check(cfg)
-    return cfg, given, loaded
-
-
-# What --evaluate does not take over from the run it evaluates.
-UNSAVED = dict(resume=False, init=None, device="auto", workers=-1, root=None, keep=None)
-
-
-def check(cfg):
-    """UserError for values that contradict each other."""
     if len(cfg.kd_ramp) != 2 or not 0 <= cfg.kd_ramp[0] <= cfg.kd_ramp[1] <= 1:
         raise UserError("--kd-ramp takes two rising fractions from 0 to 1")
     if cfg.text_teacher == "momentum" and cfg.text_grad != "online":
         raise UserError("--text-teacher momentum needs --text-grad online: the loss of its own "
                         "matrix has no gradient")
+    return cfg, given, loaded
 
 
 # --------------------------------------------------------------------------------------- model
@@ -400,11 +393,16 @@ def similarities(scale, u, v):
     return scale * u @ gather(v).T, scale * v @ gather(u).T
 
 
+def match(logits):
+    """CE(rows, diagonal) of this process's rows (b, B) of a matrix of similarities."""
+    b = len(logits)
+    target = torch.arange(rank() * b, (rank() + 1) * b, device=logits.device)
+    return F.cross_entropy(logits, target)
+
+
 def info_nce(logits):
     """NCE(M) = 1/2 [CE(rows of M, diagonal) + CE(rows of M^T, diagonal)]; (M, M^T), each (b, B)."""
-    b, device = len(logits[0]), logits[0].device
-    target = torch.arange(rank() * b, (rank() + 1) * b, device=device)
-    return sum(F.cross_entropy(rows, target) for rows in logits) / 2
+    return sum(match(rows) for rows in logits) / 2
 
 
 def similarity_kl(teacher, student):
@@ -756,8 +754,8 @@ def draw_kept_tokens(path, model, statistics, sets):
     for kept in kept_positions:
         if kept is not None:
             patch = patch.gather(1, kept.cpu())
-        if kept is not None and visual.fuse:
-            patch = F.pad(patch, (0, 1), value=grid ** 2)  # the fused token is no patch
+            if visual.fuse:
+                patch = F.pad(patch, (0, 1), value=grid ** 2)  # the fused token is no patch
         mask = torch.zeros(len(images), grid ** 2 + 1).scatter_(1, patch, 1.0)
         mask = F.interpolate(mask[:, :-1].view(-1, 1, grid, grid), scale_factor=size.patch_size)
         rows.append((images * (0.2 + 0.8 * mask)).to(torch.uint8))
@@ -772,9 +770,9 @@ def evaluate_checkpoint(cfg, loaded):
     if "online.logit_scale" not in loaded.weights:  # no momentum encoder in it
         cfg = replace(cfg, method="clip+evit")
     model = build(cfg, loaded).to(device).eval()
-    size, amp = model.size, common.mixed_precision(cfg.precision, device)[0]
-    cells = encoders(model, size.pixel_statistics(device), amp)
-    table = common.test_checkpoint(cfg, size, cells)
+    amp, _ = common.mixed_precision(cfg.precision, device)
+    cells = encoders(model, model.size.pixel_statistics(device), amp)
+    table = common.test_checkpoint(cfg, model.size, cells)
     common.print_table({label(*cell): metrics for cell, metrics in table.items()})
 
 
@@ -786,7 +784,7 @@ KEEP_RATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 def profile(cfg):
     """--profile: MACs, token counts, images/s of the image tower at each keep rate."""
     device = common.start_device(cfg.device, cfg.seed)
-    amp = common.mixed_precision(cfg.precision, device)[0]
+    amp, _ = common.mixed_precision(cfg.precision, device)
     model = build(cfg).to(device).eval()
     size, visual = model.size, model.online.visual
     print(f"{cfg.preset}: {size.image_size} px, patch {size.patch_size}, blocks "
@@ -841,17 +839,17 @@ def ablate(cfg, given):
 
 def draw_sweet_spot(path, cfg, arms, results):
     """Accuracy against measured throughput over κ, beside plain CLIP and CLIP + EViT."""
-    curves = {"eclipse, pruned": [], "eclipse, full view": []}
+    curves = {}
     for name, runs in results.items():
-        trained = arms[name].get("keep_rate", cfg.keep_rate)
-        if name == "clip":
-            curves[name] = [sweet_spot_point(runs, 1.0, 1.0)]
-        elif name == "clip + evit":
-            curves[name] = [sweet_spot_point(runs, trained, trained)]
+        trained = 1.0 if name == "clip" else arms[name].get("keep_rate", cfg.keep_rate)
+        tested = {}
+        if name in ("clip", "clip + evit"):
+            tested = {name: trained}
         elif set(arms[name]) <= {"keep_rate"}:  # ECLIPSE at one κ or another
-            curves["eclipse, pruned"].append(sweet_spot_point(runs, trained, trained))
-            curves["eclipse, full view"].append(sweet_spot_point(runs, trained, 1.0))
-    common.plot_sweet_spot(path, {name: points for name, points in curves.items() if points})
+            tested = {"eclipse, pruned": trained, "eclipse, full view": 1.0}
+        for curve, rate in tested.items():
+            curves.setdefault(curve, []).append(sweet_spot_point(runs, trained, rate))
+    common.plot_sweet_spot(path, curves)
 
 
 def sweet_spot_point(runs, trained, tested):

@@ -16,12 +16,12 @@ cannot be used is counted; a file of another form ends in one line that says wha
 """
 
 import argparse
-import collections
 import contextlib
 import json
 import os
 import re
 import sys
+from collections import Counter, defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -49,36 +49,32 @@ class Lists:
 
     def __init__(self, root, out):
         self.root, self.out = root.absolute(), out.absolute()
-        self.sources, self.first = [], {}
-        self.lines = collections.defaultdict(list)
-        self.keys = collections.defaultdict(set)
-        self.bad = collections.defaultdict(collections.Counter)  # samples, by reason
-        self.notes = collections.defaultdict(collections.Counter)  # what is lost of good samples
+        self.sources, self.first = {}, {}
+        self.lines = defaultdict(dict)  # by key
+        self.bad = defaultdict(Counter)  # samples, by reason
+        self.notes = defaultdict(Counter)  # what is lost of good samples
         self.answers = None
 
     def source(self, path):
         """Note a file that the lists are made from. One that is absent counts, it may come."""
+        size = time = None
+        if path.is_file():
+            size, time = path.stat().st_size, path.stat().st_mtime_ns
+        file = self.place(path)
+        self.sources[file] = {"file": file, "size": size, "time": time}
         self.latest = path
-        stat = path.stat() if path.is_file() else None
-        size, time = (stat.st_size, stat.st_mtime_ns) if stat else (None, None)
-        source = {"file": self.place(path), "size": size, "time": time}
-        if source not in self.sources:
-            self.sources.append(source)
         return path
 
     def place(self, path):
         """A path as the lists hold it."""
-        path = os.path.abspath(path)
-        return os.path.relpath(path, self.out) if self.out == self.root else path
+        return os.path.relpath(path, self.out) if self.out == self.root else str(path)
 
     def read(self, path, name=None, **options):
         """The list under a name, or at the top, of a json file."""
-        content = read_json(self.source(path), **options)
-        found = content
+        found, where = read_json(self.source(path), **options), "at the top"
         if name:
-            found = content.get(name) if isinstance(content, dict) else None
+            found, where = isinstance(found, dict) and found.get(name), f'under "{name}"'
         if not isinstance(found, list):
-            where = f'under "{name}"' if name else "at the top"
             raise UserError(f"{path} holds no list {where}: is it the right file? "
                             "(see data/README.md)")
         return found
@@ -96,35 +92,31 @@ class Lists:
         """One sample. BadSample if its image (a path or None) is missing, or its key is not new."""
         if image is None:
             raise BadSample(MISSING)
-        if key in self.keys[split]:
+        if key in self.lines[split]:
             raise BadSample("listed twice")
-        self.keys[split].add(key)
-        line = {"key": key, "image": self.place(image), **record}
-        self.lines[split].append(json.dumps(line))
+        self.lines[split][key] = json.dumps({"key": key, "image": self.place(image), **record})
 
-    def write(self, name, kind):
+    def write(self, name):
         """Write the lists that hold something. UserError if none does, or too much is unusable."""
         if not any(self.lines.values()):
-            sources = [source["file"] for source in self.sources if source["size"]]
             first = next(iter(self.first.values()), "they list nothing")
-            raise UserError(f"nothing can be used of {', '.join(sources)} in {self.root}: {first} "
-                            "(see data/README.md)")
-        head = {"name": name, "kind": kind, "made_from": self.sources,
-                "root": os.path.relpath(self.root, self.out)}
-        if self.answers:
-            head["answers"] = self.answers
-        for split in dict.fromkeys([*self.lines, *self.bad]):
-            lines, bad, path = self.lines[split], +self.bad[split], self.out / f"{split}.jsonl"
+            raise UserError(f"nothing can be used of {', '.join(self.sources)} in {self.root}: "
+                            f"{first} (see data/README.md)")
+        kind, what = ("questions", "questions") if self.answers else ("captions", "images")
+        head = {"name": name, "kind": kind, "made_from": list(self.sources.values()),
+                "root": os.path.relpath(self.root, self.out), "answers": self.answers}
+        for split in self.lines | self.bad:
+            lines, bad, path = self.lines[split], self.bad[split], self.out / f"{split}.jsonl"
             if not lines:
                 print(f"{path} is not written: {self.first[split]}")
                 continue
             check_bad(bad, len(lines) + bad.total(), str(path))
-            head |= {"unusable": bad, "notes": +self.notes[split]}
-            text = "\n".join([json.dumps(head), *lines]) + "\n"
+            notes = +self.notes[split]
+            head |= {"unusable": bad, "notes": notes}
+            text = "\n".join([json.dumps(head), *lines.values()]) + "\n"
             replace_file(path, lambda new: new.write_text(text, "utf-8"))
-            print(f"{path}: {len(lines):,} {'images' if kind == 'captions' else 'questions'}")
-            for what, number in head["notes"].items():
-                print(f"{path}: {number:,} {what}")
+            for found, number in {what: len(lines), **notes}.items():
+                print(f"{path}: {number:,} {found}")
 
 
 KINDS = {str: "text", int: "number", list: "list"}
@@ -140,7 +132,7 @@ def take(entry, name, kind=str):
 
 def first_file(*paths):
     """The first of these files that is there, else None."""
-    return next((Path(path) for path in paths if os.path.isfile(path)), None)
+    return next(filter(os.path.isfile, paths), None)
 
 
 def named_file(root, name):
@@ -149,16 +141,18 @@ def named_file(root, name):
     An absolute path of another machine, "/there/vg/VG_100K/1.jpg", means the file below root with
     the longest such ending.
     """
-    absolute = re.match(r"[/\\]|\w:", name)
     parts = re.split(r"[/\\]+", name)
-    endings = ["/".join(parts[start:]) for start in range(1, len(parts) if absolute else 1)]
+    absolute = re.match(r"[/\\]|\w:", name)
+    endings = ["/".join(parts[start:]) for start in range(len(parts) if absolute else 1)]
     places = root, root / "images", root / "val"
-    return first_file(*(place / each for each in (name, "/".join(parts), *endings)
-                        for place in places))
+    return first_file(*(place / ending for ending in endings for place in places))
 
 
-def coco_file(root, folders, name):
-    """An image of COCO. The 2017 folders hold those of 2014, without COCO_train2014_ before."""
+def image_file(root, folders, name):
+    """An image in one of these folders of root, of images/ or of the folder coco beside.
+
+    The 2017 folders of COCO hold the images of 2014, without COCO_train2014_ before.
+    """
     short = re.sub(r"^COCO_[a-z]+20\d\d_", "", name)
     names = [name, short, *(f"COCO_{folder}_{short}" for folder in folders)]
     parents = root, root / "images", root.parent / "coco"
@@ -168,13 +162,13 @@ def coco_file(root, folders, name):
 
 def read_captions(lists, split, path, find, digits=0):
     """A json in COCO's form: images with id and file_name, annotations with image_id, caption."""
-    captions = collections.defaultdict(list)
+    captions = defaultdict(list)
     for i, annotation in enumerate(lists.read(path, "annotations")):
         with lists.entry(lists.notes, split, f"{path}, annotation {i}"):
             caption = take(annotation, "caption")
             captions[take(annotation, "image_id", int)] += clean_captions(caption)
     images = lists.read(path, "images")
-    ids = collections.Counter(str(image.get("id")) for image in images if isinstance(image, dict))
+    ids = Counter(str(image.get("id")) for image in images if isinstance(image, dict))
     for i, image in enumerate(images):
         with lists.entry(lists.bad, split, f"{path}, image {i}"):
             number, file = take(image, "id", int), take(image, "file_name")
@@ -182,9 +176,8 @@ def read_captions(lists, split, path, find, digits=0):
                 raise BadSample("with an id that another image has too")
             if not captions[number]:
                 raise BadSample("without caption")
-            more = {"domain": image["domain"]} if "domain" in image else {}
-            lists.add(split, str(number).zfill(digits), find(file),
-                      captions=captions[number], **more)
+            lists.add(split, str(number).zfill(digits), find(file), captions=captions[number],
+                      domain=image.get("domain"))
     unlisted = sum(len(texts) for number, texts in captions.items() if not ids[str(number)])
     lists.notes[split]["captions of images that are not listed"] += unlisted
 
@@ -206,59 +199,63 @@ def read_karpathy(lists, path, key_of, find):
                       captions=clean_captions(captions))
 
 
-def read_list(lists, split, path):
-    """A list as BLIP's: [{"image": path, "caption": text or texts}]; the key is the path."""
-    captions = collections.defaultdict(list)
+def official_or_list(lists, split, official, blips):
+    """The official file of a set; or None when root has a list as BLIP's, which is read.
+
+    That is a file of this name, or the only json (img2dataset's reports aside):
+    [{"image": path, "caption": text or texts}]; the key is the path.
+    """
+    path = first_file(lists.root / official, lists.root / blips)
+    if path is None:
+        files = [file for file in lists.root.glob("*.json") if not file.match("*_stats.json")]
+        if len(files) != 1:
+            raise UserError(f"no {official} or {blips} in {lists.root} (see data/README.md)")
+        path = files[0]
+    if path.name == official:
+        return path
+    captions = defaultdict(list)
     for i, entry in enumerate(lists.read(path)):
         with lists.entry(lists.bad, split, f"{path}, entry {i}"):
-            image = take(entry, "image")
-            captions[image] += clean_captions(entry.get("caption"))
+            captions[take(entry, "image")] += clean_captions(entry.get("caption"))
     for image, texts in captions.items():
         with lists.entry(lists.bad, split, f"{path}, image {image!r}"):
             lists.add(split, image, named_file(lists.root, image), captions=texts)
 
 
-def find_list(root, *names):
-    """The first of these files in root, else its only json (img2dataset's reports aside)."""
-    found = first_file(*(root / name for name in names))
-    others = [path for path in root.glob("*.json") if not path.name.endswith("_stats.json")]
-    if not found and len(others) != 1:
-        raise UserError(f"no {' or '.join(names)} in {root} (see data/README.md)")
-    return found or others[0]
+def coco_splits(lists, folder):
+    """Karpathy's file in COCO's folder, or None: whoever puts it there later is told to prepare
+    anew."""
+    return first_file(*(lists.source(parent / "dataset_coco.json")
+                        for parent in (folder, folder / "annotations")))
 
 
 def coco(lists):
     root, folders = lists.root, ("val2014", "train2014", "val2017", "train2017")
-    places = root / "dataset_coco.json", root / "annotations" / "dataset_coco.json"
-    splits = first_file(*places)
+    splits = coco_splits(lists, root)
     if splits:
-        read_karpathy(lists, splits, lambda image: f"{take(image, 'cocoid', int):012d}",
-                      lambda name: coco_file(root, folders, name))
-        return
-    for path in places:
-        lists.source(path)  # whoever puts it there later is told to prepare anew
+        return read_karpathy(lists, splits, lambda image: f"{take(image, 'cocoid', int):012d}",
+                             lambda name: image_file(root, folders, name))
     for split, year in (("train", "train2017"), ("test", "val2017")):
         path = root / "annotations" / f"captions_{year}.json"
         if path.is_file() or split == "train":
-            read_captions(lists, split, path, lambda name: coco_file(root, (year,), name), 12)
+            read_captions(lists, split, path, lambda name: image_file(root, (year,), name), 12)
 
 
 def flickr30k(lists):
-    folders = lists.root / "flickr30k-images", lists.root / "images"
+    folders = "flickr30k-images", "images"
     read_karpathy(lists, lists.root / "dataset_flickr30k.json",
                   lambda image: take(image, "filename"),
-                  lambda name: first_file(*(folder / name for folder in folders)))
+                  lambda name: image_file(lists.root, folders, name))
 
 
 def vg(lists):
-    root = lists.root
-    path = find_list(root, "region_descriptions.json", "vg_caption.json")
-    if path.name != "region_descriptions.json":
-        return read_list(lists, "train", path)
+    path = official_or_list(lists, "train", "region_descriptions.json", "vg_caption.json")
+    if not path:
+        return
     held_back = held_back_by_coco(lists)
 
     def phrase_only(entry):  # 5.4 million regions: keep no more of them, from the start
-        return entry["phrase"] if "phrase" in entry else entry
+        return entry.get("phrase", entry)
 
     for i, image in enumerate(lists.read(path, object_hook=phrase_only)):
         with lists.entry(lists.bad, "train", f"{path}, image {i}"):
@@ -267,20 +264,15 @@ def vg(lists):
                 raise BadSample(HELD_BACK)
             phrases = [phrase for phrase in regions if isinstance(phrase, str)]
             lists.notes["train"]["regions without text"] += len(regions) - len(phrases)
-            name = f"{number}.jpg"
-            places = [parent / folder / name for parent in (root / "images", root)
-                      for folder in ("VG_100K", "VG_100K_2")]
-            captions = clean_captions(phrases)
-            lists.add("train", str(number), first_file(*places), captions=captions)
+            file = image_file(lists.root, ("VG_100K", "VG_100K_2"), f"{number}.jpg")
+            lists.add("train", str(number), file, captions=clean_captions(phrases))
 
 
 def held_back_by_coco(lists):
     """Numbers of Visual Genome's images that Karpathy's splits of COCO keep for val and test."""
-    path = lists.source(lists.root / "image_data.json")
-    folder = lists.root.parent / "coco"
-    splits = first_file(folder / "dataset_coco.json", folder / "annotations" / "dataset_coco.json")
+    path, folder = lists.source(lists.root / "image_data.json"), lists.root.parent / "coco"
+    splits = coco_splits(lists, folder)
     if not splits or not path.is_file():
-        lists.source(splits or folder / "dataset_coco.json")
         print(f"no {path} or no dataset_coco.json in {folder}: images that COCO is tested on stay "
               "in, do not test on COCO what is trained on this list")
         return set()
@@ -290,10 +282,9 @@ def held_back_by_coco(lists):
 
 
 def sbu(lists):
-    path = find_list(lists.root, "sbu-captions-all.json", "sbu.json")
-    if path.name != "sbu-captions-all.json":
-        return read_list(lists, "train", path)
-    add_rows(lists, "train", path, lists.read(path, "captions"), lists.root)
+    path = official_or_list(lists, "train", "sbu-captions-all.json", "sbu.json")
+    if path:
+        add_rows(lists, "train", path, lists.read(path, "captions"), lists.root)
 
 
 def cc3m(lists):
@@ -327,47 +318,42 @@ def add_rows(lists, split, path, captions, folder):
     if files and max(files) >= len(captions):
         raise UserError(f"{files[max(files)]} is the image of no row, the last of {path} is "
                         f"{len(captions) - 1}: the first row is 0 (see data/README.md)")
-    if files and 0 not in files:
-        print(f"{path}: row 0 has no image; were they numbered from 1, all captions are shifted")
     for row, caption in enumerate(captions):
-        file = files.get(row)
         with lists.entry(lists.bad, split, f"{path}, row {row}"):
-            if not file:
+            if row not in files:
                 raise BadSample(NOT_DOWNLOADED)
             texts = clean_captions(caption)
             if "\ufffd" in texts[0]:
                 raise BadSample("caption that is no UTF-8")
-            beside = file.with_suffix(".txt")  # of img2dataset, whose keys may not be the rows
+            beside = files[row].with_suffix(".txt")  # img2dataset's, whose keys may not be rows
             if beside.is_file() and read_text(beside).split() != texts[0].split():
                 raise UserError(f"{beside} is not the caption of row {row} of {path}: download "
                                 "with 10,000 images a shard (see data/README.md)")
-            lists.add(split, f"{row:09d}", file, captions=texts)
+            lists.add(split, f"{row:09d}", files[row], captions=texts)
 
 
 def nocaps(lists):
-    path = find_list(lists.root, "nocaps_val_4500_captions.json", "nocaps_val.json")
-    if path.name != "nocaps_val_4500_captions.json":
-        return read_list(lists, "test", path)
-    read_captions(lists, "test", path, lambda name: named_file(lists.root, name))
+    path = official_or_list(lists, "test", "nocaps_val_4500_captions.json", "nocaps_val.json")
+    if path:
+        read_captions(lists, "test", path, lambda name: named_file(lists.root, name))
 
 
 def vqav2(lists):
-    root = lists.root
-    lists.answers = lists.read(root / "answer_list.json")
+    path = lists.root / "answer_list.json"
+    lists.answers = lists.read(path)
     if not lists.answers or not all(isinstance(answer, str) for answer in lists.answers):
-        raise UserError(f'{root / "answer_list.json"} is no list of texts, ["yes", "no", ...]')
+        raise UserError(f'{path} is no list of texts, ["yes", "no", ...]')
     for split, part in (("train", "train2014"), ("val", "val2014"), ("test", "test2015"),
                         ("test-dev", "test-dev2015")):
-        path = root / f"v2_OpenEnded_mscoco_{part}_questions.json"
+        path = lists.root / f"v2_OpenEnded_mscoco_{part}_questions.json"
         if path.is_file():
             read_questions(lists, split, part, path)
 
 
 def read_questions(lists, split, part, path):
-    folder = part.replace("-dev", "")
-    folders = (folder,) if split.startswith("test") else (folder, "train2017", "val2017")
-    given = {}
-    if not split.startswith("test"):
+    folders = part.replace("-dev", ""), "train2017", "val2017"
+    given, answered = {}, split in ("train", "val")
+    if answered:
         annotations = lists.root / f"v2_mscoco_{part}_annotations.json"
         for i, annotation in enumerate(lists.read(annotations, "annotations")):
             with lists.entry(lists.notes, split, f"{annotations}, annotation {i}"):
@@ -377,10 +363,10 @@ def read_questions(lists, split, part, path):
     for i, entry in enumerate(lists.read(path, "questions")):
         with lists.entry(lists.bad, split, f"{path}, question {i}"):
             number, question = take(entry, "question_id", int), take(entry, "question")
-            if number not in given and not split.startswith("test"):
-                raise BadSample("without answers")
             answers, kind = given.get(number, ([], None))
-            image = coco_file(lists.root, folders, f"{take(entry, 'image_id', int):012d}.jpg")
+            if answered and not answers:
+                raise BadSample("without answers")
+            image = image_file(lists.root, folders, f"{take(entry, 'image_id', int):012d}.jpg")
             lists.add(split, str(number), image, question_id=number, question=question,
                       answers=answers, kind=kind)
             lists.notes[split][FEW_ANSWERS] += 0 < len(answers) < 10
@@ -404,7 +390,7 @@ def main(argv=None):
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{lists.latest} is not of the official form (see data/README.md): "
                         f"{error}") from error
-    lists.write(given.name, "questions" if given.name == "vqav2" else "captions")
+    lists.write(given.name)
 
 
 if __name__ == "__main__":
