@@ -158,7 +158,8 @@ def configure(argv=None):
     source = asked.evaluate or asked.init
     loaded = common.read_checkpoint(source) if source else None
     if asked.evaluate:  # a run of this script: its data and its method
-        recipe = {**recipe, **common.known_fields(Config, loaded.config), **UNSAVED}
+        saved = common.known_fields(Config, loaded.config)
+        recipe = {**recipe, "keep_rate": 1.0, **saved, **UNSAVED}
     stem = "runs/ablation" if asked.ablate else f"runs/{asked.method}-{asked.data}"
     cfg = common.fill_config(Config, recipe, given, stem)
     if cfg.method == "clip":
