@@ -1228,11 +1228,11 @@ def prepare_towers(model, cfg):
 # ------------------------------------------------------------------------ evaluation, pictures
 
 
-def image_encoder(clip, statistics, amp):
-    """(B, 3, S, S) uint8 -> (B, E), of unit length, as a function."""
+def image_encoder(tower, statistics, amp, *view):
+    """(B, 3, S, S) uint8 -> (B, E), of unit length, as a function. view: what else tower takes."""
     def encode(image):
         with amp:
-            return clip.encode_image(normalise(image, statistics))
+            return unit(tower(normalise(image, statistics), *view))
     return encode
 
 
@@ -1246,7 +1246,7 @@ def text_encoder(clip, device, amp):
 
 def encoders(clip, statistics, amp):
     text = text_encoder(clip, statistics.device, amp)
-    return image_encoder(clip, statistics, amp), text
+    return image_encoder(clip.visual, statistics, amp), text
 
 
 def validate(run, model, cells, data, tokenizer, state):

@@ -682,11 +682,11 @@ def prepare_towers(model, cfg):
 # ------------------------------------------------------------------------ evaluation, pictures
 
 
-def image_encoder(tower, keep_rate, statistics, amp):
-    """(B, 3, S, S) uint8 -> (B, E), of unit length, as a function."""
+def image_encoder(tower, statistics, amp, *view):
+    """(B, 3, S, S) uint8 -> (B, E), of unit length, as a function. view: what else tower takes."""
     def encode(image):
         with amp:
-            return unit(tower(normalise(image, statistics), keep_rate))
+            return unit(tower(normalise(image, statistics), *view))
     return encode
 
 
@@ -704,12 +704,12 @@ def encoders(model, statistics, amp):
     text = text_encoder(model.online, statistics.device, amp)
     cells = {}
     for rate in sorted(rates):
-        cells["online", rate] = image_encoder(model.online.visual, rate, statistics, amp), text
+        cells["online", rate] = image_encoder(model.online.visual, statistics, amp, rate), text
     if model.momentum_text is not None:
         text = text_encoder(model.momentum_text, statistics.device, amp)
     for rate in sorted(rates | {model.cfg.teacher_keep_rate}):
         if model.momentum is not None:
-            cells["momentum", rate] = image_encoder(model.momentum, rate, statistics, amp), text
+            cells["momentum", rate] = image_encoder(model.momentum, statistics, amp, rate), text
     return cells
 
 
@@ -791,7 +791,7 @@ def profile(cfg):
     print(f"{cfg.preset}: {size.image_size} px, patch {size.patch_size}, blocks "
           f"{visual.prune_blocks} (from 0) prune")
     statistics = size.pixel_statistics(device)
-    cells = {rate: (image_encoder(visual, rate, statistics, amp), None) for rate in KEEP_RATES}
+    cells = {rate: (image_encoder(visual, statistics, amp, rate), None) for rate in KEEP_RATES}
     speeds = common.throughput(cells, size.image_size, device)
     image = torch.zeros(1, 3, size.image_size, size.image_size, device=device)
     full = common.multiply_adds(visual, image)

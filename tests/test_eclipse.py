@@ -611,7 +611,7 @@ def test_a_step_runs_where_there_are_no_values(changes):
 
 SAME = ["QuickGELU", "Attention", "Block", "Transformer", "VisionTransformer", "unit", "CLIP", "similarities",
         "info_nce", "similarity_kl", "build_optimiser", "learning_rate", "backward", "normalise", "update",
-        "crop_scale", "text_encoder"]
+        "crop_scale", "text_encoder", "image_encoder"]
 
 
 @pytest.mark.parametrize("name", SAME)
