@@ -1228,14 +1228,6 @@ def prepare_towers(model, cfg):
 # ------------------------------------------------------------------------ evaluation, pictures
 
 
-def image_encoder(clip, statistics, amp):
-    """(B, 3, S, S) uint8 -> (B, E), of unit length, as a function."""
-    def encode(image):
-        with amp:
-            return clip.encode_image(normalise(image, statistics))
-    return encode
-
-
 def text_encoder(clip, device, amp):
     """(T, context) token ids -> (T, E), of unit length, as a function."""
     def encode(tokens):
@@ -1245,8 +1237,11 @@ def text_encoder(clip, device, amp):
 
 
 def encoders(clip, statistics, amp):
-    text = text_encoder(clip, statistics.device, amp)
-    return image_encoder(clip, statistics, amp), text
+    """(image encoder, (B, 3, S, S) uint8 -> (B, E); text encoder), of unit length: functions."""
+    def encode_image(image):
+        with amp:
+            return clip.encode_image(normalise(image, statistics))
+    return encode_image, text_encoder(clip, statistics.device, amp)
 
 
 def validate(run, model, cells, data, tokenizer, state):
