@@ -132,11 +132,23 @@ class Config:
 
 
 # SLIP's CLIP recipe (A8) with the paper's momentum (A4) and a short ramp (A1); flags go before it.
-LARGE = dict(preset="vit_b16", epochs=40, batch_size=4096, lr=5e-4, ema=0.994,
-             kd_ramp=(0.0, 0.025), log_every=50)
+LARGE = dict(
+    preset="vit_b16",
+    epochs=40,
+    batch_size=4096,
+    lr=5e-4,
+    ema=0.994,
+    kd_ramp=(0.0, 0.025),
+    log_every=50,
+)
 SMALLER = {**LARGE, "batch_size": 1024}
-RECIPES = {"emoji": {}, "cc3m": LARGE, "yfcc15m": {**LARGE, "epochs": 25},
-           "coco": SMALLER, "flickr30k": SMALLER}
+RECIPES = {
+    "emoji": {},
+    "cc3m": LARGE,
+    "yfcc15m": {**LARGE, "epochs": 25},
+    "coco": SMALLER,
+    "flickr30k": SMALLER,
+}
 # What --evaluate does not take over from the run it evaluates.
 UNSAVED = dict(resume=False, init=None, device="auto", workers=-1, root=None, keep=None)
 
@@ -444,9 +456,9 @@ class ECLIPSE(nn.Module):
         self.momentum = self.momentum_text = None
         if self.cfg.method == "eclipse":
             self.momentum = frozen_copy(self.online.visual)
-        if self.cfg.method == "eclipse" and self.cfg.text_teacher == "momentum":
-            self.momentum_text = frozen_copy(self.online)
-            self.momentum_text.visual = nn.Identity()
+            if self.cfg.text_teacher == "momentum":
+                self.momentum_text = frozen_copy(self.online)
+                self.momentum_text.visual = nn.Identity()
 
     def logit_scales(self):
         return [self.online.logit_scale]
@@ -701,15 +713,15 @@ def text_encoder(clip, device, amp):
 def encoders(model, statistics, amp):
     """{(network, κ): (image encoder, text encoder)}: the cells of the table."""
     rates = {model.cfg.keep_rate, 1.0}
-    text = text_encoder(model.online, statistics.device, amp)
+    networks = {"online": (model.online.visual, model.online, rates)}
+    if model.momentum is not None:
+        rates = rates | {model.cfg.teacher_keep_rate}
+        networks["momentum"] = model.momentum, model.momentum_text or model.online, rates
     cells = {}
-    for rate in sorted(rates):
-        cells["online", rate] = image_encoder(model.online.visual, statistics, amp, rate), text
-    if model.momentum_text is not None:
-        text = text_encoder(model.momentum_text, statistics.device, amp)
-    for rate in sorted(rates | {model.cfg.teacher_keep_rate}):
-        if model.momentum is not None:
-            cells["momentum", rate] = image_encoder(model.momentum, statistics, amp, rate), text
+    for network, (visual, clip, rates) in networks.items():
+        text = text_encoder(clip, statistics.device, amp)
+        for rate in sorted(rates):
+            cells[network, rate] = image_encoder(visual, statistics, amp, rate), text
     return cells
 
 
@@ -800,10 +812,14 @@ def profile(cfg):
         macs = common.multiply_adds(visual, image, rate)
         x, _ = visual.prune(image, rate)
         table[f"κ={rate:g}"] = {
-            "GMACs": macs / 1e9, "tokens at the end": x.shape[1], "MACs_x": full / macs,
-            "images_per_second": speeds[rate], "measured_x": speeds[rate] / speeds[1.0],
+            "GMACs": macs / 1e9,
+            "tokens at the end": x.shape[1],
+            "MACs_x": full / macs,
+            "images_per_second": speeds[rate],
+            "measured_x": speeds[rate] / speeds[1.0],
             # the image side of a step: a full teacher forward, 3 forwards of the student
-            "train_MACs_vs_clip": (full + 3 * macs) / (3 * full)}
+            "train_MACs_vs_clip": (full + 3 * macs) / (3 * full),
+        }
     common.print_table(table)
 
 
