@@ -346,36 +346,26 @@ def sequence(**layers):
     return nn.Sequential(OrderedDict(layers))
 
 
-class VisionAttention(nn.Module):
-    """Multi-head self-attention, one matrix for queries, keys and values."""
+class Block(nn.Module):
+    """Pre-norm transformer block of the image encoder; one matrix for queries, keys and values."""
 
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x):
-        """(B, N, D) -> (B, N, D)"""
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, D/H)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, D/H)
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).flatten(2))
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block of the image encoder."""
-
-    def __init__(self, width, heads):
-        super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = VisionAttention(width, heads)
+        qkv = nn.Linear(width, 3 * width)
+        self.attn = nn.ModuleDict({"qkv": qkv, "proj": nn.Linear(width, width)})
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         fc1 = nn.Linear(width, 4 * width)
         self.mlp = sequence(fc1=fc1, act=nn.GELU(), fc2=nn.Linear(4 * width, width))
 
     def forward(self, x):
-        x = x + self.attn(self.norm1(x))
+        """(B, N, D) -> (B, N, D)"""
+        qkv = self.attn.qkv(self.norm1(x))
+        qkv = qkv.unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, D/H)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, D/H)
+        out = F.scaled_dot_product_attention(q, k, v)
+        x = x + self.attn.proj(out.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
 
 
@@ -878,6 +868,7 @@ def attention_loss(student, teacher, queries):
 # --------------------------------------------------------------------------------------- method
 
 
+@dataclass
 class Forward:
     """A BLIP's forward pass over b image-text pairs; a part runs when it is first asked for.
 
@@ -886,9 +877,11 @@ class Forward:
     of the decoder.
     """
 
-    def __init__(self, blip, image, ids, mask, with_scores=False):
-        self.blip, self.image, self.ids, self.mask = blip, image, ids, mask
-        self.with_scores = with_scores
+    blip: BLIP
+    image: torch.Tensor
+    ids: torch.Tensor
+    mask: torch.Tensor
+    with_scores: bool = False
 
     @cached_property
     def image_states(self):
@@ -953,12 +946,15 @@ class DLIP(nn.Module):
         """
         if self.cfg.stage != "finetune":
             loss, terms = self.pretrain(image, *texts, alpha, teacher)
-        elif self.cfg.task == ("retrieval",):
-            loss, terms = self.retrieve(image, *texts, number, alpha)
         else:
-            write = self.caption if self.cfg.task == ("caption",) else self.answer
-            loss = write(image, *texts)
-            terms = {"lm": loss}
+            if self.cfg.task == ("retrieval",):
+                ours = Forward(self.student, image, *texts, texts[0] != self.pad)
+                terms = self.contrast(ours, number, alpha, floor=0.0)
+            elif self.cfg.task == ("caption",):
+                terms = {"lm": self.caption(image, *texts)}
+            else:
+                terms = {"lm": self.answer(image, *texts)}
+            loss = sum(terms.values())
         terms = {"loss": loss, **terms}
         return loss, {name: term.detach() for name, term in terms.items()}
 
@@ -974,33 +970,25 @@ class DLIP(nn.Module):
         vlp, hr, at = {}, {}, {}
 
         if cfg.vlp:
-            self.update_momentum(cfg.momentum)
-            slow = Forward(self.momentum, image, ids, mask)
             first = rank() * len(ids)  # a pair's image and text belong together, and no others
             number = torch.arange(first, first + len(ids), device=ids.device)
-            image_keys, text_keys, numbers = self.keys(slow, number)
-            same = number[:, None] == numbers  # (b, B + Q)
-            vlp["itc"] = itc_loss(ours.img, ours.text, slow.img, slow.text, image_keys, text_keys,
-                                  same, student.temp, alpha)
-            vlp["itm"] = self.matching(ours, *self.negatives(ours, slow, number, floor=1e-4))
-            logits = student.logits(ours.decoded.states)
-            vlp["lm"] = lm_loss(logits, ids, self.pad)
-            self.enqueue(image_keys, text_keys)
+            vlp = self.contrast(ours, number, alpha, floor=1e-4)
+            vlp["lm"] = lm_loss(student.logits(ours.decoded.states), ids, self.pad)
 
         if teacher is not None:
             theirs = Forward(teacher, image, ids, mask, with_scores)
             for part in HR_PARTS:
                 if part in cfg.hr:
-                    pair = getattr(ours, part), getattr(theirs, part)
-                    hr[f"hr_{part}"] = representation_loss(*pair)
-            if "self" in cfg.attn:  # of fusion encoder and decoder
-                encoder, decoder = (
-                    attention_loss(our.self_scores, their.self_scores, mask)
-                    for our, their in ((ours.fused, theirs.fused), (ours.decoded, theirs.decoded)))
-                at["at_self"] = encoder + decoder
+                    our, their = getattr(ours, part), getattr(theirs, part)
+                    hr[f"hr_{part}"] = representation_loss(our, their)
+            if "self" in cfg.attn:
+                our, their = ours.fused.self_scores, theirs.fused.self_scores
+                at["at_self"] = attention_loss(our, their, mask)
+                our, their = ours.decoded.self_scores, theirs.decoded.self_scores
+                at["at_self"] = at["at_self"] + attention_loss(our, their, mask)
             if "cross" in cfg.attn:
-                pair = ours.fused.cross_scores, theirs.fused.cross_scores
-                at["at_cross"] = attention_loss(*pair, mask)
+                our, their = ours.fused.cross_scores, theirs.fused.cross_scores
+                at["at_cross"] = attention_loss(our, their, mask)
 
         loss = sum(vlp.values())
         loss = loss + cfg.lambda_hr * sum(hr.values()) + cfg.lambda_at * sum(at.values())
@@ -1013,51 +1001,44 @@ class DLIP(nn.Module):
         names, averages = zip(*self.momentum.named_parameters())
         torch._foreach_lerp_(list(averages), [source[name] for name in names], 1 - m)
 
-    def keys(self, slow, number):
-        """What ITC contrasts with: momentum features of images and of texts, (B + Q, E) each, those
-        of all processes' batches, then the queue; and the numbers of their images (B + Q,)."""
-        pairs = ((slow.img, self.image_queue), (slow.text, self.text_queue),
-                 (number, self.number_queue))
-        return [torch.cat([gather(new), queue]) for new, queue in pairs]
+    def contrast(self, ours, number, alpha, floor):
+        """{"itc", "itm"}; number (b,): pairs of the same number are positives of each other.
 
-    @torch.no_grad()
-    def enqueue(self, *keys):
-        """The newest keys come first, the oldest leave. Pre-training leaves the numbers alone."""
-        for queue, new in zip((self.image_queue, self.text_queue, self.number_queue), keys):
-            queue.copy_(new[:len(queue)])
+        The keys are momentum features of all processes' batches, then of the queue.
+        """
+        self.update_momentum(self.cfg.momentum)
+        slow = Forward(self.momentum, ours.image, ours.ids, ours.mask)
+        image_keys = torch.cat([gather(slow.img), self.image_queue])  # (B + Q, E)
+        text_keys = torch.cat([gather(slow.text), self.text_queue])
+        numbers = torch.cat([gather(number), self.number_queue])
+        same, temp = number[:, None] == numbers, self.student.temp  # (b, B + Q)
+        itc = itc_loss(ours.img, ours.text, slow.img, slow.text, image_keys, text_keys, same, temp,
+                       alpha)
 
-    def negatives(self, ours, slow, number, floor):
-        """For each image a wrong text, for each text a wrong image, of this process: (b,) each."""
-        same, temp = number[:, None] == number, self.student.temp
+        # for each image a wrong text, for each text a wrong image, of this process
+        same = number[:, None] == number  # (b, b)
         wrong_text = draw_negatives(scaled_cosines(ours.img, slow.text, temp), same, floor)
         wrong_image = draw_negatives(scaled_cosines(ours.text, slow.img, temp), same, floor)
-        return wrong_text, wrong_image
+        itm = self.matching(ours, wrong_text, wrong_image)
+
+        Q = self.cfg.queue_size  # the newest keys come first, the oldest leave
+        self.image_queue.copy_(image_keys[:Q])
+        self.text_queue.copy_(text_keys[:Q])
+        if self.cfg.stage == "finetune":  # in pre-training the queue holds no positives
+            self.number_queue.copy_(numbers[:Q])
+        return {"itc": itc, "itm": itm}
 
     def matching(self, ours, wrong_text, wrong_image):
         """L_ITM: cross-entropy on [ENC] over b pairs, b images with a wrong text, b texts with a
         wrong image; those that have no wrong one (-1) do not count."""
         ids, mask, image = ours.ids, ours.mask, ours.image_states
-        negative = self.student.fuse(torch.cat([ids[wrong_text], ids]),
-                                     torch.cat([mask[wrong_text], mask]),
-                                     torch.cat([image, image[wrong_image]]))
-        logits = torch.cat([self.student.match(ours.fused.states),
-                            self.student.match(negative.states)])  # (3b, 2)
+        texts, masks = torch.cat([ids[wrong_text], ids]), torch.cat([mask[wrong_text], mask])
+        negative = self.student.fuse(texts, masks, torch.cat([image, image[wrong_image]]))
+        positive = self.student.match(ours.fused.states)
+        negative = self.student.match(negative.states)
         absent = torch.cat([wrong_text, wrong_image]) < 0
         target = torch.cat([torch.ones_like(wrong_text), torch.where(absent, -100, 0)])
-        return F.cross_entropy(logits, target)  # leaves -100 out
-
-    def retrieve(self, image, ids, number, alpha):
-        """Fine-tuning for retrieval: L_ITC and L_ITM; an image's other captions are positives."""
-        ours = Forward(self.student, image, ids, ids != self.pad)
-        self.update_momentum(self.cfg.momentum)
-        slow = Forward(self.momentum, image, ids, ours.mask)
-        image_keys, text_keys, numbers = self.keys(slow, number)
-        same = number[:, None] == numbers
-        itc = itc_loss(ours.img, ours.text, slow.img, slow.text, image_keys, text_keys, same,
-                       self.student.temp, alpha)
-        itm = self.matching(ours, *self.negatives(ours, slow, number, floor=0.0))
-        self.enqueue(image_keys, text_keys, numbers)
-        return itc + itm, {"itc": itc, "itm": itm}
+        return F.cross_entropy(torch.cat([positive, negative]), target)  # (3b, 2); leaves -100 out
 
     def caption(self, image, ids):
         """Fine-tuning for captions: L_LM of what follows the prompt."""
@@ -1080,26 +1061,27 @@ def frozen_copy(module):
 # -------------------------------------------------------------------------------------- weights
 
 # Vision names of Hugging Face's BLIP, then of torchvision's ViT, as timm, DeiT and BLIP have them.
-VISION_NAMES = (
-    (r"^embeddings\.class_embedding$", "cls_token"),
-    (r"^embeddings\.position_embedding$", "pos_embed"),
-    (r"^embeddings\.patch_embedding\.", "patch_embed.proj."),
-    (r"^encoder\.layers\.(\d+)\.", r"blocks.\1."),
-    (r"\.self_attn\.qkv\.", ".attn.qkv."),
-    (r"\.self_attn\.projection\.", ".attn.proj."),
-    (r"\.layer_norm([12])\.", r".norm\1."),
-    (r"^post_layernorm\.", "norm."),
-    (r"^class_token$", "cls_token"),
-    (r"^encoder\.pos_embedding$", "pos_embed"),
-    (r"^conv_proj\.", "patch_embed.proj."),
-    (r"^encoder\.layers\.encoder_layer_(\d+)\.", r"blocks.\1."),
-    (r"^encoder\.ln\.", "norm."),
-    (r"\.ln_([12])\.", r".norm\1."),
-    (r"\.self_attention\.in_proj_", ".attn.qkv."),
-    (r"\.self_attention\.out_proj\.", ".attn.proj."),
-    (r"\.mlp\.(0|linear_1)\.", ".mlp.fc1."),
-    (r"\.mlp\.(3|linear_2)\.", ".mlp.fc2."),
-)
+VISION_NAMES = {
+    r"^(visual_encoder|vision_model)\.": "",
+    r"^embeddings\.class_embedding$": "cls_token",
+    r"^embeddings\.position_embedding$": "pos_embed",
+    r"^embeddings\.patch_embedding\.": "patch_embed.proj.",
+    r"^encoder\.layers\.(\d+)\.": r"blocks.\1.",
+    r"\.self_attn\.qkv\.": ".attn.qkv.",
+    r"\.self_attn\.projection\.": ".attn.proj.",
+    r"\.layer_norm([12])\.": r".norm\1.",
+    r"^post_layernorm\.": "norm.",
+    r"^class_token$": "cls_token",
+    r"^encoder\.pos_embedding$": "pos_embed",
+    r"^conv_proj\.": "patch_embed.proj.",
+    r"^encoder\.layers\.encoder_layer_(\d+)\.": r"blocks.\1.",
+    r"^encoder\.ln\.": "norm.",
+    r"\.ln_([12])\.": r".norm\1.",
+    r"\.self_attention\.in_proj_": ".attn.qkv.",
+    r"\.self_attention\.out_proj\.": ".attn.proj.",
+    r"\.mlp\.(0|linear_1)\.": ".mlp.fc1.",
+    r"\.mlp\.(3|linear_2)\.": ".mlp.fc2.",
+}
 WORDS = "embeddings.word_embeddings.weight"
 
 
@@ -1109,29 +1091,28 @@ def load_blip(checkpoint, image_size=None, dropout=0.0, need=()):
     image_size: position embeddings are resized to it. A captioner has no text encoder, a retriever
     no decoder: what is missing stays random, unless its name begins with one of `need`.
     """
-    weights, path = blip_names(checkpoint.weights), checkpoint.path
+    weights = blip_names(checkpoint.weights)
     size = blip_size(checkpoint, weights)
     vision = replace(size.vision, image_size=image_size or size.vision.image_size)
     size = replace(size, vision=vision, text=replace(size.text, dropout=dropout))
     blip = BLIP(size, is_shared(weights))
-    tensors = dict(blip.named_parameters(remove_duplicate=False))  # some have two names
-    held = {id(tensor) for name, tensor in tensors.items() if name in weights}
-    for name, tensor in tensors.items():
-        if id(tensor) not in held and name.startswith(("visual_encoder.", *need)):
-            raise UserError(f"{path} lacks {name}")
-    load_named(blip, weights, path)
+    load_named(blip, weights, checkpoint.path, ("visual_encoder.", *need))
     return blip
 
 
-def load_named(module, weights, path):
+def load_named(module, weights, path, needed):
     """Those of the weights that the module has, position embeddings at its size; what else it has
-    stays as it is."""
+    stays as it is. UserError when a parameter lacks whose name begins with `needed`."""
     own = module.state_dict()  # not copies: where two names have one tensor, either will do
-    for name in own.keys() & weights.keys():
-        own[name] = weights[name]
-        if name.endswith("pos_embed"):
-            count = module.state_dict()[name].shape[1]
-            own[name] = resize_positions(weights[name], count, path)
+    tensors = dict(module.named_parameters(remove_duplicate=False))
+    held = {id(tensor) for name, tensor in tensors.items() if name in weights}
+    for name, tensor in tensors.items():
+        if name in weights:
+            own[name] = weights[name]
+            if name.endswith("pos_embed"):
+                own[name] = resize_positions(weights[name], tensor.shape[1], path)
+        elif name.startswith(needed) and id(tensor) not in held:
+            raise UserError(f"{path} lacks {name}")
     common.load_weights(module, own, path)
 
 
@@ -1141,14 +1122,13 @@ def blip_names(weights):
     for name, tensor in weights.items():
         name = name.removeprefix("student.")  # of a run of ours
         if name.startswith("vision_model."):
-            name = "visual_encoder." + vision_name(name.removeprefix("vision_model."))
-        name = re.sub(r"^text_model\.", "text_encoder.", name)
-        renamed[name] = tensor
+            name = "visual_encoder." + vision_name(name)
+        renamed[name.replace("text_model.", "text_encoder.")] = tensor
     return renamed
 
 
 def vision_name(name):
-    for pattern, new in VISION_NAMES:
+    for pattern, new in VISION_NAMES.items():
         name = re.sub(pattern, new, name)
     return name
 
@@ -1199,12 +1179,8 @@ def resize_positions(positions, count, path):
 
 def load_vision(visual_encoder, checkpoint):
     """Start an image encoder from an ImageNet ViT (timm, DeiT, torchvision) or from a BLIP's."""
-    weights = {}
-    for name, tensor in checkpoint.weights.items():
-        name = re.sub(r"^(visual_encoder|vision_model)\.", "", name)
-        weights[vision_name(name)] = tensor
-    refuse_missing(visual_encoder.state_dict(), weights, checkpoint.path)
-    load_named(visual_encoder, weights, checkpoint.path)
+    weights = {vision_name(name): tensor for name, tensor in checkpoint.weights.items()}
+    load_named(visual_encoder, weights, checkpoint.path, needed="")
 
 
 def load_bert(blip, checkpoint):
@@ -1213,23 +1189,15 @@ def load_bert(blip, checkpoint):
     Cross-attention and the embeddings of [DEC] and [ENC], which BERT lacks, stay random; BERT's
     token types and pooler are left out.
     """
-    own, weights = blip.state_dict(), {}
+    own = blip.state_dict()
+    weights = {name: tensor for name, tensor in own.items() if "crossattention" in name}
     for name, tensor in checkpoint.weights.items():
         name = name.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias")
         for place in (f"text_encoder.{name}", f"text_decoder.bert.{name}", f"text_decoder.{name}"):
             if place in own and own[place].shape[1:] == tensor.shape[1:]:
                 tensor = torch.cat([tensor, own[place][len(tensor):]])
             weights[place] = tensor
-    needed = [name for name in own if name.startswith("text_encoder.")
-              and "crossattention" not in name and "position_ids" not in name]
-    refuse_missing(needed, weights, checkpoint.path)
-    load_named(blip, weights, checkpoint.path)
-
-
-def refuse_missing(names, weights, path):
-    for name in names:
-        if name not in weights:
-            raise UserError(f"{path} lacks {name}")
+    load_named(blip, weights, checkpoint.path, needed="text_encoder.")
 
 
 # ------------------------------------------------------------------------------------ training
