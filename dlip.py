@@ -86,6 +86,7 @@ from common import UserError, average_gradients, gather, option, rank, world_siz
 # -------------------------------------------------------------------------------------- config
 
 TASKS = ("retrieval", "caption", "vqa")
+PROMPT = "a picture of "  # what every caption begins with, after pre-training [BLIP]
 HR_PARTS = ("img", "text", "vl_e", "vl_d")
 # what the weights that a task cannot do without begin with
 NEEDED = {"retrieval": ("text_encoder.", "vision_proj.", "text_proj.", "itm_head."),
@@ -97,7 +98,7 @@ class Config:
     stage: str = option("all", "all (emoji only): distil, fine-tune and evaluate in turn, where "
                         "optimisation flags are those of distil; or one of them",
                         ["all", "teacher", "distil", "finetune", "evaluate"], section="run")
-    task: tuple[str, ...] = option(TASKS, "what to fine-tune for and to evaluate")
+    task: tuple[str, ...] = option(TASKS, "what to fine-tune for and to evaluate", [*TASKS])
     data: str = option("emoji", "emoji, coco, flickr30k, vg, sbu, cc3m, vqav2, nocaps, or any name "
                        "with --root FOLDER of tar shards; several as coco*2+vg; picks the recipe")
     root: str | None = option(None, "folder of the data (default data/NAME)")
@@ -123,8 +124,9 @@ class Config:
     method: str = option("dlip", "blip: no teacher, no distillation", ["dlip", "blip"],
                          section="method")
     vlp: bool = option(True, "BLIP's own losses, ITC + ITM + LM, in pre-training")
-    hr: tuple[str, ...] = option(HR_PARTS, "representations to distil: img text vl_e vl_d, or none")
-    attn: tuple[str, ...] = option(("self", "cross"), "attention to distil: self cross, or none")
+    hr: tuple[str, ...] = option(HR_PARTS, "representations to distil", [*HR_PARTS, "none"])
+    attn: tuple[str, ...] = option(("self", "cross"), "attention to distil",
+                                   ["self", "cross", "none"])
     lambda_hr: float = option(1.0, "weight of L_HR")
     lambda_at: float = option(1.0, "weight of L_AT")
     queue_size: int = option(512, "Q, momentum features kept as further keys of ITC", (0, 10 ** 7))
@@ -153,8 +155,6 @@ class Config:
     grad_checkpoint: bool = option(False, "recompute image blocks in the backward pass")
 
     rerank_k: int = option(16, "candidates that ITC hands to ITM", section="evaluation")
-    num_beams: int = option(3, "beams of captioning (1: greedy)")
-    prompt: str = option("a picture of ", "what every caption begins with, after pre-training")
     answer_k: int = option(16, "answers that are scored whole, chosen by their first token")
 
     scenes: int = option(9000, "training scenes", section="emoji scenes (--data emoji)")
@@ -220,12 +220,12 @@ def configure(argv=None):
     given = common.parse_command_line(Config, __doc__, argv)
     data = given.setdefault("data", "emoji")
     stage = given.setdefault("stage", "all" if data == "emoji" else "distil")
-    tasks = TASKS if data == "emoji" else ("vqa",) if data == "vqav2" else ("retrieval", "caption")
-    tasks = given.setdefault("task", tasks)
-    if set(tasks) - set(TASKS):
-        raise UserError(f"--task {' '.join(tasks)}: choose from {', '.join(TASKS)}")
-    part = "distil" if stage == "all" else stage if stage in LARGE else tasks[0]
-    values = dict(recipe(data, part))
+    if data != "emoji":
+        given.setdefault("task", ("vqa",) if data == "vqav2" else ("retrieval", "caption"))
+    part = stage if stage in LARGE else "distil"
+    if stage in ("finetune", "evaluate"):
+        part = given.get("task", TASKS)[0]
+    values = recipe(data, part)
     goes_on = stage in ("finetune", "evaluate") and "init" not in given
     stem = "ablation_dlip" if "ablate" in given else f"{given.get('method', 'dlip')}-{data}"
     if stage == "teacher" or "init" in given:
@@ -248,9 +248,6 @@ OF_RUN = ("method", "teacher", "preset", "concepts", "difficulty", "seed")
 
 def check(cfg):
     """UserError for values that contradict each other."""
-    for value, allowed in ((cfg.hr, HR_PARTS), (cfg.attn, ("self", "cross"))):
-        if value != ("none",) and set(value) - set(allowed):
-            raise UserError(f"{' '.join(value)}: choose from {' '.join(allowed)}, or none")
     if cfg.data != "emoji" and not cfg.profile:
         if cfg.stage == "all" or cfg.ablate:
             raise UserError(f"with --data {cfg.data} the stages are run one by one, each with its "
@@ -1254,7 +1251,7 @@ def build(cfg, tokenizer):
             load_vision(student.visual_encoder, common.read_checkpoint(cfg.vision_init))
         if cfg.text_init:
             load_bert(student, common.read_checkpoint(cfg.text_init))
-    return DLIP(cfg, student, 1 + len(tokenizer.encode(cfg.prompt)))
+    return DLIP(cfg, student, 1 + len(tokenizer.encode(PROMPT)))
 
 
 def load_teacher(cfg, student, tokenizer, device):
@@ -1266,14 +1263,11 @@ def load_teacher(cfg, student, tokenizer, device):
         return None
     path = teacher_file(cfg)
     teacher = open_blip(path, cfg, tokenizer, ("text_encoder.", "text_decoder.", "vision_proj."))
-    tokens = [blip.visual_encoder.pos_embed.shape[1] for blip in (student, teacher)]
-    heads = [blip.size.text.heads for blip in (student, teacher)]
-    widths = [blip.size.embed_dim for blip in (student, teacher)]
-    for what, (ours, theirs) in (("image tokens", tokens), ("text heads", heads),
-                                 ("joint dimensions", widths)):
-        if ours != theirs:
-            raise UserError(f"the student has {ours} {what}, {path} {theirs}: they cannot be "
-                            "compared")
+    ours, theirs = ((blip.visual_encoder.pos_embed.shape[1], blip.size.text.heads,
+                     blip.size.embed_dim) for blip in (student, teacher))
+    if ours != theirs:
+        raise UserError(f"image tokens, text heads and joint dimensions are {ours} in the student, "
+                        f"{theirs} in {path}: they cannot be compared")
     return teacher.to(device).eval().requires_grad_(False)
 
 
@@ -1328,15 +1322,6 @@ def schedules(cfg, peak, step, steps, steps_per_epoch):
         lr = lowest + (peak - lowest) * (1 + math.cos(math.pi * done)) / 2
     ramp = cfg.alpha_ramp * steps_per_epoch
     return {"lr": lr, "alpha": cfg.alpha * min(1.0, step / ramp if ramp else 1.0)}
-
-
-def backward(model, image, texts, number, alpha, teacher, amp, scaler, seed):
-    """Backpropagate one batch; returns the loss and its terms, on the device."""
-    torch.manual_seed(seed)  # dropout and the negatives of ITM: the same after --resume
-    with amp:
-        loss, terms = model(image, texts, number, alpha, teacher)
-    scaler.scale(loss).backward()
-    return terms
 
 
 def normalise(image, statistics):
@@ -1439,7 +1424,7 @@ def training_samples(cfg, tokenizer):
         encode = partial(encode_pairs, tokenizer)
     else:
         data = common.training_set(cfg, cfg.image_size)
-        encode = partial(encode_captions, tokenizer, cfg.prompt if task == "caption" else "")
+        encode = partial(encode_captions, tokenizer, PROMPT if task == "caption" else "")
     # no mirror images of emoji scenes: their captions tell left from right
     augment = None if cfg.data == "emoji" else Augment()
     return Samples(data, encode, cfg.image_size, crop_scale(cfg), cfg.seed, augment)
@@ -1482,8 +1467,11 @@ def train(cfg):
             now = schedules(cfg, peak, state["step"], steps, steps_per_epoch)
             image, number = normalise(image, asked.statistics), number.to(device)
             texts = [part.to(device) for part in split_ids(ids, tokenizer.context_length)]
-            seed = cfg.seed * 10 ** 9 + state["step"] * world_size() + rank()
-            terms = backward(model, image, texts, number, now["alpha"], teacher, amp, scaler, seed)
+            # dropout and the negatives of ITM: the same after --resume
+            torch.manual_seed(cfg.seed * 10 ** 9 + state["step"] * world_size() + rank())
+            with amp:
+                loss, terms = model(image, texts, number, now["alpha"], teacher)
+            scaler.scale(loss).backward()
             update(model, optimiser, scaler, now["lr"])
 
             state["step"] += 1
@@ -1572,11 +1560,11 @@ def match(asked, states, ids):
 
 
 def caption(asked, image):
-    """Captions by beam search, 5 to 20 tokens [BLIP], without the prompt."""
-    prompt = asked.tokenizer.encode(asked.cfg.prompt)
+    """Captions by beam search, 3 beams, 5 to 20 tokens [BLIP], without the prompt."""
+    prompt = asked.tokenizer.encode(PROMPT)
     states, _ = encode_image(asked, image)
     with asked.amp:
-        texts = asked.blip.generate(states, prompt, asked.cfg.num_beams)
+        texts = asked.blip.generate(states, prompt)
     return [asked.tokenizer.decode(ids[1 + len(prompt):]) for ids in texts]
 
 
@@ -1639,19 +1627,20 @@ def itc_scores(asked, data):
         features.append(encode_image(asked, images)[1])
         captions += texts
     texts = [text for group in captions for text in group]
-    blocks = [texts[start:start + 256] for start in range(0, len(texts), 256)]
-    text_features = torch.cat([encode_text(asked, block)[1] for block in blocks])
-    return common.retrieval(torch.cat(features), text_features, common.owners(captions))
+    text_features = [encode_text(asked, texts[start:start + 256])[1]
+                     for start in range(0, len(texts), 256)]
+    return common.retrieval(torch.cat(features), torch.cat(text_features), common.owners(captions))
 
 
 def validate(run, asked, data, state):
     """{"val_TASK"}: the main score, of retrieval by ITC alone; keeps the best as best.pt."""
     cfg, task = asked.cfg, asked.cfg.task[0]
     asked.blip.eval()
-    scores = itc_scores(asked, data) if task == "retrieval" else scores_of(asked, task, data)[0]
-    value = scores.get("cider", scores.get("accuracy"))
     if task == "retrieval":
-        value = common.main_metric(scores)
+        value = common.main_metric(itc_scores(asked, data))
+    else:
+        scores, _ = scores_of(asked, task, data)
+        value = scores["cider" if task == "caption" else "accuracy"]
     run.keep_best(value, state, asked.blip, cfg, asked.blip.size)
     return {f"val_{task}": value}
 
@@ -1671,7 +1660,7 @@ def starts(cfg):
 
 def finetuning(cfg, given, who, task, checkpoint):
     """The Config of one fine-tuning: the task's recipe; flags change it with --stage finetune."""
-    values = dict(recipe(cfg.data, task))
+    values = recipe(cfg.data, task)
     if cfg.stage == "finetune":
         values.update({name: given[name] for name in values if name in given})
     name = f"teacher-{task}" if who == "teacher" else task
@@ -1699,11 +1688,6 @@ def train_once(cfg):
 def run_stages(cfg, given):
     """The stages that --stage names, below --out; what is done is not done again."""
     common.start_device(cfg.device, cfg.seed)  # joins the processes: on_first needs them
-    if cfg.stage in ("all", "finetune", "evaluate") and "caption" in cfg.task:
-        prompt = 1 + len(tokenizer_of(cfg).encode(cfg.prompt))
-        if prompt >= 20 or prompt + 1 >= text_length(cfg):
-            raise UserError(f"--prompt {cfg.prompt!r}: its {prompt} tokens leave no room for a "
-                            "caption of at most 20")
     path = Path(cfg.out, "config.json")
     if path.exists() and not cfg.resume and cfg.stage in ("all", "teacher", "distil"):
         raise UserError(f"{cfg.out} holds a run: go on with --resume, or choose another --out")
@@ -1780,12 +1764,9 @@ def draw(cfg, models, tuned):
         draw_attention(folder / "attention.png", models, sets)
 
 
-PASSED_OVER = set("a an the of in on is are there this picture drawing photo image".split())
-
-
 @common.picture
 def draw_attention(path, models, sets, count=6):
-    """Where the fusion encoders look when they read the first noun or so of a caption.
+    """Where the fusion encoders look when they read the longest word of a caption.
 
     Cross-attention of the last layer, the mean over heads; of the word's first token.
     """
@@ -1795,8 +1776,7 @@ def draw_attention(path, models, sets, count=6):
     ids, mask = ids_of(asked, captions)
     words, of_word = [], torch.zeros(ids.shape)  # 1 at the first token of the word
     for row, text in enumerate(captions):
-        nouns = [word for word in text.split() if word not in PASSED_OVER]
-        words.append(nouns[0] if nouns else text)
+        words.append(max(text.split(), key=len))
         before = text[:text.index(words[-1])]
         of_word[row, 1 + len(asked.tokenizer.encode(before))] = 1
     rows = [images]
@@ -1855,8 +1835,7 @@ def profile(cfg):
         counts = count_parameters(blip)
         table[name] = {"ViT M": counts["vision"] / 1e6, "BERT M": counts["text"] / 1e6,
                        **measured[name]}
-        paper = dict(zip(table[name], TABLE_1[name]))
-        table[f"{name}, paper"] = paper
+        table[f"{name}, paper"] = dict(zip(table[name], TABLE_1[name]))
     common.print_table(table)
     print("MACs and ms of one image and one text, ours with the two products inside attention, the "
           "paper's on a V100. Its totals for base, 213.6 M, 17.8 G and 41.3 ms, are not the sums "
