@@ -95,24 +95,19 @@ NEEDED = {"retrieval": ("text_encoder.", "vision_proj.", "text_proj.", "itm_head
 
 @dataclass
 class Config:
-    stage: str = option("all", "all (emoji only): distil, fine-tune and evaluate in turn, where "
-                        "optimisation flags are those of distil; or one of them",
+    stage: str = option("all", "all (emoji only): distil, finetune, evaluate; flags are distil's",
                         ["all", "teacher", "distil", "finetune", "evaluate"], section="run")
     task: tuple[str, ...] = option(TASKS, "what to fine-tune for and to evaluate", [*TASKS])
-    data: str = option("emoji", "emoji, coco, flickr30k, vg, sbu, cc3m, vqav2, nocaps, or any name "
-                       "with --root FOLDER of tar shards; several as coco*2+vg; picks the recipe")
+    data: str = option("emoji", "a set of data/README.md or several, coco*2+vg; picks the recipe")
     root: str | None = option(None, "folder of the data (default data/NAME)")
     keep: str | None = option(None, "train on these samples only: a file of keys, one a line")
-    teacher: str | None = option(None, "a BLIP checkpoint, ours or a published one (emoji: "
-                                 "data/teacher_blip.pt)")
+    teacher: str | None = option(None, "a BLIP checkpoint (emoji: data/teacher_blip.pt)")
     with_teacher: bool = option(True, "--stage all: fine-tune and evaluate the teacher as well")
     init: str | None = option(None, "fine-tune or evaluate this BLIP checkpoint")
     out: str | None = option(None, "run folder (default runs/METHOD-DATA, numbered when taken)")
     resume: bool = option(False, "go on from the last checkpoint in --out")
-    eval_data: tuple[str, ...] = option((), "evaluation sets, names or folders (default: those "
-                                        "that belong to --data)")
-    ablate: tuple[str, ...] = option((), "train these arms of the ablation (names in quotes, or "
-                                     "all) and tabulate them")
+    eval_data: tuple[str, ...] = option((), "evaluation sets, names or folders (default: --data's)")
+    ablate: tuple[str, ...] = option((), "train and tabulate these arms, names in quotes, or all")
     seeds: tuple[int, ...] = option((0, 1, 2), "seeds of the ablation")
     jobs: int = option(1, "runs of the ablation at a time: one a core, or one a GPU")
     profile: bool = option(False, "print parameters, MACs and latency of every size, and stop")
@@ -121,12 +116,10 @@ class Config:
     workers: int = option(-1, "loader processes (-1: none for emoji, else up to 8 a process)")
     log_every: int = option(20, "steps between rows of log.csv")
 
-    method: str = option("dlip", "blip: no teacher, no distillation", ["dlip", "blip"],
-                         section="method")
+    method: str = option("dlip", "blip: no distillation", ["dlip", "blip"], section="method")
     vlp: bool = option(True, "BLIP's own losses, ITC + ITM + LM, in pre-training")
     hr: tuple[str, ...] = option(HR_PARTS, "representations to distil", [*HR_PARTS, "none"])
-    attn: tuple[str, ...] = option(("self", "cross"), "attention to distil",
-                                   ["self", "cross", "none"])
+    attn: tuple[str, ...] = option(("self", "cross"), "maps to distil", ["self", "cross", "none"])
     lambda_hr: float = option(1.0, "weight of L_HR")
     lambda_at: float = option(1.0, "weight of L_AT")
     queue_size: int = option(512, "Q, momentum features kept as further keys of ITC", (0, 10 ** 7))
@@ -138,8 +131,7 @@ class Config:
                          ["demo", "paper"], section="model")
     vit: str = option("small", "size of the image encoder", ["tiny", "small", "middle", "base"])
     bert: str = option("small", "size of the text network", ["tiny", "small", "middle", "base"])
-    fusion_layers: int | None = option(None, "cross-attention in the top k layers of the text "
-                                       "network only (default: in all)")
+    fusion_layers: int | None = option(None, "cross-attention in the top k layers only (or in all)")
     image_size: int = option(40, "image side in pixels")
     vision_init: str | None = option(None, "start from this ImageNet ViT (timm, DeiT, torchvision)")
     text_init: str | None = option(None, "start the text network from this BERT")
@@ -149,8 +141,8 @@ class Config:
     lr: float | None = option(None, "peak learning rate (default: by stage, task, size; printed)")
     warmup_steps: int = option(100, "steps of linear warm-up, at most a fifth of all", (0, 10 ** 7))
     weight_decay: float = option(0.05, "AdamW weight decay, not on vectors")
-    precision: str = option("auto", "auto: bf16 autocast on CUDA, fp32 elsewhere; fp16 uses a "
-                            "GradScaler", ["auto", "fp32", "bf16", "fp16"])
+    precision: str = option("auto", "auto: bf16 autocast on CUDA, fp32 elsewhere",
+                            ["auto", "fp32", "bf16", "fp16"])
     compile: bool = option(False, "torch.compile the image encoders")
     grad_checkpoint: bool = option(False, "recompute image blocks in the backward pass")
 
@@ -223,10 +215,11 @@ def configure(argv=None):
     if data != "emoji":
         given.setdefault("task", ("vqa",) if data == "vqav2" else ("retrieval", "caption"))
     part = stage if stage in LARGE else "distil"
-    if stage in ("finetune", "evaluate"):
+    tunes = stage in ("finetune", "evaluate")
+    if tunes:
         part = given.get("task", TASKS)[0]
     values = recipe(data, part)
-    goes_on = stage in ("finetune", "evaluate") and "init" not in given
+    goes_on = tunes and "init" not in given
     stem = "ablation_dlip" if "ablate" in given else f"{given.get('method', 'dlip')}-{data}"
     if stage == "teacher" or "init" in given:
         stem = f"{stage}-{data}"
@@ -250,17 +243,13 @@ def check(cfg):
     """UserError for values that contradict each other."""
     if cfg.data != "emoji" and not cfg.profile:
         if cfg.stage == "all" or cfg.ablate:
-            raise UserError(f"with --data {cfg.data} the stages are run one by one, each with its "
-                            "data (--stage all and --ablate are for the emoji scenes)")
+            raise UserError(f"--data {cfg.data}: no --stage all, no --ablate; stage by stage")
         if cfg.stage in ("finetune", "evaluate") and ("vqa" in cfg.task) != (cfg.data == "vqav2"):
-            raise UserError(f"--task {' '.join(cfg.task)} is not for --data {cfg.data}: vqav2 has "
-                            "questions, the others captions")
+            raise UserError(f"--task {' '.join(cfg.task)}: not for --data {cfg.data}")
     if cfg.init and cfg.stage in ("teacher", "distil"):
-        raise UserError("--init goes with --stage finetune or evaluate (there are --vision-init "
-                        "and --text-init)")
+        raise UserError("--init goes with --stage finetune or evaluate")
     if cfg.batch_size < 2 * world_size():
-        raise UserError(f"--batch-size {cfg.batch_size} leaves each of {world_size()} processes "
-                        "less than two pairs: ITM needs a wrong one")
+        raise UserError(f"--batch-size {cfg.batch_size}: every process needs two pairs")
     distils = cfg.method == "dlip" and cfg.stage != "teacher" and {*cfg.hr, *cfg.attn} != {"none"}
     if not (cfg.vlp or distils):
         raise UserError("--no-vlp without distillation leaves no loss")
@@ -1165,8 +1154,7 @@ def resize_positions(positions, count, path):
     BLIP's code."""
     old, new = math.isqrt(positions.shape[1] - 1), math.isqrt(count - 1)
     if old ** 2 != positions.shape[1] - 1:
-        raise UserError(f"{path}: {positions.shape[1]} position embeddings are no square grid with "
-                        "one CLS token (a distilled DeiT has two: take the plain one)")
+        raise UserError(f"{path}: {len(positions[0])} positions, no square: take the plain one")
     if old == new:
         return positions
     grid = positions[:, 1:].float().transpose(1, 2).unflatten(2, (old, old))  # (1, D, g, g)
@@ -1232,8 +1220,7 @@ def open_blip(path, cfg, tokenizer, need=()):
     blip = load_blip(common.read_checkpoint(path), cfg.image_size, dropout(cfg), need)
     text = blip.size.text
     if text.vocab != tokenizer.vocab_size:
-        raise UserError(f"{path} has a vocabulary of {text.vocab:,} tokens, --data {cfg.data} one "
-                        f"of {tokenizer.vocab_size:,}: it was trained on other data")
+        raise UserError(f"{path}: {text.vocab:,} tokens, not --data's {tokenizer.vocab_size:,}")
     if tokenizer.context_length > text.positions:
         raise UserError(f"{path} has {text.positions} positions, texts {tokenizer.context_length}")
     return blip
@@ -1266,8 +1253,7 @@ def load_teacher(cfg, student, tokenizer, device):
     ours, theirs = ((blip.visual_encoder.pos_embed.shape[1], blip.size.text.heads,
                      blip.size.embed_dim) for blip in (student, teacher))
     if ours != theirs:
-        raise UserError(f"image tokens, text heads and joint dimensions are {ours} in the student, "
-                        f"{theirs} in {path}: they cannot be compared")
+        raise UserError(f"{path}: image tokens, text heads, dimensions {theirs}, not {ours}")
     return teacher.to(device).eval().requires_grad_(False)
 
 
@@ -1356,20 +1342,11 @@ class Samples(common.TrainSamples):
         return image, ids, bad, torch.tensor(index)
 
 
-class AnsweredQuestions:
+class AnsweredQuestions(common.Subset):
     """Questions for training: a "caption" is the question with one of its human answers (A5)."""
 
-    def __init__(self, data):
-        self.data = data
-
-    def __len__(self):
-        return len(self.data)
-
-    def key(self, i):
-        return self.data.key(i)
-
     def __getitem__(self, i):
-        image, (question, answers) = self.data[i]
+        image, (question, answers) = super().__getitem__(i)
         if not answers:
             raise common.BadSample("without answer")
         return image, [(question, answer) for answer in answers]
@@ -1391,28 +1368,28 @@ def split_ids(ids, context):
     return [common.trim_padding(part, 4) for part in ids.split(context, 1)]
 
 
-class Augment:
+KEPT = ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness",
+        "Sharpness", "AutoContrast", "Equalize")
+
+
+def augment(image, rng):
     """BLIP's augmentation of a crop: a mirror image half of the time, then two operations of
     torchvision's RandAugment at magnitude 5, those that change no colour.
 
     A function of the image, uint8 (3, S, S), and of rng alone.
     """
+    transforms = common.import_torchvision().transforms
 
-    KEPT = ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness",
-            "Sharpness", "AutoContrast", "Equalize")
+    class RandAugment(transforms.RandAugment):
+        def _augmentation_space(self, bins, size):
+            space = super()._augmentation_space(bins, size)
+            return {name: space[name] for name in KEPT}
 
-    def __call__(self, image, rng):
-        transforms = common.import_torchvision().transforms
-
-        class RandAugment(transforms.RandAugment):
-            def _augmentation_space(self, bins, size):
-                space = super()._augmentation_space(bins, size)
-                return {name: space[name] for name in Augment.KEPT}
-
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's generator
-            torch.manual_seed(int(rng.integers(2 ** 63)))
-            image = image.flip(-1) if torch.rand(()) < 0.5 else image
-            return RandAugment(2, 5, fill=[128] * 3)(image)
+    with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's generator
+        torch.manual_seed(int(rng.integers(2 ** 63)))
+        if torch.rand(()) < 0.5:
+            image = image.flip(-1)
+        return RandAugment(2, 5, fill=[128] * 3)(image)
 
 
 def training_samples(cfg, tokenizer):
@@ -1420,14 +1397,15 @@ def training_samples(cfg, tokenizer):
     an answer."""
     task = cfg.task[0] if cfg.stage == "finetune" else "retrieval"
     if task == "vqa":
-        data = AnsweredQuestions(common.question_set(cfg, cfg.image_size, "train"))
+        questions = common.question_set(cfg, cfg.image_size, "train")
+        data = AnsweredQuestions(questions, range(len(questions)))
         encode = partial(encode_pairs, tokenizer)
     else:
         data = common.training_set(cfg, cfg.image_size)
         encode = partial(encode_captions, tokenizer, PROMPT if task == "caption" else "")
     # no mirror images of emoji scenes: their captions tell left from right
-    augment = None if cfg.data == "emoji" else Augment()
-    return Samples(data, encode, cfg.image_size, crop_scale(cfg), cfg.seed, augment)
+    change = None if cfg.data == "emoji" else augment
+    return Samples(data, encode, cfg.image_size, crop_scale(cfg), cfg.seed, change)
 
 
 LOG_COLUMNS = ["step", "epoch", "lr", "alpha", "loss", "itc", "itm", "lm",
@@ -1774,17 +1752,16 @@ def draw_attention(path, models, sets, count=6):
     images, captions = common.example_images(sets, asked.cfg.image_size, count, common.resize_whole)
     captions = [common.clean_blip_caption(text) for text in captions]
     ids, mask = ids_of(asked, captions)
-    words, of_word = [], torch.zeros(ids.shape)  # 1 at the first token of the word
-    for row, text in enumerate(captions):
+    words, places = [], []  # the place of a word's first token
+    for text in captions:
         words.append(max(text.split(), key=len))
         before = text[:text.index(words[-1])]
-        of_word[row, 1 + len(asked.tokenizer.encode(before))] = 1
+        places.append(1 + len(asked.tokenizer.encode(before)))
     rows = [images]
     for each in models.values():
         states = each.blip.encode_image(normalise(images, each.statistics))
         scores = each.blip.fuse(ids, mask, states, with_scores=True).cross_scores
-        maps = scores.softmax(-1).mean(1).cpu()[:, :, 1:]  # (B, N, M-1), without CLS
-        maps = torch.einsum("bn,bnm->bm", of_word, maps)
+        maps = scores.softmax(-1).mean(1)[range(len(places)), places, 1:].cpu()  # without CLS
         side = math.isqrt(maps.shape[1])
         rows.append(common.overlay(images, maps.unflatten(1, (side, side))))
     title = "cross-attention of a word to the image, last layer, before fine-tuning"
