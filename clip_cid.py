@@ -51,8 +51,8 @@ Assumptions. [paper]: its abstract or a summary of it; [figure]: its architectur
       with scale 32 for the student, --teacher-scale for the teacher, and every cluster a negative
       (--sample-rate 1) [choice].
   A5  Instance discrimination contrasts student and teacher both ways [paper], crossed: student
-      images against teacher texts, student texts against teacher images [figure]. Each direction
-      has the student's rows only, since nothing trains a teacher that searches among students. A
+      images against teacher texts, student texts against teacher images [figure]. In each softmax a
+      student's embedding searches among the teacher's; the reverse search is left out [choice]. A
       learnable scale of its own, from 1/0.07, at most 100 [choice].
   A6  Total: γ CLIP + α cluster + β instance, α = β = γ = 1 (--nce-weight, --cluster-weight,
       --instance-weight) [choice]; the figure draws no CLIP loss, that is γ = 0. Student embeddings
@@ -86,7 +86,7 @@ from common import UserError, average_gradients, gather, option, rank, world_siz
 
 # -------------------------------------------------------------------------------------- config
 
-# data/teacher_clip.pt: --stage teacher on the emoji scenes makes it.
+# data/teacher_clip.pt: what --stage teacher on the emoji scenes leaves as teacher.pt, copied there.
 common.PRESETS["teacher"] = replace(common.PRESETS["demo"], vision_width=128, vision_layers=6,
                                     vision_mlp=512, text_width=96, text_layers=3, embed_dim=128)
 
@@ -118,7 +118,7 @@ class Config:
 
     teacher: str | None = option(None, "checkpoint of the teacher: any OpenAI, OpenCLIP or Hugging "
                                  "Face CLIP ViT (emoji: data/teacher_clip.pt)", section="teacher")
-    teacher_precision: str = option("fp32", "weights of the teacher", ["fp32", "bf16", "fp16"])
+    teacher_precision: str = option("fp32", "autocast of the teacher while it embeds", ["fp32", "bf16", "fp16"])
     cache: str | None = option(None, "folder of teachers' embeddings, to share between runs")
 
     filter: str = option("balance", "how the data are thinned out before training",
@@ -622,7 +622,7 @@ def info_nce(logits):
 def similarity_kl(teacher, student):
     """KD = 1/2 [KL(softmax(T) || softmax(M)) + the same of the transposes], mean over the rows.
 
-    teacher (T, T^T) and student (M, M^T), each (b, B). No gradient to the teacher (A1).
+    teacher (T, T^T) and student (M, M^T), each (b, B). No gradient to the teacher.
     """
     loss = 0.0
     for t, m in zip(teacher, student):
@@ -718,8 +718,8 @@ class CLIPCID(nn.Module):
     def cluster_loss(self, p, t_image, label, seed):
         """L_cluster = L_hard + L_kl (A4), and its terms.
 
-        w_j: the prototypes' unit rows; L_hard = CE(s w_j·P_v u_i, label_i);
-        L_kl = KL(softmax_j(s_t w_j·t^I_i) || softmax_j(s w_j·P_v u_i)), no gradient to the former.
+        w_j: the prototypes' unit rows, p_i = P_v u_i of unit length; L_hard = CE(s w_j·p_i, label_i);
+        L_kl = KL(softmax_j(s_t w_j·t^I_i) || softmax_j(s w_j·p_i)), no gradient to the former.
         """
         cfg, prototypes = self.cfg, unit(self.prototypes)
         if cfg.sample_rate < 1:

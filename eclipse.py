@@ -131,7 +131,7 @@ class Config:
     noise: float = option(0.4, "share of training scenes with another scene's caption", (0, 1))
 
 
-# SLIP's CLIP recipe (A8) with the paper's momentum (A4) and a short ramp (A1); flags go before it.
+# SLIP's CLIP recipe (A8) with the paper's momentum (A4) and a short ramp (A1); flags override it.
 LARGE = dict(
     preset="vit_b16",
     epochs=40,
@@ -421,7 +421,7 @@ def info_nce(logits):
 def similarity_kl(teacher, student):
     """KD = 1/2 [KL(softmax(T) || softmax(M)) + the same of the transposes], mean over the rows.
 
-    teacher (T, T^T) and student (M, M^T), each (b, B). No gradient to the teacher (A1).
+    teacher (T, T^T) and student (M, M^T), each (b, B). No gradient to the teacher.
     """
     loss = 0.0
     for t, m in zip(teacher, student):
