@@ -86,7 +86,7 @@ from common import UserError, average_gradients, gather, option, rank, world_siz
 
 # -------------------------------------------------------------------------------------- config
 
-# data/teacher_clip.pt: what --stage teacher on the emoji scenes leaves as teacher.pt, copied there.
+# data/teacher_clip.pt is what --stage teacher leaves as teacher.pt on the emoji scenes.
 common.PRESETS["teacher"] = replace(common.PRESETS["demo"], vision_width=128, vision_layers=6,
                                     vision_mlp=512, text_width=96, text_layers=3, embed_dim=128)
 
@@ -118,7 +118,7 @@ class Config:
 
     teacher: str | None = option(None, "checkpoint of the teacher: any OpenAI, OpenCLIP or Hugging "
                                  "Face CLIP ViT (emoji: data/teacher_clip.pt)", section="teacher")
-    teacher_precision: str = option("fp32", "autocast of the teacher while it embeds", ["fp32", "bf16", "fp16"])
+    teacher_precision: str = option("fp32", "of the teacher's autocast", ["fp32", "bf16", "fp16"])
     cache: str | None = option(None, "folder of teachers' embeddings, to share between runs")
 
     filter: str = option("balance", "how the data are thinned out before training",
@@ -718,7 +718,7 @@ class CLIPCID(nn.Module):
     def cluster_loss(self, p, t_image, label, seed):
         """L_cluster = L_hard + L_kl (A4), and its terms.
 
-        w_j: the prototypes' unit rows, p_i = P_v u_i of unit length; L_hard = CE(s w_j·p_i, label_i);
+        w_j: the prototypes' unit rows; p_i: P_v u_i, of unit length. L_hard = CE(s w_j·p_i, y_i),
         L_kl = KL(softmax_j(s_t w_j·t^I_i) || softmax_j(s w_j·p_i)), no gradient to the former.
         """
         cfg, prototypes = self.cfg, unit(self.prototypes)
