@@ -1114,7 +1114,7 @@ def backward(model, image, text, others, amp, scaler):
     if k > 1:
         u.requires_grad_()
         v.requires_grad_()
-    loss, terms = model.loss(u, v, *others)
+    loss, terms = model.loss(u, v, *others)  # outside of autocast
     scaler.scale(loss).backward()
     if k > 1:
         for chunk, gradients in zip(chunks, zip(u.grad.chunk(k), v.grad.chunk(k))):

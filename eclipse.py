@@ -20,19 +20,21 @@ has the table, the commands and the commit): zero-shot top-1 on unseen drawings 
 CLIP. Not run at the paper's scale.
 
 From the paper: the three networks and what each sees; the KL from the momentum matrix to the online
-one; the stop-gradient on the texts of the online matrix; momentum 0.994, κ = 0.7, learning rate
+one; the stop-gradient on the texts of the online matrix (here in KD only, see A2); momentum 0.994, κ = 0.7, learning rate
 5e-4, 40 epochs on CC3M, built on SLIP's code and EViT's pruning.
 
 Assumptions, where the public text is silent. Each is ours, not the paper's:
   A1  NCE is symmetric. KD is the mean over rows and columns of KL(teacher || student), weighted by
-      λ = 1 (--kd-weight) that rises from 0 (--kd-ramp, an idea of ALBEF: over 10-30 % of the emoji
-      run, over the first of 40 epochs else).
-  A2  Who trains the text encoder (--text-grad). The paper stops the gradient of the texts in the
-      online matrix A, so that NCE(A) trains the images and NCE(Ā) the texts: "momentum". Default
-      here: "online", where NCE(A) trains both and NCE(Ā) is left out; "both" adds the two. In every
-      reading KD trains no text, and NCE(A) stays: KD's gradient vanishes where student = teacher.
-  A3  One learnable logit scale, from 1/0.07, clamped to at most 100 as in SLIP. Through the online
-      matrix NCE and KD train it; the teacher's side of KD does not.
+      λ = 1 (--kd-weight). λ rises from 0 as ALBEF's does (--kd-ramp): over 10-30 % of the emoji
+      run, over the first fortieth of the others.
+  A2  Who trains the text encoder (--text-grad), where the default departs from the paper. It stops
+      the gradient of the texts in the online matrix A, so that NCE(A) trains the images and NCE(Ā)
+      the texts: "momentum". "online" (default: the cheapest, and three seeds on the emoji scenes
+      do not separate them) lets NCE(A) train both and leaves NCE(Ā) out; "both" adds the two. In
+      KD the texts are stopped in every reading, unless the teacher has a text encoder of its own.
+      NCE(A) always stays: KD's gradient vanishes where student = teacher, as at the start.
+  A3  One learnable logit scale, from 1/0.07, clamped to [1, 100] as in SLIP. Every term trains it
+      but for the teacher's side of KD.
   A4  The teacher starts equal to the student, its projection included, and moves after every
       optimiser step, with constant momentum (--ema: the paper's 0.994; 0.99 for the few steps of
       the emoji run).
@@ -150,7 +152,7 @@ RECIPES = {
     "flickr30k": SMALLER,
 }
 # What --evaluate does not take over from the run it evaluates.
-UNSAVED = dict(resume=False, init=None, device="auto", workers=-1, root=None, keep=None)
+NOT_INHERITED = dict(resume=False, init=None, device="auto", workers=-1, root=None, keep=None)
 
 
 def weight_decay(cfg):
@@ -171,7 +173,7 @@ def configure(argv=None):
     loaded = common.read_checkpoint(source) if source else None
     if asked.evaluate:  # a run of this script: its data and its method
         saved = common.known_fields(Config, loaded.config)
-        recipe = {**recipe, "keep_rate": 1.0, **saved, **UNSAVED}
+        recipe = {**recipe, "keep_rate": 1.0, **saved, **NOT_INHERITED}
     stem = "runs/ablation" if asked.ablate else f"runs/{asked.method}-{asked.data}"
     cfg = common.fill_config(Config, recipe, given, stem)
     if cfg.method == "clip":
@@ -393,8 +395,8 @@ class PruningVisionTransformer(VisionTransformer):
 
 
 # -------------------------------------------------------------------------------------- losses
-# Embeddings arrive in float32: under bf16 or fp16 autocast the logits of a large batch, up to 100,
-# would lose the digits that the softmax compares.
+# Taken outside of autocast, on float32 embeddings: in bf16 or fp16 the logits of a large batch, up
+# to 100, would lose the digits that the softmax compares.
 
 
 def similarities(scale, u, v):
@@ -485,9 +487,10 @@ class ECLIPSE(nn.Module):
         online     NCE(A)                   + λ KD(Ā, s<u, sg v>)   NCE(A)
         both       NCE(A)          + NCE(Ā) + λ KD(Ā, s<u, sg v>)   both
 
-        The online images and the scale get gradients from every term with A; nothing trains ū but
-        the moving average. With a momentum text encoder Ā = s<ū, v̄>, and KD trains both towers.
-        Without a teacher the loss is NCE(A).
+        The online images get gradients from every term with u, the scale from every term; nothing
+        trains ū but the moving average, and KD has no gradient to Ā. With a momentum text encoder
+        Ā = s<ū, v̄>, and the student's side of KD is A: it trains both towers. Without a teacher
+        the loss is NCE(A).
         """
         scale = self.online.logit_scale.exp()
         A = similarities(scale, u, v)
@@ -497,7 +500,7 @@ class ECLIPSE(nn.Module):
         A_stopped = similarities(scale, u, v.detach())
         A_bar = similarities(scale, u_bar, v if v_bar is None else v_bar)
         nce_online = info_nce(A_stopped if self.cfg.text_grad == "momentum" else A)
-        nce_momentum = info_nce(A_bar)
+        nce_momentum = info_nce(A_bar)  # with --text-grad online logged only
         kd = similarity_kl(A_bar, A_stopped if v_bar is None else A)
         loss = nce_online + kd_weight * kd
         if self.cfg.text_grad != "online":
@@ -589,7 +592,7 @@ def backward(model, image, text, others, amp, scaler):
     if k > 1:
         u.requires_grad_()
         v.requires_grad_()
-    loss, terms = model.loss(u, v, *others)
+    loss, terms = model.loss(u, v, *others)  # outside of autocast
     scaler.scale(loss).backward()
     if k > 1:
         for chunk, gradients in zip(chunks, zip(u.grad.chunk(k), v.grad.chunk(k))):
