@@ -20,8 +20,8 @@ has the table, the commands and the commit): zero-shot top-1 on unseen drawings 
 CLIP. Not run at the paper's scale.
 
 From the paper: the three networks and what each sees; the KL from the momentum matrix to the online
-one; the stop-gradient on the texts of the online matrix (here in KD only, see A2); momentum 0.994, κ = 0.7, learning rate
-5e-4, 40 epochs on CC3M, built on SLIP's code and EViT's pruning.
+one; the stop-gradient on the texts of the online matrix (here in KD only, see A2); momentum 0.994,
+κ = 0.7, learning rate 5e-4, 40 epochs on CC3M, built on SLIP's code and EViT's pruning.
 
 Assumptions, where the public text is silent. Each is ours, not the paper's:
   A1  NCE is symmetric. KD is the mean over rows and columns of KL(teacher || student), weighted by
