@@ -6,9 +6,9 @@ A BLIP (Li et al. 2022, https://arxiv.org/abs/2201.12086, whose code is public, 
 teacher, is distilled in pre-training into one of 22 % of its parameters, which still retrieves,
 captions and answers questions. Both are an image encoder (ViT) and a text network in three modes:
 unimodal encoder (for ITC), image-grounded encoder (for ITM and for questions), image-grounded
-decoder (for captions and answers); the modes share all but self-attention. To BLIP's three losses
-DLIP adds two, on the same pairs: the student's representations point where the teacher's do (L_HR),
-and its last layers attend where the teacher's attend (L_AT).
+decoder (for captions and answers); encoder and decoder share all but self-attention. To BLIP's
+three losses DLIP adds two, on the same pairs: the student's representations point where the
+teacher's do (L_HR), and its last layers attend where the teacher's attend (L_AT).
 
     python dlip.py                               # emoji scenes: distil, fine-tune, evaluate
     python dlip.py --ablate vlp dlip --jobs 2    # beside the paper's ablations, emoji scenes
@@ -32,13 +32,13 @@ image, text, fusion encoder and decoder, the text's from the last layer; L_AT of
 self- and cross-attention as KL; learning rate 5e-4 times 0.85 an epoch, 20 epochs.
 
 Assumptions, where the public text is silent. Each is ours, not the paper's:
-  A1  L_HR is the mean of 1 - cosine at the CLS of image and text, at [ENC] and at [DEC], each after
-      the ITC projection of its own model; the teacher's is frozen, since a learned one could
-      collapse (--hr, --lambda-hr). [DEC] comes first in a causal decoder: VL_D sees the image and
-      no word.
+  A1  L_HR is the sum of four batch means of 1 - cosine: at the CLS of image and text, at [ENC] and
+      at [DEC], each after the ITC projection of its own model; the teacher's is frozen, since a
+      learned one could agree on a constant (--hr, --lambda-hr). [DEC] comes first in a causal
+      decoder: VL_D sees the image and no word.
   A2  L_AT is the sum over self-attention of fusion encoder and decoder, and cross-attention of the
-      fusion encoder; padded queries are left out (--attn, --lambda-at). L_HR and L_AT see matching
-      pairs only.
+      fusion encoder, each the mean over heads and queries without the padded ones (--attn,
+      --lambda-at). L_HR and L_AT see matching pairs only.
   A3  ITC's keys are the momentum features of all processes' batches and the queue; BLIP has its own
       process's and the queue. The momentum encoders run without dropout.
   A4  ITM's negatives come from the process's own batch, as in BLIP's pre-training, drawn by the
@@ -250,6 +250,8 @@ def check(cfg):
                             "questions, the others captions")
     if cfg.init and cfg.stage in ("teacher", "distil"):
         raise UserError("--init goes with --stage finetune or evaluate")
+    if cfg.fusion_layers == 0 and cfg.method == "dlip" and "cross" in cfg.attn:
+        raise UserError("--fusion-layers 0 leaves no cross-attention to distil: --attn self")
     if cfg.batch_size < 2 * world_size():
         raise UserError(f"--batch-size {cfg.batch_size}: every process needs two pairs")
     distils = cfg.method == "dlip" and cfg.stage != "teacher" and {*cfg.hr, *cfg.attn} != {"none"}
@@ -1259,7 +1261,8 @@ def load_teacher(cfg, student, tokenizer, device):
     if cfg.stage != "distil" or cfg.method == "blip" or {*cfg.hr, *cfg.attn} == {"none"}:
         return None
     path = teacher_file(cfg)
-    teacher = open_blip(path, cfg, tokenizer, ("text_encoder.", "text_decoder.", "vision_proj."))
+    need = ("text_encoder.", "text_decoder.", "vision_proj.", "text_proj.")
+    teacher = open_blip(path, cfg, tokenizer, need)
     ours, theirs = ((blip.visual_encoder.pos_embed.shape[1], blip.size.text.heads,
                      blip.size.embed_dim) for blip in (student, teacher))
     if ours != theirs:
@@ -1838,7 +1841,7 @@ def profile(cfg):
         table[f"{name}, paper"] = dict(zip(table[name], TABLE_1[name]))
     common.print_table(table)
     print("MACs and ms of one image and one text, ours with the two products inside attention, the "
-          "paper's on a V100. Its totals for base, 213.6 M, 17.8 G and 41.3 ms, are not the sums "
+          "paper's on a V100. Its totals for base, 213.6 M and 17.8 G, are not the sums "
           "of its Table 1, shown here.")
 
 

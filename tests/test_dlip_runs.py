@@ -395,6 +395,7 @@ ERRORS = {
     "--data coco --stage all": "coco emoji",
     "--hr image": "image img text vl_e vl_d none",
     "--no-vlp --method blip": "--no-vlp loss",
+    "--fusion-layers 0": "--fusion-layers 0 --attn",
     "--no-vlp --hr none --attn none": "--no-vlp loss",
     "--momentum 1.5": "--momentum 1.5",
     "--image-size 42": "42 8",
