@@ -4,20 +4,17 @@
     python tests/bench.py --device cuda      # adds bf16 and torch.compile
 
 A ratio is the median over rounds of (seconds of the second side) / (seconds of the first side); its smallest and
-largest round show how noisy the machine was. The bench stops when the losses of the two CLIPs differ.
+largest round show how noisy the machine was. The bench stops when the losses of the two sides differ.
 """
 
 import argparse
-import itertools
 import logging
-import os
-import platform
 import re
 import statistics
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,31 +23,41 @@ import clip_cid
 import common
 import dlip
 import eclipse
-import numpy as np
+import faiss
 import torch
 
 COCO = Path(__file__).resolve().parents[2] / "shared/data/coco_mini"
-PACKAGES = "torch", "torchvision", "open_clip_torch", "transformers", "webdataset", "faiss-cpu", "pillow", "numpy"
-COLUMNS = "{:<34}  {:<22} {:>11}  {:<22} {:>11}  {:>5}  {:>11}  {:<10}  {}"
+PACKAGES = "torchvision", "open_clip_torch", "transformers", "webdataset", "faiss-cpu", "pillow", "numpy"
 
 
-def compare(args, title, first, second, wanted="", note="", longer=1):
-    """Print one row. first, second: (name, function without arguments); wanted: such as ">= 1.2"."""
-    def seconds(function):
-        start = time.perf_counter()
-        function()
-        if args.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+def timed(args, function, *inputs):
+    """(seconds, result) of a call, the device's work included."""
+    start = time.perf_counter()
+    result = function(*inputs)
+    if args.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
 
-    rounds = [(seconds(first[1]), seconds(second[1])) for _ in range(2 + longer * args.rounds)][2:]  # 2: warm-up
-    ratio = statistics.median(ratios := [b / a for a, b in rounds])
-    if wanted:
-        sign, bound = wanted.split()
-        wanted += " ok" if (ratio >= float(bound) if sign == ">=" else ratio <= float(bound)) else " NO"
-    a, b = (f"{statistics.median(side) * 1e3:.1f} ms" for side in zip(*rounds))
-    cells = a, second[0], b, f"{ratio:.2f}", f"{min(ratios):.2f}-{max(ratios):.2f}", wanted, note
-    print(COLUMNS.format(title, first[0], *cells).rstrip(), flush=True)
+
+def compare(args, title, sides, wanted="", longer=1, tolerance=None):
+    """Print one row. sides: {name: function without arguments}, two; wanted: such as ">= 1.2".
+
+    tolerance: how far the losses that the two return may be apart, else UserError.
+    """
+    (first, second), functions = sides, sides.values()
+    note = ""
+    if tolerance:
+        a, b = (float(function()) for function in functions)
+        note = f"losses {a:.5f} {b:.5f}"
+        if abs(a - b) > tolerance:
+            raise common.UserError(f"{title}, {first} and {second}: {note}")
+    rounds = [[timed(args, function)[0] for function in functions] for _ in range(2 + longer * args.rounds)]
+    del rounds[:2]  # the warm-up
+    a, b = (statistics.median(side) for side in zip(*rounds))
+    ratios = [b / a for a, b in rounds]
+    print(f"{title:<37}  {first:<14} {1e3 * a:>8.1f} ms  {second:<21} {1e3 * b:>8.1f} ms  "
+          f"{statistics.median(ratios):>5.2f}  {min(ratios):>5.2f}-{max(ratios):<5.2f}  {wanted:<7}  {note}",
+          flush=True)
 
 
 def pairs(args):
@@ -60,197 +67,199 @@ def pairs(args):
     end = torch.randint(7, 40, (args.batch, 1))
     text = text.scatter(1, end, 49407).masked_fill(torch.arange(77) > end, 0)
     text[:, 0] = 49406
-    return image.to(args.device), text
+    return image.to(args.device), text.to(args.device)
 
 
-def our_step(args, *flags):
-    """(function that makes one training step of eclipse.py, its ECLIPSE); the batch is as our loader collates it."""
-    cfg, _ = eclipse.configure([*flags, "--batch-size", str(args.batch), "--lr", "1e-6"])
-    method = eclipse.build(cfg).to(args.device)
-    optimiser, precision = eclipse.build_optimiser(method, cfg, args.device), common.mixed_precision(cfg, args.device)
-    eclipse.prepare_towers(method, cfg)
+def our_step(args, script, *flags, others=(), **taught):
+    """(function that makes one training step of eclipse.py or clip_cid.py, its model)."""
+    cfg, *_ = script.configure([*flags, f"--batch-size={args.batch}", "--lr=1e-6"])
+    model = script.build(cfg, **taught).to(args.device)
+    optimiser = script.build_optimiser(model, cfg, args.device)
+    amp, scaler = common.mixed_precision(cfg.precision, args.device)
+    script.prepare_towers(model, cfg)
     image, text = pairs(args)
-    _, text, _ = common._collate_train([(x, tokens, 0) for x, tokens in zip(image, text)])
-    text, now = text.to(args.device), {"keep_rate": cfg.keep_rate, "kd_weight": cfg.kd_weight}
+    text = common.trim_padding(text)  # as our loader does
 
     def step():
-        terms = eclipse.backward(method, image, text, now, *precision, seed=0)
-        eclipse.update(method, optimiser, precision[1], cfg.lr, cfg.ema)
+        teaching = others
+        if script is eclipse:
+            with amp:
+                teaching = *model.teach(image, text), cfg.kd_weight
+        terms = script.backward(model, image, text, teaching, amp, scaler)
+        script.update(model, optimiser, scaler, cfg.lr)
+        if script is eclipse:
+            model.update_momentum(cfg.ema)
         return terms["loss"]
 
-    return step, method
+    return step, model
+
+
+def plain_step(model, loss_of):
+    """A function that makes one training step of a model, with our optimiser: torch's fused AdamW."""
+    optimiser = eclipse.build_optimiser(model, eclipse.Config(lr=1e-6), next(model.parameters()).device)
+
+    def step():
+        loss = loss_of()
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        return loss.detach()
+
+    return step
 
 
 def open_clip_step(args, name, precision, compiled):
     """(function that makes one training step as open_clip's training loop does, its model)."""
     import open_clip
     model = open_clip.create_model(name, device=args.device)
-    optimiser = eclipse.build_optimiser(model, eclipse.Config(lr=1e-6), args.device)  # torch's fused AdamW
     forward, loss_of = torch.compile(model) if compiled else model, open_clip.ClipLoss()
-    image, text = (x.to(args.device) for x in pairs(args))
+    image, text = pairs(args)
 
-    def step():
-        optimiser.zero_grad()
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            loss = loss_of(*forward(image, text))
-        loss.backward()
-        optimiser.step()
+    def loss():
         model.logit_scale.data.clamp_(0, 4.6052)
-        return loss.detach()
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return loss_of(*forward(image, text))
 
-    return step, model
+    return plain_step(model, loss), model
 
 
 def clip_step(args):
     """A CLIP training step against open_clip's: same weights, batch, optimiser and precision."""
     modes = [("fp32", False)] if args.device.type == "cpu" else [("bf16", False), ("bf16", True), ("fp32", False)]
-    names = {"quick_gelu": "ViT-B-32-quickgelu", "gelu": "ViT-B-32"}
-    for (precision, compiled), (act, name) in itertools.product(modes, names.items()):
-        theirs, model = open_clip_step(args, name, precision, compiled)
-        ours, method = our_step(args, "--method", "clip", "--keep-rate", "1", "--preset", "vit_b32", "--act", act,
-                                "--precision", precision, *["--compile"] * compiled)
-        method.online.load_state_dict(model.state_dict())
-        a, b = ours().item(), theirs().item()
-        if abs(a - b) > (1e-4 if precision == "fp32" else 0.05):
-            sys.exit(f"{name}, {precision}: our loss is {a}, open_clip's {b}")
-        compare(args, f"CLIP step, B/32, {precision}" + ", compiled" * compiled, ("eclipse.py", ours),
-                (f"open_clip, {act}", theirs), ">= 1.0", f"losses {a:.5f} {b:.5f}")
+    for act, name in (("quick_gelu", "ViT-B-32-quickgelu"), ("gelu", "ViT-B-32")):
+        for precision, compiled in modes:
+            theirs, model = open_clip_step(args, name, precision, compiled)
+            ours, method = our_step(args, eclipse, "--method=clip", "--preset=vit_b32", f"--act={act}",
+                                    f"--precision={precision}", *["--compile"] * compiled)
+            method.online.load_state_dict(model.state_dict())
+            compare(args, f"CLIP step, B/32, {precision}" + ", compiled" * compiled,
+                    {"eclipse.py": ours, f"open_clip, {act}": theirs}, ">= 1.0",
+                    tolerance=1e-4 if precision == "fp32" else 0.05)
 
 
 def pruned_inference(args):
     """The image tower at keep rates below 1 against the same tower at 1."""
-    cfg, _ = eclipse.configure(["--preset", "vit_b16"])
+    cfg, *_ = eclipse.configure(["--preset=vit_b16"])
     tower, image = eclipse.build(cfg).online.visual.to(args.device).eval(), pairs(args)[0]
-
-    @torch.inference_mode()
-    def encode(rate):
-        tower(image, rate)
-
+    encode = torch.inference_mode()(tower)
+    full = common.multiply_adds(tower, image[:1])
     for rate, wanted in ((0.5, ">= 1.95"), (0.7, ">= 1.48")):
-        macs = eclipse.forward_cost(tower, image[:1], 1.0)[0] / eclipse.forward_cost(tower, image[:1], rate)[0]
-        compare(args, "image tower, B/16, inference, fp32", (f"κ={rate}", lambda rate=rate: encode(rate)),
-                ("κ=1", lambda: encode(1.0)), wanted, f"MACs {macs:.2f}x", longer=3)
+        macs = full / common.multiply_adds(tower, image[:1], rate)
+        compare(args, f"inference, B/16, fp32, MACs {macs:.2f}x",
+                {f"κ={rate}": partial(encode, image, rate), "κ=1": partial(encode, image)}, wanted, longer=3)
 
 
 def eclipse_step(args):
     """What ECLIPSE costs against CLIP; on CUDA also what bf16 and torch.compile bring to both."""
-    clip, ours = ("--method", "clip", "--keep-rate", "1"), ("--method", "eclipse", "--keep-rate", "0.7")
-    rows = [("", ("CLIP", *clip), ("ECLIPSE κ=0.7", *ours), "<= 1.1"),
-            (", compiled", ("CLIP", *clip, "--compile"), ("ECLIPSE κ=0.7", *ours, "--compile"), "<= 1.1")]
-    for name, flags in ((", CLIP", clip), (", ECLIPSE", ours)):
-        rows += [(name, ("bf16", *flags), ("fp32, TF32 products", *flags, "--precision", "fp32"), ""),
-                 (name, ("compiled", *flags, "--compile"), ("eager", *flags), "")]
-    for what, *sides, wanted in rows if args.device.type == "cuda" else rows[:1]:
-        sides = [(name, our_step(args, "--preset", "vit_b16", *flags)[0]) for name, *flags in sides]
-        compare(args, f"step, B/16{what}", *sides, wanted)
+    clip, ours = ["--method=clip"], ["--method=eclipse", "--keep-rate=0.7"]
+
+    def row(what, sides, wanted=""):
+        steps = {name: our_step(args, eclipse, "--preset=vit_b16", *flags)[0] for name, flags in sides.items()}
+        compare(args, f"step, B/16{what}", steps, wanted)
+
+    row("", {"CLIP": clip, "ECLIPSE κ=0.7": ours}, "<= 1.1")
+    if args.device.type == "cpu":
+        return
+    row(", compiled", {"CLIP": [*clip, "--compile"], "ECLIPSE κ=0.7": [*ours, "--compile"]}, "<= 1.1")
+    for what, flags in ((", CLIP", clip), (", ECLIPSE", ours)):
+        row(what, {"bf16": flags, "fp32": [*flags, "--precision=fp32"]})
+        row(what, {"compiled": [*flags, "--compile"], "eager": flags})
 
 
-def reading(args, count=64, size=224, batch=32):
+def write_shards(folder, count):
+    """The first `count` COCO photographs, each with one caption, in two tar shards."""
+    import webdataset
+    content = common.read_json(COCO / "annotations/captions_train2017.json")
+    caption_of = {caption["image_id"]: caption["caption"] for caption in content["annotations"]}
+    with webdataset.ShardWriter(f"{folder}/%05d.tar", maxcount=count // 2, verbose=0) as shards:
+        for image in content["images"][:count]:
+            pixels, caption = COCO / "train2017" / image["file_name"], caption_of[image["id"]]
+            shards.write({"__key__": str(image["id"]), "jpg": pixels.read_bytes(), "txt": caption})
+
+
+def reading(args, count=64, batch=32):
     """JPEG and text in tar shards -> normalised float batches with tokens, in this process."""
     import open_clip
     import webdataset
     from torchvision import transforms
     if not COCO.is_dir():
         return print(f"reading: skipped, {COCO} is not there")
-    cfg, _ = eclipse.configure(["--image-size", str(size)])
-    statistics = eclipse.Evaluator(None, cfg, torch.device("cpu"), nullcontext()).statistics
-    crop = transforms.RandomResizedCrop(size, (0.5, 1.0), interpolation=transforms.InterpolationMode.BICUBIC)
-    to_tensor, normalise = transforms.ToTensor(), transforms.Normalize(*common.PIXELS[cfg.pixel_stats])
-    transform, tokenizer = transforms.Compose([crop, to_tensor, normalise]), open_clip.get_tokenizer("ViT-B-32")
+    size = common.PRESETS["vit_b32"]
+    side, scale, pixels = size.image_size, (0.5, 1.0), size.pixel_statistics("cpu")
+    crop = transforms.RandomResizedCrop(side, scale, interpolation=transforms.InterpolationMode.BICUBIC)
+    transform = transforms.Compose([crop, transforms.ToTensor(), transforms.Normalize(size.mean, size.std)])
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
 
     def read(loader, finish):
-        assert [finish(image).shape for image, *_ in loader] == [(batch, 3, size, size)] * (count // batch)
+        assert sum(len(finish(image)) for image, *_ in loader) == count
 
     with tempfile.TemporaryDirectory() as folder:
-        with webdataset.ShardWriter(f"{folder}/%05d.tar", maxcount=count // 2, verbose=0) as shards:
-            for i, (image, captions) in enumerate(map(common.CocoCaptions(COCO, "train").read, range(count))):
-                shards.write({"__key__": f"{i:06d}", "jpg": image, "txt": captions[0]})
-        samples = common.TrainSamples(common.TarShards(folder), common.CLIPTokenizer(), size, (0.5, 1.0), seed=0)
-        ours = common.train_loader(samples, common.StepSampler(count, batch, count // batch), 0, "cpu")
-        theirs = webdataset.WebDataset(sorted(map(str, Path(folder).glob("*.tar"))), shardshuffle=False).decode("pil")
+        write_shards(folder, count)
+        samples = common.TrainSamples(common.TarShards(folder), common.CLIPTokenizer(), side, scale, 0)
+        sampler = common.StepSampler(count, batch, count // batch, 0, 0)
+        ours = common.train_loader(samples, sampler, 0, "cpu")
+        theirs = webdataset.WebDataset(f"{folder}/{{00000..00001}}.tar", shardshuffle=False).decode("pil")
         theirs = theirs.to_tuple("jpg", "txt").map_tuple(transform, lambda text: tokenizer(text)[0]).batched(batch)
-        compare(args, f"reading {count} COCO pairs, {size} px",
-                ("TarShards", lambda: read(ours, lambda image: eclipse.normalise(image, statistics))),
-                ("webdataset", lambda: read(theirs, torch.Tensor.float)), ">= 1.2", longer=3)
+        compare(args, f"reading {count} COCO pairs, {side} px",
+                {"TarShards": lambda: read(ours, partial(eclipse.normalise, statistics=pixels)),
+                 "webdataset": lambda: read(theirs, torch.Tensor.float)}, ">= 1.2", longer=3)
 
 
 def clip_cid_step(args):
     """What cluster and instance discrimination cost: teacher of width 1280, k = 10,000, as for CC3M."""
-    flags, sides = ["--preset", "vit_b32", "--data", "cc3m", "--lr", "1e-6", "--batch-size", str(args.batch)], []
-    for method in ("clip_cid", "clip"):
-        cfg, _ = clip_cid.configure([*flags, "--teacher", str(clip_cid.DEMO_TEACHER), "--method", method])
-        from_teacher = dict(centroids=torch.randn(cfg.k, 1280), teacher_logit_scale=4.6) if method == "clip_cid" else {}
-        model = clip_cid.build(cfg, **from_teacher).to(args.device)
-        batch = [torch.randn(args.batch, 1280), torch.randn(args.batch, 1280), torch.randint(cfg.k, (args.batch,))]
-        batch = clip_cid.to_device(batch if from_teacher else [], args.device)
-        optimiser = clip_cid.build_optimiser(model, cfg, args.device)
-        precision, (image, text) = common.mixed_precision(cfg, args.device), pairs(args)
-
-        def step(model=model, batch=batch, optimiser=optimiser, precision=precision, image=image, text=text):
-            clip_cid.backward(model, image, text, batch, *precision, seed=0)
-            clip_cid.update(model, optimiser, precision[1], 1e-6)
-
-        sides.append((method, step))
-    compare(args, "step, B/32, k = 10,000", *reversed(sides), "<= 1.1")
+    step = partial(our_step, args, clip_cid, "--preset=vit_b32", "--data=cc3m")
+    k, width = 10_000, 1280
+    clip, _ = step("--method=clip")
+    teaching = *torch.randn(2, args.batch, width), torch.randint(k, (args.batch,))
+    others = clip_cid.teaching_inputs(teaching, 0, 0, args.device)
+    ours, _ = step(others=others, centroids=clip_cid.unit(torch.randn(k, width)), teacher_logit_scale=4.6)
+    compare(args, "step, B/32, k = 10,000", {"clip": clip, "clip_cid": ours}, "<= 1.1")
 
 
-def blip(args, length=30):
+def blip(args):
     """A captioning step and beam search of BLIP base against transformers', same weights; the time of small + small."""
     import transformers
-    transformers.logging.set_verbosity_error()
-    text = dict(bos_token_id=30522, sep_token_id=102, eos_token_id=102, label_smoothing=0.1, num_attention_heads=12)
+    text = dict(label_smoothing=0.1, num_attention_heads=12)
     config = transformers.BlipConfig(text_config=text, vision_config=dict(image_size=224, layer_norm_eps=1e-6))
     theirs = transformers.BlipForConditionalGeneration(config).to(args.device)
-    ours = dlip.load_blip(theirs.state_dict(), dropout=0.0)[0].to(args.device)
-    small = dlip.BLIP(dlip.VIT["small"], dlip.BERT["small"]).to(args.device)
-    image, ids = pairs(args)[0], torch.randint(1000, 30000, (args.batch, length), device=args.device)
+    file = common.Checkpoint(Path("blip"), theirs.state_dict(), {}, None)
+    ours = dlip.load_blip(file).to(args.device)
+    small = dlip.BLIP(dlip.BLIPSize(dlip.VIT["small"], dlip.BERT["small"])).to(args.device)
+    image, ids = pairs(args)[0], torch.randint(1000, 30000, (args.batch, 30), device=args.device)
     ids[:, 0], ids[:, -1] = 30522, 102
 
-    def step(model, loss_of):
-        optimiser = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    def our_step_of(model):
+        return plain_step(model, lambda: dlip.lm_loss(model.decode(ids, None, model.encode_image(image)), ids))
 
-        def one():
-            loss = loss_of()
-            loss.backward()
-            optimiser.step()
-            optimiser.zero_grad()
-            return loss.item()
-
-        return one
-
-    def caption_loss(model):
-        return lambda: dlip.lm_loss(model.decode(ids, None, model.encode_image(image)), ids)
-
-    steps = {name: step(model, caption_loss(model)) for name, model in (("ours", ours), ("small", small))}
-    their_step = step(theirs, lambda: theirs(image, ids, labels=ids).loss)
-    a, b = steps["ours"](), their_step()
-    if abs(a - b) > 1e-3:
-        sys.exit(f"BLIP: our loss is {a}, that of transformers {b}")
-    compare(args, "captioning step, BLIP base, fp32", ("dlip.py", steps["ours"]), ("transformers", their_step),
-            ">= 1.0", f"losses {a:.5f} {b:.5f}")
-    compare(args, "captioning step, fp32", ("small + small", steps["small"]), ("base + base", steps["ours"]))
+    step, small_step = our_step_of(ours), our_step_of(small)
+    their_step = plain_step(theirs, lambda: theirs(image, ids, labels=ids).loss)
+    compare(args, "captioning step, BLIP base, fp32", {"dlip.py": step, "transformers": their_step}, ">= 1.0",
+            tolerance=1e-3)
+    compare(args, "captioning step, fp32", {"small + small": small_step, "base + base": step})
     ours.eval(), theirs.eval()
-    prompt = dict(num_beams=3, min_length=20, max_length=20)
     with torch.inference_mode():
         states = ours.encode_image(image)
-        compare(args, "beam search, 3 beams, 20 tokens", ("dlip.py", lambda: ours.generate(states, **prompt)),
-                ("transformers", lambda: theirs.text_decoder.generate(
-                    torch.full((args.batch, 1), 30522, device=args.device), encoder_hidden_states=states,
-                    eos_token_id=102, pad_token_id=0, **prompt)), ">= 1.0")
+        settings = dict(num_beams=3, min_length=20, max_length=20)
+        generate = partial(theirs.text_decoder.generate, ids[:, :1], encoder_hidden_states=states, eos_token_id=102,
+                           **settings)
+        compare(args, "beam search, 3 beams, 20 tokens",
+                {"dlip.py": partial(ours.generate, states, **settings), "transformers": generate}, ">= 1.0")
 
 
-def embeddings(args, folder):
-    """args.images unit vectors of width 512, fp16, in a .npy file: a third are near copies of others, in clusters."""
+def embeddings(args):
+    """args.images unit vectors (n, 512), fp16 as --stage embed leaves them, and the same in float32 for faiss.
+
+    They lie in clusters; a third are near copies of others.
+    """
+    faiss.omp_set_num_threads(torch.get_num_threads())
     torch.manual_seed(0)
-    n, width = args.images, 512
-    array = np.lib.format.open_memmap(f"{folder}/x.npy", "w+", np.float16, (n, width))
-    centres = torch.randn(n // 50, width)
-    x = clip_cid.unit(centres[torch.randint(len(centres), (n,))] + torch.randn(n, width))
+    n = args.images
+    centres = torch.randn(n // 50, 512)
+    x = clip_cid.unit(centres[torch.randint(len(centres), (n,))] + torch.randn(n, 512))
     copies = torch.randperm(n)[:n // 3]
-    x[copies] = clip_cid.unit(x[torch.randint(n, (len(copies),))] + 0.01 * torch.randn(len(copies), width))
-    array[:] = x.half().numpy()
-    array.flush()
-    return common.Rows([np.load(f"{folder}/x.npy", mmap_mode="r")], np.arange(n), args.device)
+    x[copies] = clip_cid.unit(x[torch.randint(n, (len(copies),))] + 0.01 * torch.randn(len(copies), 512))
+    x = x.half()
+    return x.to(args.device), clip_cid.unit(x).numpy()
 
 
 def peak_memory(restart=False):
@@ -264,49 +273,36 @@ def peak_memory(restart=False):
 
 def balance(args, eps=0.447):
     """All pairs closer than ε, their groups and the kept images, against faiss's exact range search; one run each."""
-    import faiss
-    with tempfile.TemporaryDirectory() as folder:
-        x = embeddings(args, folder)
-        before, start = peak_memory(restart=True), time.perf_counter()
-        group, _, pairs = clip_cid.find_groups(x, 4096, eps=eps)
-        kept = clip_cid.centres(x, group, 4096)
-        ours = time.perf_counter() - start
-        memory = peak_memory() - before
-        start = time.perf_counter()
-        _, found, _ = clip_cid.find_groups(x, 4096, remove=0.437)
-        removing = time.perf_counter() - start
-        rows = x[:].cpu().numpy()
-        faiss.omp_set_num_threads(torch.get_num_threads())
-        start = time.perf_counter()
-        index = faiss.IndexFlatIP(rows.shape[1])
+    from scipy.sparse import csgraph, csr_array
+    x, rows = embeddings(args)
+    before = peak_memory(restart=True)
+    ours, (kept, *_) = timed(args, clip_cid.choose, clip_cid.Config(eps=eps), x)
+    memory = peak_memory() - before
+    removing, (*_, found) = timed(args, clip_cid.choose, clip_cid.Config(remove=0.437), x)
+
+    def search():
+        index = faiss.IndexFlatIP(512)
         index.add(rows)
-        limits, _, _ = index.range_search(rows, 1 - eps ** 2 / 2)
-        theirs = time.perf_counter() - start
-    their_pairs = (int(limits[-1]) - len(rows)) // 2  # each twice, and each vector with itself
-    print(f"balance, {len(rows):,} x {rows.shape[1]}: clip_cid.py {ours:.1f} s with groups and centres ({pairs:,} "
-          f"pairs, {len(kept):,} kept, {memory:.0f} MB above the memory before), faiss range search alone {theirs:.1f} "
-          f"s ({their_pairs:,} pairs): ratio {theirs / ours:.2f}; with --remove 0.437 {removing:.1f} s (ε {found:.4f})"
-          f", ratio {theirs / removing:.2f}")
+        return index.range_search(rows, 1 - eps ** 2 / 2)
+
+    theirs, (limits, cosines, near) = timed(args, search)
+    groups, _ = csgraph.connected_components(csr_array((cosines, near, limits)))
+    print(f"balance, {len(x):,} x 512: clip_cid.py {ours:.1f} s with groups and centres ({len(kept):,} kept, "
+          f"{memory:.0f} MB above the memory before), faiss range search alone {theirs:.1f} s ({groups:,} groups): "
+          f"ratio {theirs / ours:.2f}; with --remove 0.437 {removing:.1f} s (ε {found:.4f}), ratio "
+          f"{theirs / removing:.2f}")
 
 
-def clustering(args, k=1000, iterations=10):
+def clustering(args, k=1000):
     """Spherical k-means against faiss's: the mean cosine reached, and the time."""
-    import faiss
-    with tempfile.TemporaryDirectory() as folder:
-        x = embeddings(args, folder)
-        rows = x[:].cpu().numpy()
-        faiss.omp_set_num_threads(torch.get_num_threads())
-        start = time.perf_counter()
-        _, _, objective = clip_cid.kmeans(x, k, iterations, 0, 4096)
-        ours, start = time.perf_counter() - start, time.perf_counter()
-        theirs = faiss.Kmeans(rows.shape[1], k, niter=iterations, spherical=True, max_points_per_centroid=len(rows))
-        theirs.train(rows)
-        seconds = time.perf_counter() - start
-        centroids = clip_cid.unit(torch.from_numpy(theirs.centroids)).to(args.device)
-        parts = [clip_cid.nearest_centroid(x[i:i + 4096], centroids, 4096)[1] for i in range(0, len(x), 4096)]
-        reached = torch.cat(parts).mean().item()
-    print(f"k-means, {len(rows):,} x {rows.shape[1]}, k = {k}, {iterations} iterations: mean cosine "
-          f"{objective[-1]:.5f} (faiss {reached:.5f}), {ours:.1f} s (faiss {seconds:.1f} s), ratio "
+    x, rows = embeddings(args)
+    iterations = clip_cid.KMEANS_ITERATIONS = 10
+    ours, (*_, objective) = timed(args, clip_cid.kmeans, x, k, 0)
+    theirs = faiss.Kmeans(512, k, niter=iterations, spherical=True, max_points_per_centroid=len(rows))
+    seconds, _ = timed(args, theirs.train, rows)
+    cosines, _ = theirs.index.search(rows, 1)  # with the last centroids
+    print(f"k-means, {len(rows):,} x 512, k = {k}, {iterations} iterations: mean cosine "
+          f"{objective[-1]:.5f} (faiss {cosines.mean():.5f}), {ours:.1f} s (faiss {seconds:.1f} s), ratio "
           f"{seconds / ours:.2f}")
 
 
@@ -314,28 +310,25 @@ PARTS = {part.__name__: part for part in
          (clip_step, pruned_inference, eclipse_step, clip_cid_step, blip, reading, balance, clustering)}
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="cpu or cuda [auto]")
     parser.add_argument("--quick", action="store_true", help="3 rounds instead of 7, of smaller batches")
     parser.add_argument("--batch", type=int, help="images per step [cuda 256, cpu 16; quick: a quarter]")
     parser.add_argument("--images", type=int, default=200_000, help="vectors for balance and clustering [200000]")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some of the measurements")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     logging.disable(logging.WARNING)  # open_clip warns that its weights are random
     common.import_torchvision()  # before open_clip, which imports it without the remedy for a CPU-only torch
-    args.device, args.rounds = common.start_device(args.device, seed=0), 3 if args.quick else 7
+    args.device, args.rounds = common.start_device(args.device, 0), 3 if args.quick else 7
     args.batch = args.batch or (256 if args.device.type == "cuda" else 16) // (4 if args.quick else 1)
-    info = Path("/proc/cpuinfo")  # platform.processor() is empty on Linux
-    names = re.findall("model name.*: (.*)", info.read_text())[:1] if info.exists() else [platform.processor()]
-    hardware = torch.cuda.get_device_name() if args.device.type == "cuda" else names[0]
-    print(f"{hardware}; {os.cpu_count()} cores, {torch.get_num_threads()} threads; batch {args.batch}, "
-          f"{args.rounds} rounds (thrice for inference and reading)\nPython {platform.python_version()}, "
-          f"{', '.join(f'{name} {version(name)}' for name in PACKAGES)}\n")
-    print(COLUMNS.format("measured", "first", "time", "second", "time", "ratio", "min-max", "wanted", "note"))
+    print(common.environment(), {name: version(name) for name in PACKAGES})
+    print(f"batch {args.batch}, {args.rounds} rounds, thrice for inference and reading\n")
+    print("measured                               first                 time  second                       time  ratio"
+          "    min-max    wanted   note")
     for name in args.only:
         PARTS[name](args)
 
 
 if __name__ == "__main__":
-    common.run_main(main)
+    sys.exit(common.run_main(main))
