@@ -181,7 +181,7 @@ RECIPES = {"emoji": {}, "cc3m": LARGE, "yfcc15m": LARGE, "coco": SMALLER, "flick
 EMOJI_TEACHER = dict(preset="teacher", scenes=50000, epochs=5, long_tail=0.0, duplicates=0.0,
                      batch_size=128, seed=1000, log_every=100)
 # What --evaluate does not take over from the run it evaluates.
-UNSAVED = dict(resume=False, init=None, device="auto", workers=-1, root=None, keep=None)
+NOT_INHERITED = dict(resume=False, init=None, device="auto", workers=-1, root=None, keep=None)
 
 
 def weight_decay(cfg):
@@ -212,7 +212,7 @@ def configure(argv=None):
     if source and not asked.init:  # a run of this script: its data and sizes
         recipe = {**recipe, **common.known_fields(Config, loaded.config), "stage": "all"}
     if asked.evaluate:
-        recipe.update(UNSAVED)
+        recipe.update(NOT_INHERITED)
     return common.fill_config(Config, recipe, given, stem), given, loaded
 
 
@@ -860,9 +860,9 @@ def embed(cfg, data, device):
 
 def start_embeddings(embeddings, size, report):
     """The files of Embeddings, all zeros; embeddings.json last."""
-    folder, shape = embeddings.folder, (len(embeddings.keys), size.embed_dim)
+    folder, one = embeddings.folder, (len(embeddings.keys), size.embed_dim)
     common.write_keys(folder / "keys.txt", embeddings.keys)
-    for name, shape in (("image", shape), ("text", (CAPTIONS, *shape))):
+    for name, shape in (("image", one), ("text", (CAPTIONS, *one))):
         np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16, shape)
     common.write_json(folder / "embeddings.json", report)
 

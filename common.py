@@ -663,16 +663,16 @@ def run_arms(cfg, given, arms, baselines, first=()):
                         + ", ".join(map(repr, arms)))
     folder = Path(cfg.out)
     own = ("ablate", "seeds", "jobs", "out")
-    common = {name: value for name, value in given.items() if name not in own}
+    flags = {name: value for name, value in given.items() if name not in own}
     wanted = [name for name in arms if "all" in cfg.ablate or name in cfg.ablate]
     commands = []
     for seed in cfg.seeds:
         for name in wanted:
             out = arm_folder(folder, name, seed)
             if not (out / "results.json").is_file():
-                commands.append((out, {**common, **arms[name], "seed": seed}))
+                commands.append((out, {**flags, **arms[name], "seed": seed}))
     if commands:
-        run_commands([(out, {**common, **fields}) for out, fields in first], cfg.jobs)
+        run_commands([(out, {**flags, **fields}) for out, fields in first], cfg.jobs)
         run_commands(commands, cfg.jobs)
     found = {}
     for name in arms:

@@ -1640,7 +1640,7 @@ def validate(run, asked, data, state):
         value = common.main_metric(itc_scores(asked, data))
     else:
         scores, _ = scores_of(asked, task, data)
-        value = scores.get("cider", scores.get("accuracy", 0))
+        value = scores["cider" if task == "caption" else "accuracy"]
     run.keep_best(float(value), state, asked.blip, cfg, asked.blip.size)
     return {f"val_{task}": value}
 
