@@ -2824,8 +2824,8 @@ def print_table(cells, markdown=None):
         print(*map(str.rjust, row, widths), sep="  ")
     if markdown:
         rows.insert(1, ["---"] * len(widths))
-        lines = ["| " + " | ".join(row) + " |\n" for row in rows]
-        markdown.write_text("".join(lines), encoding="utf-8")
+        text = "".join("| " + " | ".join(row) + " |\n" for row in rows)
+        replace_file(markdown, lambda new: new.write_text(text, "utf-8"))
 
 
 def shown(value):
