@@ -2374,61 +2374,59 @@ def recalls(to_text, to_image):
 
 
 @torch.no_grad()
-def rerank(image_features, text_features, image_of_text, match, k):
+def rerank(image_features, text_features, image_of_text, states, ids, match, k):
     """Retrieval as BLIP scores it: match logit + cosine among the k best by cosine, else -100.
 
     Image to text, the k best texts of each image are scored, text to image the k best images of
     each text. Recalls as in retrieval(); topk chooses among equal cosines who is scored.
 
-    image_features (N, E), text_features (T, E), of unit length; image_of_text (T,). match(i,
-    texts): logits (n,) of image i with the texts of these places (n,). It is called once an image,
-    in ascending order: no pair is scored twice. COCO's 5,000 x 25,000 scores take 0.5 GB.
+    image_features (N, E), text_features (T, E), of unit length; image_of_text (T,). match: states
+    (1, M, D) of an image, ids (n, L) of up to 256 texts -> logits (n,). Images come in ascending
+    order, no pair is scored twice. COCO's 5,000 x 25,000 scores take 0.5 GB.
     """
     scores = image_features @ text_features.T  # (N, T)
     N, T = scores.shape
     none = torch.zeros_like(scores, dtype=torch.bool)
-    for_image = none.scatter(1, scores.topk(min(k, T), dim=1).indices, True)
-    for_text = none.scatter(0, scores.topk(min(k, N), dim=0).indices, True)
-    for i in tqdm(range(N), desc="re-ranking", leave=False, disable=None):
-        texts = (for_image[i] | for_text[i]).nonzero()[:, 0]
-        scores[i, texts] += match(i, texts).float()
+    for_image = none.scatter(1, scores.topk(min(k, T), 1).indices, True)
+    for_text = none.scatter(0, scores.topk(min(k, N), 0).indices, True)
+    wanted = tqdm(for_image | for_text, "re-ranking", leave=False, disable=None)
+    for i, row in enumerate(wanted):
+        source = states[i][None].to(scores.device)
+        for texts in row.nonzero()[:, 0].split(256):
+            scores[i, texts] += match(source, ids[texts]).float()
 
-    image = torch.arange(N, device=scores.device)
-    own = image_of_text.to(scores.device) == image[:, None]
+    own = (image_of_text == torch.arange(N)[:, None]).to(scores.device)
     to_text = ranks(scores.masked_fill(~for_image, -100.0), own)
     to_image = ranks(scores.masked_fill(~for_text, -100.0).T, own.T)
     return recalls(to_text, to_image)
 
 
 @torch.no_grad()
-def rerank_retrieval(data, image_size, encode_image, encode_text, match, k, workers=0, block=256,
-                     dtype=torch.float32):
+def rerank_retrieval(data, image_size, encode_image, encode_text, match, k, workers, dtype):
     """By cosine alone, {"itc_i2t_r1", ...}, and re-ranked, {"i2t_r1", ...}, in percent.
+
+    k = 0: by cosine alone, as {"i2t_r1", ...}.
 
     encode_image: (B, 3, S, S) uint8 -> states (B, M, D), features (B, E). encode_text: n strings ->
     ids (n, L), features (n, E), L always the same. match: states (1, M, D), ids (n, L) -> match
-    logits (n,), n at most `block`. The states wait in memory, not the device's, as `dtype`: half
-    precision where autocast is on (COCO's 5,000 at 384 px: 4.4 GB). Unreadable images are left
-    out and counted.
+    logits (n,). The states wait in memory, not the device's, as `dtype`: half precision where
+    autocast is on (COCO's 5,000 at 384 px: 4.4 GB). Unreadable images are left out and counted.
     """
     states, features, captions = [], [], []
-    for images, _, targets in batches(data, image_size, workers, "encoding images"):
+    for images, _, texts in batches(data, image_size, workers, "encoding"):
         batch_states, batch_features = encode_image(images)
-        states += batch_states.to("cpu", dtype)
-        features.append(batch_features.float())
-        captions += targets
+        if k:
+            states += batch_states.to("cpu", dtype)
+        features.append((batch_features, *encode_text(sum(texts, []))))
+        captions += texts
 
-    texts = list(itertools.chain(*captions))
-    encoded = [encode_text(texts[start:start + block]) for start in range(0, len(texts), block)]
-    ids, text_features = map(torch.cat, zip(*encoded))
-    both = torch.cat(features), text_features.float(), owners(captions)
-
-    def match_image(i, places):
-        source = states[i][None].to(places.device)
-        return torch.cat([match(source, part) for part in ids[places].split(block)])
-
-    by_cosine = prefixed("itc", retrieval(*both))
-    return by_cosine | rerank(*both, match_image, k) | unreadable(data, captions)
+    image_features, ids, text_features = map(torch.cat, zip(*features))
+    both = image_features, text_features, owners(captions)
+    by_cosine = retrieval(*both)
+    if not k:
+        return by_cosine
+    scores = prefixed("itc", by_cosine) | rerank(*both, states, ids, match, k)
+    return scores | unreadable(data, captions)
 
 
 STRENGTHS = tuple(10.0 ** exponent for exponent in range(-2, 7))

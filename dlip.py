@@ -12,7 +12,6 @@ teacher's do (L_HR), and its last layers attend where the teacher's attend (L_AT
 
     python dlip.py                               # emoji scenes: distil, fine-tune, evaluate
     python dlip.py --ablate vlp dlip --jobs 2    # beside the paper's ablations, emoji scenes
-    python dlip.py --profile                     # parameters, MACs, latency beside Table 1
     torchrun --nproc_per_node=8 dlip.py --stage distil --data 'coco*5+vg*8+cc3m+sbu' \\
         --teacher model_base_14M.pth
     python dlip.py --stage finetune --data vqav2 --init runs/dlip-coco/distil/blip.pt
@@ -88,9 +87,11 @@ from common import UserError, average_gradients, gather, option, rank, world_siz
 TASKS = ("retrieval", "caption", "vqa")
 PROMPT = "a picture of "  # what every caption begins with, after pre-training [BLIP]
 HR_PARTS = ("img", "text", "vl_e", "vl_d")
-# what the weights that a task cannot do without begin with
-NEEDED = {"retrieval": ("text_encoder.", "vision_proj.", "text_proj.", "itm_head."),
-          "caption": ("text_decoder.",), "vqa": ("text_encoder.", "text_decoder.")}
+# what the weights that a teacher or a task cannot do without begin with
+NEEDED = {"teacher": ("text_encoder.", "text_decoder.", "vision_proj.", "text_proj."),
+          "retrieval": ("text_encoder.", "vision_proj.", "text_proj.", "itm_head."),
+          "caption": ("text_decoder.",),
+          "vqa": ("text_encoder.", "text_decoder.")}
 
 
 @dataclass
@@ -110,7 +111,6 @@ class Config:
     ablate: tuple[str, ...] = option((), "train and tabulate these arms, names in quotes, or all")
     seeds: tuple[int, ...] = option((0, 1, 2), "seeds of the ablation")
     jobs: int = option(1, "runs of the ablation at a time: one a core, or one a GPU")
-    profile: bool = option(False, "print parameters, MACs and latency of every size, and stop")
     seed: int = option(0, "seed of weights, data order and augmentation")
     device: str = option("auto", "where to run", ["auto", "cuda", "mps", "cpu"])
     workers: int = option(-1, "loader processes (-1: none for emoji, else up to 8 a process)")
@@ -122,24 +122,23 @@ class Config:
     attn: tuple[str, ...] = option(("self", "cross"), "maps to distil", ["self", "cross", "none"])
     lambda_hr: float = option(1.0, "weight of L_HR")
     lambda_at: float = option(1.0, "weight of L_AT")
-    queue_size: int = option(512, "Q, momentum features kept as further keys of ITC", (0, 10 ** 7))
+    queue_size: int = option(512, "Q, momentum features kept as further keys of ITC", (0, 1e9))
     momentum: float = option(0.99, "m of the momentum encoders, per step", (0, 1))
     alpha: float = option(0.4, "share of the momentum similarities in ITC's targets", (0, 1))
     alpha_ramp: float = option(2.0, "epochs over which that share rises from 0")
 
-    preset: str = option("demo", "table of sizes that --vit and --bert choose from",
-                         ["demo", "paper"], section="model")
-    vit: str = option("small", "size of the image encoder", ["tiny", "small", "middle", "base"])
+    vit: str = option("small", "size of the image encoder", ["tiny", "small", "middle", "base"],
+                      section="model")
     bert: str = option("small", "size of the text network", ["tiny", "small", "middle", "base"])
-    fusion_layers: int | None = option(None, "cross-attention in the top k layers only (or in all)")
+    fusion_layers: int = option(12, "cross-attention in the top k layers, at most in all", (1, 12))
     image_size: int = option(40, "image side in pixels")
     vision_init: str | None = option(None, "start from this ImageNet ViT (timm, DeiT, torchvision)")
     text_init: str | None = option(None, "start the text network from this BERT")
 
     epochs: float = option(6.0, "passes over the training set", section="optimisation")
-    batch_size: int = option(64, "pairs per step, over all processes", (2, 10 ** 6))
+    batch_size: int = option(64, "pairs per step, over all processes")
     lr: float | None = option(None, "peak learning rate (default: by stage, task, size; printed)")
-    warmup_steps: int = option(100, "steps of linear warm-up, at most a fifth of all", (0, 10 ** 7))
+    warmup_steps: int = option(100, "steps of linear warm-up, at most a fifth of all", (0, 1e9))
     weight_decay: float = option(0.05, "AdamW weight decay, not on vectors")
     precision: str = option("auto", "auto: bf16 autocast on CUDA, fp32 elsewhere",
                             ["auto", "fp32", "bf16", "fp16"])
@@ -156,107 +155,82 @@ class Config:
 
 
 # By stage, or by task in fine-tuning. For large data the paper's, and BLIP's where it is silent.
-PAPER = dict(preset="paper", image_size=224, queue_size=57600, momentum=0.995,  # [BLIP]
+PAPER = dict(image_size=224, queue_size=57600, momentum=0.995,  # [BLIP]
              log_every=50, rerank_k=256, answer_k=128)  # [BLIP]; Flickr30k: 128 candidates
 PRETRAIN = {**PAPER, "epochs": 20, "batch_size": 1152, "warmup_steps": 3000,
             "weight_decay": 0.02}  # [paper] [near] [BLIP] [paper]
-FINETUNE = {**PAPER, "image_size": 384, "batch_size": 256, "warmup_steps": 0}  # [BLIP]
+FINETUNE = {**PAPER, "image_size": 384, "batch_size": 256, "warmup_steps": 0,
+            "alpha_ramp": 5.0}  # [BLIP]
 LARGE = {
     "distil": PRETRAIN,
     "teacher": {**PRETRAIN, "vit": "base", "bert": "base", "weight_decay": 0.05},  # [BLIP]
-    "retrieval": {**FINETUNE, "epochs": 30, "alpha_ramp": 5.0},  # [BLIP] 6 over images x 5 captions
+    "retrieval": {**FINETUNE, "epochs": 30},  # [BLIP] 6 over images x 5 captions
     "caption": {**FINETUNE, "epochs": 25},  # [BLIP] 5 over images x 5 captions
     "vqa": {**FINETUNE, "epochs": 10},  # [BLIP]
 }
 SHORT = dict(warmup_steps=20, epochs=1.0, noise=0.0, alpha_ramp=0.0)  # [choice], as all of EMOJI
 EMOJI = {
-    "distil": {},
     "teacher": dict(vit="base", bert="base", scenes=40000, epochs=5.0, warmup_steps=300, seed=1000),
     "retrieval": SHORT,
     "caption": SHORT,
     "vqa": {**SHORT, "epochs": 0.5},
 }
-# Peak learning rates of a middle or base text network, and of a small or tiny one.
-LARGE_LR = {"distil": (5e-4, 5e-4), "teacher": (5e-4, 5e-4), "retrieval": (1e-5, 5e-5),  # [paper]
-            "caption": (1e-5, 1e-5), "vqa": (2e-5, 2e-5)}  # [BLIP]
-EMOJI_LR = {"distil": (4e-3, 4e-3), "teacher": (1e-3, 1e-3), "retrieval": (4e-4, 2e-3),  # [choice]
-            "caption": (4e-4, 2e-3), "vqa": (1e-3, 1e-3)}
-LARGE_LENGTH = {"distil": 30, "teacher": 30, "retrieval": 35, "caption": 40, "vqa": 35}  # [BLIP]
+# Peak learning rates on large data [paper, BLIP] and on the emoji scenes [choice]; then those of a
+# small or tiny text network, where they differ.
+RATES = {"distil": (5e-4, 4e-3), "teacher": (5e-4, 1e-3),
+         "retrieval": (1e-5, 4e-4), "caption": (1e-5, 4e-4), "vqa": (2e-5, 1e-3)}
+SMALL_RATES = {"retrieval": (5e-5, 2e-3), "caption": (1e-5, 2e-3)}
+TEXT_LENGTH = {"retrieval": 35, "caption": 40, "vqa": 35}  # tokens, on large data; else 30 [BLIP]
 
 
-def part_of(cfg):
+def part_of(stage, task):
     """The stage, or in fine-tuning the task: what recipes are chosen by."""
-    return cfg.task[0] if cfg.stage in ("finetune", "evaluate") else cfg.stage
+    return task[0] if stage in ("finetune", "evaluate") else stage
 
 
 def recipe(data, part):
     """Config fields of a stage, or of a task's fine-tuning."""
-    values = EMOJI[part] if data == "emoji" else LARGE[part]
+    values = (EMOJI if data == "emoji" else LARGE).get(part, {})
     return {**values, "rerank_k": 128} if data == "flickr30k" else values
-
-
-def text_length(cfg):
-    """Tokens of a text, first and [SEP] included."""
-    return 24 if cfg.preset == "demo" else LARGE_LENGTH[part_of(cfg)]
-
-
-def crop_scale(cfg):
-    """Least and largest area of the random crop, as a share of the image [BLIP]."""
-    if cfg.data == "emoji":
-        return 0.8, 1.0
-    return (0.5 if cfg.stage == "finetune" else 0.2), 1.0
 
 
 def configure(argv=None):
     """(Config, the flags given)"""
     given = common.parse_command_line(Config, __doc__, argv)
-    data = given.setdefault("data", "emoji")
-    stage = given.setdefault("stage", "all" if data == "emoji" else "distil")
-    if data != "emoji":
-        given.setdefault("task", ("vqa",) if data == "vqav2" else ("retrieval", "caption"))
-    part = stage if stage in LARGE else "distil"
-    tunes = stage in ("finetune", "evaluate")
-    if tunes:
-        part = given.get("task", TASKS)[0]
-    values = recipe(data, part)
-    goes_on = tunes and "init" not in given
-    stem = "ablation_dlip" if "ablate" in given else f"{given.get('method', 'dlip')}-{data}"
-    if stage == "teacher" or "init" in given:
-        stem = f"{stage}-{data}"
-    out = given.get("out") or common.run_folder(f"runs/{stem}", goes_on or "resume" in given)
-    if goes_on:  # in a run of --stage distil
-        path = Path(out, "config.json")
-        if not path.is_file():
-            raise UserError(f"no run in {out}: --stage distil makes it, or name --init FILE")
-        saved = common.saved_config(Config, path)
-        values.update({name: saved[name] for name in OF_RUN})
-    cfg = common.fill_config(Config, values, {**given, "out": out}, stem)
+    data = given.get("data", "emoji")
+    stage = given.get("stage", "all" if data == "emoji" else "distil")
+    tasks = {"emoji": TASKS, "vqav2": ("vqa",)}
+    task = given.get("task", tasks.get(data, ("retrieval", "caption")))
+    values = {**recipe(data, part_of(stage, task)), "stage": stage, "task": task}
+
+    name = given.get("method", "dlip") if stage in ("all", "distil") else stage
+    stem = "runs/ablation_dlip" if "ablate" in given else f"runs/{name}-{data}"
+    cfg = common.fill_config(Config, values, given, stem)
     check(cfg)
     return cfg, given
 
 
-# What fine-tuning and evaluation take over from the run whose student they go on with.
-OF_RUN = ("method", "teacher", "preset", "concepts", "difficulty", "seed")
-
-
 def check(cfg):
     """UserError for values that contradict each other."""
-    if cfg.data != "emoji" and not cfg.profile:
-        if cfg.stage == "all" or cfg.ablate:
-            raise UserError(f"--stage all and --ablate are for emoji: with --data {cfg.data} the "
-                            "stages are run one by one, each with its data")
-        if cfg.stage in ("finetune", "evaluate") and ("vqa" in cfg.task) != (cfg.data == "vqav2"):
-            raise UserError(f"--task {' '.join(cfg.task)} is not for --data {cfg.data}: vqav2 has "
-                            "questions, the others captions")
-    if cfg.init and cfg.stage in ("teacher", "distil"):
-        raise UserError("--init goes with --stage finetune or evaluate")
-    if cfg.fusion_layers == 0 and cfg.method == "dlip" and "cross" in cfg.attn:
-        raise UserError("--fusion-layers 0 leaves no cross-attention to distil: --attn self")
-    if cfg.batch_size < 2 * world_size():
-        raise UserError(f"--batch-size {cfg.batch_size}: every process needs two pairs")
-    distils = cfg.method == "dlip" and cfg.stage != "teacher" and {*cfg.hr, *cfg.attn} != {"none"}
-    if not (cfg.vlp or distils):
+    tunes = cfg.stage in ("finetune", "evaluate")
+    if cfg.data != "emoji" and (cfg.stage == "all" or cfg.ablate):
+        raise UserError(f"--stage all and --ablate are for emoji: with --data {cfg.data} the "
+                        "stages are run one by one, each with its data")
+    if tunes and ("vqa" in cfg.task) != (cfg.data == "vqav2") and cfg.data != "emoji":
+        raise UserError(f"--task {' '.join(cfg.task)} is not for --data {cfg.data}: vqav2 has "
+                        "questions, the others captions")
+    if cfg.stage == "finetune" and len(cfg.task) > 1:
+        raise UserError("--stage finetune: name one --task, each has a recipe of its own")
+    if cfg.stage != "all" and bool(cfg.init) != tunes:
+        raise UserError(f"--stage {cfg.stage}: --init FILE is what finetune and evaluate need, and "
+                        "no other stage takes")
+    if not (cfg.vlp or distils(cfg)):
         raise UserError("--no-vlp without distillation leaves no loss")
+
+
+def distils(cfg):
+    """Whether pre-training learns from a teacher."""
+    return cfg.stage != "teacher" and cfg.method == "dlip" and {*cfg.hr, *cfg.attn} != {"none"}
 
 
 @dataclass(frozen=True)
@@ -308,7 +282,11 @@ DEMO_BERT = {"tiny": TextSize(32, 2, 2, 4, positions=32),
              "small": TextSize(64, 3, 3, 4, positions=32),
              "middle": TextSize(96, 3, 3, 4, positions=32),
              "base": TextSize(128, 4, 4, 4, positions=32)}
-SIZES = {"demo": (DEMO_VIT, DEMO_BERT), "paper": (VIT, BERT)}
+
+
+def sizes(cfg):
+    """{name: VisionSize}, {name: TextSize}"""
+    return (DEMO_VIT, DEMO_BERT) if cfg.data == "emoji" else (VIT, BERT)
 
 
 # ---------------------------------------------------------------------------------------- model
@@ -1200,26 +1178,23 @@ def load_bert(blip, checkpoint):
 
 
 def tokenizer_of(cfg):
-    """BERT's tokens; for the emoji scenes only those that occur there."""
-    words = None
+    """BERT's tokens, of texts as long as the part needs; of the emoji scenes only what occurs."""
+    length, words = TEXT_LENGTH.get(part_of(cfg.stage, cfg.task), 30), None
     if cfg.data == "emoji":
         from data.emoji import scenes
-        words = scenes.emoji_words(cfg.concepts)
-    return common.BertTokenizer(text_length(cfg), words)
+        length, words = 24, scenes.emoji_words(cfg.concepts)
+    return common.BertTokenizer(length, words)
 
 
 def size_of(cfg, tokenizer):
-    """The BLIPSize that --preset, --vit and --bert name."""
-    visions, texts = SIZES[cfg.preset]
+    """The BLIPSize that --vit and --bert name."""
+    visions, texts = sizes(cfg)
     text = texts[cfg.bert]
     special = {name: getattr(tokenizer, name) for name in ("pad", "cls", "sep", "dec", "enc")}
-    fusion = text.layers if cfg.fusion_layers is None else cfg.fusion_layers
-    if fusion > text.layers:
-        raise UserError(f"--fusion-layers {fusion}: --bert {cfg.bert} has {text.layers} layers")
-    text = replace(text, vocab=tokenizer.vocab_size, dropout=dropout(cfg), fusion_layers=fusion,
-                   **special)
+    text = replace(text, vocab=tokenizer.vocab_size, dropout=dropout(cfg),
+                   fusion_layers=min(cfg.fusion_layers, text.layers), **special)
     vision = replace(visions[cfg.vit], image_size=cfg.image_size)
-    return BLIPSize(vision, text, 64 if cfg.preset == "demo" else 256)
+    return BLIPSize(vision, text, 64 if cfg.data == "emoji" else 256)
 
 
 def dropout(cfg):
@@ -1229,12 +1204,10 @@ def dropout(cfg):
 def open_blip(path, cfg, tokenizer, need=()):
     """A BLIP from a checkpoint at --image-size. UserError when it does not fit the data."""
     blip = load_blip(common.read_checkpoint(path), cfg.image_size, dropout(cfg), need)
-    text = blip.size.text
-    if text.vocab != tokenizer.vocab_size:
-        raise UserError(f"{path} has a vocabulary of {text.vocab:,} tokens, --data {cfg.data} "
+    vocab = blip.size.text.vocab
+    if vocab != tokenizer.vocab_size:
+        raise UserError(f"{path} has a vocabulary of {vocab:,} tokens, --data {cfg.data} "
                         f"{tokenizer.vocab_size:,}: it was trained on other data")
-    if tokenizer.context_length > text.positions:
-        raise UserError(f"{path} has {text.positions} positions, texts {tokenizer.context_length}")
     return blip
 
 
@@ -1253,20 +1226,11 @@ def build(cfg, tokenizer):
     return DLIP(cfg, student, 1 + len(tokenizer.encode(PROMPT)))
 
 
-def load_teacher(cfg, student, tokenizer, device):
-    """The frozen teacher in evaluation mode; None where nothing is distilled.
-
-    UserError when its maps or features cannot be compared with the student's.
-    """
-    if cfg.stage != "distil" or cfg.method == "blip" or {*cfg.hr, *cfg.attn} == {"none"}:
+def load_teacher(cfg, tokenizer, device):
+    """The frozen teacher in evaluation mode; None where nothing is distilled."""
+    if cfg.stage == "finetune" or not distils(cfg):
         return None
-    path = teacher_file(cfg)
-    need = ("text_encoder.", "text_decoder.", "vision_proj.", "text_proj.")
-    teacher = open_blip(path, cfg, tokenizer, need)
-    ours, theirs = ((blip.visual_encoder.pos_embed.shape[1], blip.size.text.heads,
-                     blip.size.embed_dim) for blip in (student, teacher))
-    if ours != theirs:
-        raise UserError(f"{path}: image tokens, text heads, dimensions {theirs}, not {ours}")
+    teacher = open_blip(teacher_file(cfg), cfg, tokenizer, NEEDED["teacher"])
     return teacher.to(device).eval().requires_grad_(False)
 
 
@@ -1276,8 +1240,8 @@ def teacher_file(cfg):
     return cfg.teacher or str(common.DATA / "teacher_blip.pt")
 
 
-def build_optimiser(model, cfg, device):
-    """AdamW, weight decay on matrices only; fused where the device has it.
+def build_optimiser(student, cfg, device):
+    """AdamW with torch's betas and eps, weight decay on matrices only; fused where that exists.
 
     Adam's steps do not shrink with the temperature: at the emoji run's learning rate it would
     collapse within a hundred steps, so there it has a share of that rate.
@@ -1285,23 +1249,24 @@ def build_optimiser(model, cfg, device):
     share = 1.0
     if cfg.data == "emoji":
         share = 0.07 if cfg.stage == "teacher" else 0.2
-    temp = model.student.temp
-    trained = [p for p in model.parameters() if p.requires_grad and p is not temp]
-    matrices = [p for p in trained if p.ndim >= 2]
-    vectors = [p for p in trained if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": cfg.weight_decay, "share": 1.0},
-              {"params": vectors, "weight_decay": 0.0, "share": 1.0},
-              {"params": [temp], "weight_decay": 0.0, "share": share}]
+    matrices = [p for p in student.parameters() if p.ndim > 1]
+    vectors = [p for p in student.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "share": 1.0, "weight_decay": cfg.weight_decay},
+              {"params": vectors, "share": 1.0},
+              {"params": [student.temp], "share": share}]
     fused = device.type in ("cuda", "cpu")
-    return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, fused=fused)
+    return torch.optim.AdamW(groups, weight_decay=0.0, fused=fused)
 
 
 def peak_lr(cfg, text_width):
     """--lr, else the recipe's, which is larger for small text networks in some tasks."""
     if cfg.lr is not None:
         return cfg.lr
-    base, small = (EMOJI_LR if cfg.data == "emoji" else LARGE_LR)[part_of(cfg)]
-    return small if text_width <= SIZES[cfg.preset][1]["small"].width else base
+    _, texts = sizes(cfg)
+    small = text_width <= texts["small"].width
+    rates = {**RATES, **SMALL_RATES} if small else RATES
+    large, emoji = rates[part_of(cfg.stage, cfg.task)]
+    return emoji if cfg.data == "emoji" else large
 
 
 def schedules(cfg, peak, step, steps, steps_per_epoch):
@@ -1317,7 +1282,7 @@ def schedules(cfg, peak, step, steps, steps_per_epoch):
     elif cfg.data != "emoji" and cfg.stage != "finetune":
         lr = peak * 0.85 ** (step // steps_per_epoch)
     else:
-        done = (step - warmup) / max(1, steps - warmup)
+        done = (step - warmup) / (steps - warmup)
         lr = lowest + (peak - lowest) * (1 + math.cos(math.pi * done)) / 2
     ramp = cfg.alpha_ramp * steps_per_epoch
     return {"lr": lr, "alpha": cfg.alpha * min(1.0, step / ramp if ramp else 1.0)}
@@ -1329,22 +1294,16 @@ def normalise(image, statistics):
     return image.to(mean.device, non_blocking=True).float().sub_(mean).div_(std)
 
 
-def pixel_statistics(device):
-    """Mean and standard deviation of pixels from 0 to 255 [BLIP], (2, 3, 1, 1)."""
-    values = [common.OPENAI["mean"], common.OPENAI["std"]]
-    return 255 * torch.tensor(values, device=device).view(2, 3, 1, 1)
-
-
-def update(model, optimiser, scaler, lr):
+def update(student, optimiser, scaler, lr):
     """One optimiser step on the processes' mean gradient, then the clamp of the temperature."""
     for group in optimiser.param_groups:
         group["lr"] = lr * group["share"]
-    average_gradients(model.parameters())
+    average_gradients(student.parameters())
     scaler.step(optimiser)
     scaler.update()
     optimiser.zero_grad(set_to_none=True)
     with torch.no_grad():
-        model.student.temp.clamp_(0.001, 0.5)
+        student.temp.clamp_(0.001, 0.5)
 
 
 class Samples(common.TrainSamples):
@@ -1355,7 +1314,7 @@ class Samples(common.TrainSamples):
         return image, ids, bad, torch.tensor(index)
 
 
-class AnsweredQuestions(torch.utils.data.Dataset):
+class AnsweredQuestions:
     """Questions for training: a "caption" is the question with one of its human answers (A5)."""
 
     def __init__(self, data):
@@ -1377,14 +1336,9 @@ def encode_captions(tokenizer, prompt, texts):
 
 
 def encode_pairs(tokenizer, pairs):
-    """n pairs of question and answer -> ids (n, 2 context), for split_ids."""
+    """n pairs of question and answer -> ids (n, 2 context)."""
     questions = [common.clean_blip_question(question) for question, _ in pairs]
     return torch.cat([tokenizer(questions), tokenizer([answer for _, answer in pairs])], 1)
-
-
-def split_ids(ids, context):
-    """[ids], or [questions, answers] of a VQA batch, without padding that none of them needs."""
-    return [common.trim_padding(part, 4) for part in ids.split(context, 1)]
 
 
 KEPT = ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness",
@@ -1417,35 +1371,41 @@ def augment(image, rng):
 def training_samples(cfg, tokenizer):
     """What --stage and --task train on: captions; captions after the prompt; questions, each with
     an answer."""
-    task = cfg.task[0] if cfg.stage == "finetune" else "retrieval"
-    if task == "vqa":
-        questions = common.question_set(cfg, cfg.image_size, "train")
-        data = AnsweredQuestions(questions)
+    if cfg.task == ("vqa",):
+        data = AnsweredQuestions(common.question_set(cfg, cfg.image_size, "train"))
         encode = partial(encode_pairs, tokenizer)
     else:
         data = common.training_set(cfg, cfg.image_size)
-        encode = partial(encode_captions, tokenizer, PROMPT if task == "caption" else "")
-    # no mirror images of emoji scenes: their captions tell left from right
-    change = None if cfg.data == "emoji" else augment
-    return Samples(data, encode, cfg.image_size, crop_scale(cfg), cfg.seed, change)
+        prompt = PROMPT if cfg.task == ("caption",) else ""
+        encode = partial(encode_captions, tokenizer, prompt)
+    # least area of the random crop [BLIP]
+    least, change = 0.5 if cfg.stage == "finetune" else 0.2, augment
+    if cfg.data == "emoji":  # captions tell left from right: no mirror images
+        least, change = 0.8, None
+    return Samples(data, encode, cfg.image_size, (least, 1.0), cfg.seed, change)
 
 
-LOG_COLUMNS = ["step", "epoch", "lr", "alpha", "loss", "itc", "itm", "lm",
-               *(f"hr_{part}" for part in HR_PARTS), "at_self", "at_cross", "logit_scale",
+LOG_COLUMNS = ["step", "epoch", "lr", "alpha", "loss", "itc", "itm", "lm", "hr_img", "hr_text",
+               "hr_vl_e", "hr_vl_d", "at_self", "at_cross", "logit_scale",
                "val_retrieval", "val_caption", "val_vqa"]
 
 
 def train(cfg):
-    """Train, validate after every epoch, save the student; a run folder of its own."""
+    """Train, validate after every epoch, save the student; a run folder of its own.
+
+    What is done is not done again; what was interrupted goes on.
+    """
+    if Path(cfg.out, "results.json").is_file():
+        return
     device = common.start_device(cfg.device, cfg.seed)
     tokenizer = tokenizer_of(cfg)
     model = build(cfg, tokenizer).to(device).train()  # before the teacher: arms pair by seed
     student = model.student
-    teacher = load_teacher(cfg, student, tokenizer, device)
-    optimiser = build_optimiser(model, cfg, device)
+    teacher = load_teacher(cfg, tokenizer, device)
+    optimiser = build_optimiser(student, cfg, device)
     amp, scaler = common.mixed_precision(cfg.precision, device)
     samples = training_samples(cfg, tokenizer)
-    asked = Asked(student, cfg, tokenizer, amp, pixel_statistics(device))
+    asked = Asked(student, cfg, tokenizer, device)
     validation = next(iter(task_sets(cfg, cfg.task[0], "val").values()), None)
 
     run = common.Run(cfg.out, LOG_COLUMNS)
@@ -1466,13 +1426,14 @@ def train(cfg):
         for image, ids, bad, number in loader:
             now = schedules(cfg, peak, state["step"], steps, steps_per_epoch)
             image, number = normalise(image, asked.statistics), number.to(device)
-            texts = [part.to(device) for part in split_ids(ids, tokenizer.context_length)]
+            texts = ids.split(tokenizer.context_length, 1)  # captions, or questions and answers
+            texts = [common.trim_padding(each, 4).to(device) for each in texts]
             # dropout and the negatives of ITM: the same after --resume
             torch.manual_seed(cfg.seed * 10 ** 9 + state["step"] * world_size() + rank())
             with amp:
                 loss, terms = model(image, texts, number, now["alpha"], teacher)
             scaler.scale(loss).backward()
-            update(model, optimiser, scaler, now["lr"])
+            update(student, optimiser, scaler, now["lr"])
 
             state["step"] += 1
             state["bad"] += bad
@@ -1501,7 +1462,7 @@ def train(cfg):
 def finish(run, cfg, student, state):
     """blip.pt, the model alone; results.json; curves.png."""
     if cfg.stage == "teacher":  # for data/, where half the size matters more than the digits
-        student = copy.deepcopy(student).half()
+        student = student.half()
     run.save("blip.pt", common.checkpoint(student, cfg, student.size))
     run.write_json("results.json", {"seed": cfg.seed, **state})
     rows = common.read_csv(run.path("log.csv"))
@@ -1512,71 +1473,63 @@ def prepare_encoders(model, teacher, cfg):
     """--grad-checkpoint and --compile, after the weights are loaded."""
     model.student.visual_encoder.grad_checkpoint = cfg.grad_checkpoint
     if cfg.compile:
-        for blip in (model.student, model.momentum, teacher):
-            if blip is not None:
-                blip.visual_encoder.compile()  # in place: the parameter names stay as they are
+        for blip in filter(None, (model.student, model.momentum, teacher)):
+            blip.visual_encoder.compile()  # in place: the parameter names stay as they are
 
 
 # ------------------------------------------------------------------------ evaluation, pictures
 
 
-class Asked(NamedTuple):
-    """A BLIP, and what it takes to ask it about images (B, 3, S, S) uint8 and strings."""
+class Asked:
+    """A BLIP that is asked about images (B, 3, S, S) uint8, in strings."""
 
-    blip: BLIP
-    cfg: Config
-    tokenizer: common.BertTokenizer
-    amp: torch.autocast
-    statistics: torch.Tensor
+    def __init__(self, blip, cfg, tokenizer, device):
+        self.blip, self.cfg, self.tokenizer = blip, cfg, tokenizer
+        self.amp, _ = common.mixed_precision(cfg.precision, device)
+        values = torch.tensor(list(common.OPENAI.values()), device=device)  # CLIP's, as BLIP's
+        self.statistics = 255 * values.view(2, 3, 1, 1)
 
+    def encode_image(self, image):
+        """States (B, M, D) and ITC features (B, E)."""
+        with self.amp:
+            states = self.blip.encode_image(normalise(image, self.statistics))
+            return states, self.blip.image_feature(states)
 
-def encode_image(asked, image):
-    """States (B, M, D) and ITC features (B, E)."""
-    with asked.amp:
-        states = asked.blip.encode_image(normalise(image, asked.statistics))
-        return states, asked.blip.image_feature(states)
+    def ids(self, texts):
+        """Token ids (T, context) on the device, and where they are tokens."""
+        ids = self.tokenizer(texts).to(self.statistics.device)
+        return ids, ids != self.tokenizer.pad
 
+    def encode_text(self, captions):
+        """Token ids (T, context) and ITC features (T, E)."""
+        ids, mask = self.ids(list(map(common.clean_blip_caption, captions)))
+        with self.amp:
+            return ids, self.blip.text_feature(self.blip.encode_text(ids, mask))
 
-def ids_of(asked, texts, clean=common.clean_blip_caption):
-    """Token ids (T, context) on the device, and where they are tokens."""
-    ids = asked.tokenizer([clean(text) for text in texts]).to(asked.statistics.device)
-    return ids, ids != asked.tokenizer.pad
+    def match(self, states, ids):
+        """ITM logits (n,) of texts (n, context) with the states (1, M, D) of one image."""
+        ids = common.trim_padding(ids, 4)
+        with self.amp:
+            fused = self.blip.fuse(ids, ids != self.tokenizer.pad, states)
+            return self.blip.match(fused.states)[:, 1]
 
+    def caption(self, image):
+        """Captions by beam search, 3 beams, 5 to 20 tokens [BLIP], without the prompt."""
+        prompt = self.tokenizer.encode(PROMPT)
+        states, _ = self.encode_image(image)
+        with self.amp:
+            texts = self.blip.generate(states, prompt)
+        return [self.tokenizer.decode(ids[1 + len(prompt):]) for ids in texts]
 
-def encode_text(asked, texts):
-    """Token ids (T, L) and ITC features (T, E)."""
-    ids, mask = ids_of(asked, texts)
-    with asked.amp:
-        return ids, asked.blip.text_feature(asked.blip.encode_text(ids, mask))
-
-
-def match(asked, states, ids):
-    """ITM logits (n,) of texts (n, L) with the states (1, M, D) of one image."""
-    ids = common.trim_padding(ids, 4)
-    states = states.to(next(asked.blip.parameters()).dtype)
-    with asked.amp:
-        fused = asked.blip.fuse(ids, ids != asked.tokenizer.pad, states)
-        return asked.blip.match(fused.states)[:, 1].float()
-
-
-def caption(asked, image):
-    """Captions by beam search, 3 beams, 5 to 20 tokens [BLIP], without the prompt."""
-    prompt = asked.tokenizer.encode(PROMPT)
-    states, _ = encode_image(asked, image)
-    with asked.amp:
-        texts = asked.blip.generate(states, prompt)
-    return [asked.tokenizer.decode(ids[1 + len(prompt):]) for ids in texts]
-
-
-def answer(asked, answers, image, questions):
-    """The likeliest of a list of answers to each question."""
-    ids, mask = ids_of(asked, questions, common.clean_blip_question)
-    candidates = common.trim_padding(asked.tokenizer(answers), 4).to(ids.device)
-    with asked.amp:
-        states = asked.blip.encode_image(normalise(image, asked.statistics))
-        fused = asked.blip.fuse(ids, mask, states).states
-        best = asked.blip.rank_answers(fused, mask, candidates, asked.cfg.answer_k)
-    return [answers[i] for i in best.tolist()]
+    def answer(self, answers, image, questions):
+        """The likeliest of a list of answers to each question."""
+        ids, mask = self.ids(list(map(common.clean_blip_question, questions)))
+        candidates = common.trim_padding(self.ids(answers)[0], 4)
+        states, _ = self.encode_image(image)
+        with self.amp:
+            fused = self.blip.fuse(ids, mask, states).states
+            best = self.blip.rank_answers(fused, mask, candidates, self.cfg.answer_k)
+        return [answers[i] for i in best.tolist()]
 
 
 def task_sets(cfg, task, split):
@@ -1588,67 +1541,56 @@ def task_sets(cfg, task, split):
         return {cfg.data: data}
     if cfg.data == "emoji":
         from data.emoji import scenes
-        looks = {"concepts": cfg.concepts, "difficulty": cfg.difficulty}
-        return {"emoji": scenes.EmojiScenes(split, 300, cfg.image_size, **looks)}
+        return {"emoji": scenes.EmojiScenes(split, 300, cfg.image_size, concepts=cfg.concepts,
+                                            difficulty=cfg.difficulty)}
     sets = common.evaluation_sets(cfg, cfg.image_size, split)
     return {name: data for name, data in sets.items() if data.kind == "captions"}
 
 
 @torch.inference_mode()
-def scores_of(asked, task, data):
-    """({metric: percent} of a task on a set, [answers as VQA's server takes them] or None)."""
+def scores_of(asked, data, rerank_k, answers=None):
+    """{metric: percent} of the task of asked.cfg on a set.
+
+    rerank_k: candidates of re-ranking; 0: retrieval by ITC alone. answers: the file for what only
+    VQA's server can score.
+    """
     cfg, workers = asked.cfg, common.loader_workers(asked.cfg)
     asked.blip.eval()
-    if task == "retrieval":
+    if cfg.task == ("retrieval",):
         half = torch.float16 if asked.amp._enabled else torch.float32
-        scores = common.rerank_retrieval(
-            data, cfg.image_size, partial(encode_image, asked), partial(encode_text, asked),
-            partial(match, asked), cfg.rerank_k, workers, dtype=half)
-        return scores, None
-    if task == "vqa":
-        given, scores = common.answer_questions(
-            data, cfg.image_size, partial(answer, asked, data.answers), workers)
-        return scores, given
+        return common.rerank_retrieval(data, cfg.image_size, asked.encode_image,
+                                       asked.encode_text, asked.match, rerank_k, workers, half)
+    if cfg.task == ("vqa",):
+        answer = partial(asked.answer, data.answers)
+        given, scores = common.answer_questions(data, cfg.image_size, answer, workers)
+        if "accuracy" not in scores:
+            given = [{**each, "question_id": int(each["question_id"])} for each in given]
+            common.write_json(answers, given)
+        return common.prefixed("vqa", scores)
     captions, references, places = common.caption_images(
-        data, cfg.image_size, partial(caption, asked), workers)
+        data, cfg.image_size, asked.caption, workers)
     domains = None
     if isinstance(data, common.Listed):  # nocaps tells domains
         listed = data.column("domain")
         domains = [listed[i] for i in places] if all(listed) else None
-    return common.caption_scores(references, captions, domains), None
-
-
-@torch.inference_mode()
-def itc_scores(asked, data):
-    """{metric: percent} of retrieval by the ITC features alone."""
-    features, captions = [], []
-    workers = common.loader_workers(asked.cfg)
-    for images, _, texts in common.batches(data, asked.cfg.image_size, workers, "validating"):
-        features.append(encode_image(asked, images)[1])
-        captions += texts
-    texts = [text for group in captions for text in group]
-    text_features = [encode_text(asked, texts[start:start + 256])[1]
-                     for start in range(0, len(texts), 256)]
-    return common.retrieval(torch.cat(features), torch.cat(text_features), common.owners(captions))
+    return common.caption_scores(references, captions, domains)
 
 
 def validate(run, asked, data, state):
     """{"val_TASK"}: the main score, of retrieval by ITC alone; keeps the best as best.pt."""
-    cfg, task = asked.cfg, asked.cfg.task[0]
-    asked.blip.eval()
+    scores, task = scores_of(asked, data, rerank_k=0), asked.cfg.task[0]
     if task == "retrieval":
-        value = common.main_metric(itc_scores(asked, data))
+        value = common.main_metric(scores)
     else:
-        scores, _ = scores_of(asked, task, data)
-        value = scores["cider" if task == "caption" else "accuracy"]
-    run.keep_best(float(value), state, asked.blip, cfg, asked.blip.size)
+        value = scores["cider" if task == "caption" else "vqa_accuracy"]
+    run.keep_best(float(value), state, asked.blip, asked.cfg, asked.blip.size)
     return {f"val_{task}": value}
 
 
 # -------------------------------------------------------------------------------------- stages
 
 
-def starts(cfg):
+def models_of(cfg):
     """{who: checkpoint} of the models that are fine-tuned and evaluated."""
     if cfg.init:
         return {"model": cfg.init}
@@ -1658,163 +1600,138 @@ def starts(cfg):
     return models
 
 
-def finetuning(cfg, given, who, task, checkpoint):
-    """The Config of one fine-tuning: the task's recipe; flags of --stage all are distil's."""
-    values = {**recipe(cfg.data, task), "preset": cfg.preset}
-    if cfg.stage != "all":
-        values.update({name: given[name] for name in values if name in given})
-    name = f"teacher-{task}" if who == "teacher" else task
-    lr = cfg.lr if cfg.stage == "finetune" else None
-    return replace(cfg, **values, stage="finetune", task=(task,), init=checkpoint, lr=lr,
-                   out=f"{cfg.out}/{name}", resume=True)
+def finetunings(cfg):
+    """{(who, task): Config}; --stage all takes the task's recipe, its flags are distil's."""
+    found = {}
+    for task in cfg.task:
+        values = {**EMOJI[task], "lr": None} if cfg.stage == "all" else {}
+        for who, path in models_of(cfg).items():
+            folder = f"teacher-{task}" if who == "teacher" else task
+            found[who, task] = replace(
+                cfg, **values, stage="finetune", task=(task,), init=path,
+                out=f"{cfg.out}/{folder}", resume=True)
+    return found
 
 
-def train_once(cfg):
-    """train(cfg), unless its folder holds the result already; goes on where it stopped.
-
-    UserError when the folder holds a run of other settings.
-    """
-    path = Path(cfg.out, "config.json")
-    if path.is_file():
-        saved = common.saved_config(Config, path)
-        for name, value in asdict(cfg).items():
-            if name not in common.FREE and name != "init" and saved.get(name) != value:
-                raise UserError(f"{cfg.out} has {common.flag(name)} {saved.get(name)}, not "
-                                f"{value}: take another --out")
-    if not Path(cfg.out, "results.json").is_file():
-        train(cfg)
-
-
-def run_stages(cfg, given):
-    """The stages that --stage names, below --out; what is done is not done again."""
+def run_stages(cfg):
+    """What --stage names, in folders below --out."""
     common.start_device(cfg.device, cfg.seed)  # joins the processes: on_first needs them
     path = Path(cfg.out, "config.json")
-    if path.exists() and not cfg.resume and cfg.stage in ("all", "teacher", "distil"):
+    if path.exists() and not cfg.resume:
         raise UserError(f"{cfg.out} holds a run: go on with --resume, or choose another --out")
     content = {"config": asdict(cfg), "environment": common.environment()}
     common.on_first(lambda: path.exists() or common.write_json(path, content))
-    if cfg.stage in ("teacher", "distil") or (cfg.stage == "all" and not cfg.init):
+    if not cfg.init:
         stage = "teacher" if cfg.stage == "teacher" else "distil"
-        train_once(replace(cfg, stage=stage, task=("retrieval",), out=f"{cfg.out}/{stage}",
-                           resume=True))
+        train(replace(cfg, stage=stage, task=("retrieval",), out=f"{cfg.out}/{stage}", resume=True))
     if cfg.stage in ("all", "finetune"):
-        for task in cfg.task:
-            for who, checkpoint in starts(cfg).items():
-                train_once(finetuning(cfg, given, who, task, checkpoint))
+        for own in finetunings(cfg).values():
+            train(own)
     if cfg.stage in ("all", "evaluate"):
-        common.on_first(partial(evaluate, cfg, given))
+        common.on_first(partial(evaluate, cfg))
 
 
-def evaluate(cfg, given):
+def open_asked(path, cfg, device, need=()):
+    """Asked of a checkpoint."""
+    tokenizer = tokenizer_of(cfg)
+    blip = open_blip(path, cfg, tokenizer, need).to(device).eval()
+    return Asked(blip, cfg, tokenizer, device)
+
+
+def evaluate(cfg):
     """The test scores of the models on the tasks, their costs, the table and the pictures."""
-    device = torch.device(common.start_device(cfg.device, cfg.seed))
-    amp = common.mixed_precision(cfg.precision, device)[0]
-    folder, statistics = Path(cfg.out), pixel_statistics(device)
-
-    def open_model(path, own, need=()):
-        tokenizer = tokenizer_of(own)
-        blip = open_blip(path, own, tokenizer, need).to(device).eval()
-        return Asked(blip, own, tokenizer, amp, statistics)
-
-    models = {who: open_model(path, cfg) for who, path in starts(cfg).items()}
-    cells = costs({who: asked.blip for who, asked in models.items()}, device)
-    tuned = {}
-    for task in cfg.task:
-        for who, path in starts(cfg).items():
-            own = finetuning(cfg, given, who, task, path)
-            if Path(own.out, "blip.pt").exists():
-                path = Path(own.out, "blip.pt")
-                saved = common.saved_config(Config, path.with_name("config.json"))
-                own = replace(own, image_size=saved["image_size"])
-            elif not cfg.init:
-                raise UserError(f"no {own.out}/blip.pt: --stage finetune --task {task} makes it")
-            tuned[who, task] = asked = open_model(path, own, NEEDED[task])
-            sets = task_sets(own, task, "test")
-            if not sets:
-                raise UserError(f"--data {cfg.data} has no test set for --task {task}: name one "
-                                "with --eval-data")
-            for name, data in sets.items():
-                scores, answers = scores_of(asked, task, data)
-                prefix = f"{name}_" * (len(sets) > 1) + "vqa_" * (task == "vqa")
-                cells[who].update({prefix + metric: v for metric, v in scores.items()})
-                if answers and "accuracy" not in scores:  # VQA's server alone can score them
-                    answers = [{**each, "question_id": int(each["question_id"])}
-                               for each in answers]
-                    common.write_json(folder / f"answers_{who}.json", answers)
+    device, folder = common.start_device(cfg.device, cfg.seed), Path(cfg.out)
+    models = {who: open_asked(path, cfg, device) for who, path in models_of(cfg).items()}
+    cells, tuned = costs(models, device), {}
+    for (who, task), own in finetunings(cfg).items():
+        path = f"{own.out}/blip.pt" if cfg.stage == "all" else own.init
+        sets = task_sets(own, task, "test")
+        if not sets:
+            raise UserError(f"--data {cfg.data} has no test set for --task {task}: name one with "
+                            "--eval-data")
+        tuned[who, task] = asked = open_asked(path, own, device, NEEDED[task])
+        for name, data in sets.items():
+            scores = scores_of(asked, data, own.rerank_k, folder / f"answers_{who}.json")
+            if len(sets) > 1:
+                scores = common.prefixed(name, scores)
+            cells[who].update(scores)
     if "teacher" in cells:
         theirs = cells["teacher"]
         cells["kept, %"] = {name: 100 * value / theirs[name]
                             for name, value in cells["student"].items() if theirs.get(name)}
     common.write_json(folder / "results.json", {"cells": cells, "seed": cfg.seed})
     common.print_table(cells, folder / "table.md")
-    draw(cfg, models, tuned)
+    if "caption" in cfg.task:
+        captioners = {who: tuned[who, "caption"] for who in models}
+        draw_captions(folder / "captions.png", captioners)
+    if "retrieval" in cfg.task:
+        draw_attention(folder / "attention.png", models)
     print(f"pictures, tables and checkpoints: {folder}")
 
 
-@torch.inference_mode()
-def draw(cfg, models, tuned):
-    """captions.png and attention.png, on the first test set."""
-    folder, first = Path(cfg.out), next(iter(models))
-    if "caption" in cfg.task:
-        asked = tuned[first, "caption"]
-        sets = task_sets(asked.cfg, "caption", "test")
-        images, references = common.example_images(sets, asked.cfg.image_size, 8,
-                                                   common.resize_whole)
-        texts = {who: caption(tuned[who, "caption"], images) for who in models}
-        common.plot_captions(folder / "captions.png", images, {"reference": references, **texts},
-                             f"captions of test images of {cfg.data}")
-    if "retrieval" in cfg.task:
-        sets = task_sets(cfg, "retrieval", "test")
-        draw_attention(folder / "attention.png", models, sets)
+def examples(models, count):
+    """`count` images of the first test set as the first of {who: Asked} reads them; captions."""
+    cfg = next(iter(models.values())).cfg
+    sets = task_sets(cfg, "caption", "test")
+    return common.example_images(sets, cfg.image_size, count, common.resize_whole)
 
 
 @common.picture
-def draw_attention(path, models, sets, count=6):
+@torch.inference_mode()
+def draw_captions(path, models):
+    """What {who: Asked} say of test images."""
+    images, references = examples(models, 8)
+    texts = {who: asked.caption(images) for who, asked in models.items()}
+    texts = {"reference": references, **texts}
+    common.plot_captions(path, images, texts, "captions of test images")
+
+
+@common.picture
+@torch.inference_mode()
+def draw_attention(path, models):
     """Where the fusion encoders look when they read the longest word of a caption.
 
     Cross-attention of the last layer, the mean over heads; of the word's first token.
     """
-    asked = next(iter(models.values()))
-    images, captions = common.example_images(sets, asked.cfg.image_size, count, common.resize_whole)
+    images, captions = examples(models, 6)
     captions = [common.clean_blip_caption(text) for text in captions]
-    ids, mask = ids_of(asked, captions)
-    words, places = [], []  # the place of a word's first token
-    for text in captions:
-        words.append(max(text.split(), key=len))
-        before = text[:text.index(words[-1])]
-        places.append(1 + len(asked.tokenizer.encode(before)))
+    words = [max(text.split(), key=len) for text in captions]
+    before = [text[:text.index(word)] for text, word in zip(captions, words)]
     rows = [images]
-    for each in models.values():
-        states = each.blip.encode_image(normalise(images, each.statistics))
-        scores = each.blip.fuse(ids, mask, states, with_scores=True).cross_scores
-        maps = scores.softmax(-1).mean(1)[range(len(places)), places, 1:].cpu()  # without CLS
+    for asked in models.values():
+        ids, mask = asked.ids(captions)
+        places = [1 + len(asked.tokenizer.encode(text)) for text in before]
+        states, _ = asked.encode_image(images)
+        scores = asked.blip.fuse(ids, mask, states, with_scores=True).cross_scores
+        maps = scores.softmax(-1).mean(1)[range(len(images)), places, 1:].cpu()  # without CLS
         side = math.isqrt(maps.shape[1])
         rows.append(common.overlay(images, maps.unflatten(1, (side, side))))
     title = "cross-attention of a word to the image, last layer, before fine-tuning"
     common.plot_grid(path, rows, ["image", *models], words, title)
 
 
-# ------------------------------------------------------------------------ profile and ablation
+# ------------------------------------------------------------------------- costs and ablation
 
 
-def costs(blips, device, tokens=24, batch=32):
-    """{name: {"parameters_M", "GMACs", "latency_ms", "batch_ms"}} of image and text encoder.
+def costs(models, device):
+    """{who: {"parameters_M", "GMACs", "latency_ms", "batch_ms"}} of {who: Asked}.
 
     Parameters as the paper counts them: cross-attention included, no decoder, no heads. MACs and
-    latency are those of the image and of the unimodal text, one pair; batch_ms that of 32 pairs.
+    latency are those of one image and one unimodal text; batch_ms that of 32 pairs.
     """
     found, calls = {}, {}
-    for name, blip in blips.items():
-        side, count = blip.size.vision.image_size, count_parameters(blip)
-        for n in (1, batch):
+    for who, asked in models.items():
+        blip, side = asked.blip, asked.cfg.image_size
+        for n in (1, 32):
             image = torch.randn(n, 3, side, side, device=device)
-            ids = torch.full((n, tokens), blip.size.text.sep, device=device)
-            calls[name, n] = partial(encode_pair, blip, image, ids)
-        found[name] = {"parameters_M": (count["vision"] + count["text"]) / 1e6,
-                       "GMACs": common.multiply_adds(calls[name, 1]) / 1e9}
+            ids = torch.full((n, 24), blip.size.text.sep, device=device)
+            calls[who, n] = partial(encode_pair, blip, image, ids)
+        count = count_parameters(blip)
+        found[who] = {"parameters_M": (count["vision"] + count["text"]) / 1e6,
+                      "GMACs": common.multiply_adds(calls[who, 1]) / 1e9}
     times = common.compare_latency(calls, device)
-    for name in blips:
-        found[name].update(latency_ms=times[name, 1], batch_ms=times[name, batch])
+    for who, cell in found.items():
+        cell.update(latency_ms=times[who, 1], batch_ms=times[who, 32])
     return found
 
 
@@ -1822,58 +1739,29 @@ def encode_pair(blip, image, ids):
     return blip.encode_image(image), blip.encode_text(ids)
 
 
-# the paper's Table 1: millions of parameters of ViT and BERT; their sum, GFLOPs, ms on a V100
-TABLE_1 = {"base": (85.6, 137.3, 222.9, 19.15, 41.3), "middle": (48.3, 59.6, 107.9, 10.4, 26.1),
-           "small": (21.6, 26.1, 47.7, 4.57, 14.9), "tiny": (5.48, 9.61, 15.1, 1.18, 6.9)}
-
-
-def profile(cfg):
-    """--profile: parameters, MACs, latency of every size at 224 px, 30 tokens, beside Table 1."""
-    device = common.start_device(cfg.device, cfg.seed)
-    sizes = ("base", "middle", "small", "tiny")
-    blips = {name: BLIP(BLIPSize(VIT[name], BERT[name])).to(device).eval() for name in sizes}
-    measured = costs(blips, device, tokens=30, batch=4)
-    table = {}
-    for name, blip in blips.items():
-        counts = count_parameters(blip)
-        table[name] = {"ViT M": counts["vision"] / 1e6, "BERT M": counts["text"] / 1e6,
-                       **measured[name]}
-        table[f"{name}, paper"] = dict(zip(table[name], TABLE_1[name]))
-    common.print_table(table)
-    print("MACs and ms of one image and one text, ours with the two products inside attention, the "
-          "paper's on a V100. Its totals for base, 213.6 M and 17.8 G, are not the sums "
-          "of its Table 1, shown here.")
-
-
 def ablation_arms(cfg):
     """{name: the flags in which the arm differs from those given}"""
     no_at, no_hr = dict(attn=("none",)), dict(hr=("none",))
     arms = {"teacher": dict(init=teacher_file(cfg)), "vlp": dict(method="blip"),
             "vlp + at": no_hr, "vlp + hr": no_at, "at + hr": dict(vlp=False), "dlip": {}}
-    for parts in (("img",), ("text",), ("img", "text"), ("vl_e",), ("vl_d",)):
-        arms[f"hr {' '.join(parts)}"] = dict(hr=parts, **no_at)
+    for parts in (*HR_PARTS, "img text"):
+        arms[f"hr {parts}"] = dict(hr=tuple(parts.split()), **no_at)
     for part in ("self", "cross"):
         arms[f"attn {part}"] = dict(attn=(part,), **no_hr)
     for k in range(1, DEMO_BERT[cfg.bert].layers):
         arms[f"fusion layers {k}"] = dict(fusion_layers=k)
     for vit, bert in (("tiny", "tiny"), ("middle", "middle"), ("small", "base"), ("base", "small")):
         arms[f"vit {vit}, bert {bert}"] = dict(vit=vit, bert=bert)
-    return {name: {"with_teacher": False, **fields} for name, fields in arms.items()}
-
-
-def ablate(cfg, given):
-    """--ablate: the arms that are not done yet; then the tables. README has the paper's numbers."""
-    common.run_arms(cfg, given, ablation_arms(cfg), baselines=("vlp", "dlip"))
+    return arms
 
 
 def main(argv=None):
     cfg, given = configure(argv)
-    if cfg.profile:
-        profile(cfg)
-    elif cfg.ablate:
-        ablate(cfg, given)
+    if cfg.ablate:  # README has the paper's numbers
+        given["with_teacher"] = False
+        common.run_arms(cfg, given, ablation_arms(cfg), baselines=("vlp", "dlip"))
     else:
-        run_stages(cfg, given)
+        run_stages(cfg)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def test_a_collapsed_or_broken_model_retrieves_nothing():
         assert set(common.retrieval(images, texts, own).values()) == {0.0}
     assert common.retrieval(many, one, own)["i2t_r10"] == 0
     assert common.retrieval(one, many, own)["t2i_r10"] == 0
-    broken = common.rerank(many, many, own, lambda i, t: torch.full((len(t),), math.nan), 20)
+    broken = common.rerank(many, many, own, own, own, lambda i, t: torch.full((len(t),), math.nan), 20)
     assert set(broken.values()) == {0.0}
 
 
@@ -112,12 +112,12 @@ def test_rerank_equals_a_double_loop(seed, k):
     logits = torch.from_numpy(sums - cosines)  # exact in float32
     calls = []
 
-    def match(i, texts):
-        calls.append(i)
-        return logits[i, texts]
+    def match(image, texts):
+        calls.append(image.item())
+        return logits[image.item(), texts]
 
     texts = torch.from_numpy(cosines.T).float()
-    found = common.rerank(torch.eye(13), texts, owner, match, k)
+    found = common.rerank(torch.eye(13), texts, owner, torch.arange(13), torch.arange(40), match, k)
     assert found == pytest.approx(brute_force(sums, owner, k, cosines=cosines))
     assert calls == list(range(13))
 
@@ -126,7 +126,7 @@ def test_rerank_equals_a_double_loop(seed, k):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rerank_retrieval_equals_all_pairs(lost, dtype):
     captions = [[f"{i} is {7 * i}", "a" * (1 + i)][:1 + i % 2] for i in range(70)]
-    data, sizes = Samples("captions", captions, lost), []
+    data = Samples("captions", captions, lost)
 
     def encode_image(images):
         return images[:, :, :2].float().flatten(2) / 100 - 1, colours(images)
@@ -136,11 +136,9 @@ def test_rerank_retrieval_equals_all_pairs(lost, dtype):
         return ids, by_tokens(ids)
 
     def match(states, ids):
-        sizes.append(len(ids))
         return (states.float().mean((0, 2)) * ids).sum(1).sin()
 
-    found = common.rerank_retrieval(data, 16, encode_image, encode_text, match, 9, block=7,
-                                    dtype=dtype)
+    found = common.rerank_retrieval(data, 16, encode_image, encode_text, match, 9, 0, dtype)
     kept = [i for i in range(70) if i not in lost]
     images = np.stack([common.resize_whole(data[i][0], 16) for i in kept])
     states, features = encode_image(torch.from_numpy(images))
@@ -152,7 +150,8 @@ def test_rerank_retrieval_equals_all_pairs(lost, dtype):
     by_cosine = brute_force(cosines.numpy(), owner)
     wanted |= {f"itc_{name}": value for name, value in by_cosine.items()}
     assert found == pytest.approx(wanted | ({"unreadable": 3} if lost else {}))
-    assert max(sizes[:-len(kept)]) == 7
+    alone = common.rerank_retrieval(data, 16, encode_image, encode_text, match, 0, 0, dtype)
+    assert alone == pytest.approx(by_cosine)
 
 
 # ------------------------------------------------------------ classification and probe
