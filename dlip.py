@@ -98,13 +98,14 @@ NEEDED = {"teacher": ("text_encoder.", "text_decoder.", "vision_proj.", "text_pr
 class Config:
     stage: str = option("all", "all (emoji only): distil, finetune, evaluate; flags are distil's",
                         ["all", "teacher", "distil", "finetune", "evaluate"], section="run")
-    task: tuple[str, ...] = option(TASKS, "what to fine-tune for and to evaluate", [*TASKS])
+    task: tuple[str, ...] = option(TASKS, "what to fine-tune for (one a run) or to evaluate",
+                                    [*TASKS])
     data: str = option("emoji", "a set of data/README.md or several, coco*2+vg; picks the recipe")
     root: str | None = option(None, "folder of the data (default data/NAME)")
     keep: str | None = option(None, "train on these samples only: a file of keys, one a line")
     teacher: str | None = option(None, "a BLIP checkpoint (emoji: data/teacher_blip.pt)")
     with_teacher: bool = option(True, "--stage all: fine-tune and evaluate the teacher as well")
-    init: str | None = option(None, "fine-tune or evaluate this BLIP checkpoint")
+    init: str | None = option(None, "the BLIP checkpoint that finetune and evaluate take")
     out: str | None = option(None, "run folder (default runs/METHOD-DATA, numbered when taken)")
     resume: bool = option(False, "go on from the last checkpoint in --out")
     eval_data: tuple[str, ...] = option((), "evaluation sets, names or folders (default: --data's)")
@@ -177,8 +178,13 @@ EMOJI = {
 }
 # Peak learning rates on large data [paper, BLIP] and on the emoji scenes [choice]; then those of a
 # small or tiny text network, where they differ.
-RATES = {"distil": (5e-4, 4e-3), "teacher": (5e-4, 1e-3),
-         "retrieval": (1e-5, 4e-4), "caption": (1e-5, 4e-4), "vqa": (2e-5, 1e-3)}
+RATES = {
+    "distil": (5e-4, 4e-3),
+    "teacher": (5e-4, 1e-3),
+    "retrieval": (1e-5, 4e-4),
+    "caption": (1e-5, 4e-4),
+    "vqa": (2e-5, 1e-3),
+}
 SMALL_RATES = {"retrieval": (5e-5, 2e-3), "caption": (1e-5, 2e-3)}
 TEXT_LENGTH = {"retrieval": 35, "caption": 40, "vqa": 35}  # tokens, on large data; else 30 [BLIP]
 
@@ -230,7 +236,8 @@ def check(cfg):
 
 def distils(cfg):
     """Whether pre-training learns from a teacher."""
-    return cfg.stage != "teacher" and cfg.method == "dlip" and {*cfg.hr, *cfg.attn} != {"none"}
+    parts = {*cfg.hr, *cfg.attn}
+    return cfg.stage != "teacher" and cfg.method == "dlip" and parts != {"none"}
 
 
 @dataclass(frozen=True)
@@ -1189,11 +1196,12 @@ def tokenizer_of(cfg):
 def size_of(cfg, tokenizer):
     """The BLIPSize that --vit and --bert name."""
     visions, texts = sizes(cfg)
-    text = texts[cfg.bert]
-    special = {name: getattr(tokenizer, name) for name in ("pad", "cls", "sep", "dec", "enc")}
-    text = replace(text, vocab=tokenizer.vocab_size, dropout=dropout(cfg),
-                   fusion_layers=min(cfg.fusion_layers, text.layers), **special)
     vision = replace(visions[cfg.vit], image_size=cfg.image_size)
+    special = {name: getattr(tokenizer, name) for name in ("pad", "cls", "sep", "dec", "enc")}
+    text = texts[cfg.bert]
+    fusion = min(cfg.fusion_layers, text.layers)
+    text = replace(text, vocab=tokenizer.vocab_size, dropout=dropout(cfg), fusion_layers=fusion,
+                   **special)
     return BLIPSize(vision, text, 64 if cfg.data == "emoji" else 256)
 
 
@@ -1251,9 +1259,11 @@ def build_optimiser(student, cfg, device):
         share = 0.07 if cfg.stage == "teacher" else 0.2
     matrices = [p for p in student.parameters() if p.ndim > 1]
     vectors = [p for p in student.parameters() if p.ndim == 1]
-    groups = [{"params": matrices, "share": 1.0, "weight_decay": cfg.weight_decay},
-              {"params": vectors, "share": 1.0},
-              {"params": [student.temp], "share": share}]
+    groups = [
+        {"params": matrices, "share": 1.0, "weight_decay": cfg.weight_decay},
+        {"params": vectors, "share": 1.0},
+        {"params": [student.temp], "share": share},
+    ]
     fused = device.type in ("cuda", "cpu")
     return torch.optim.AdamW(groups, weight_decay=0.0, fused=fused)
 
@@ -1338,7 +1348,8 @@ def encode_captions(tokenizer, prompt, texts):
 def encode_pairs(tokenizer, pairs):
     """n pairs of question and answer -> ids (n, 2 context)."""
     questions = [common.clean_blip_question(question) for question, _ in pairs]
-    return torch.cat([tokenizer(questions), tokenizer([answer for _, answer in pairs])], 1)
+    answers = [answer for _, answer in pairs]
+    return torch.cat([tokenizer(questions), tokenizer(answers)], 1)
 
 
 KEPT = ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness",
@@ -1595,7 +1606,7 @@ def models_of(cfg):
     if cfg.init:
         return {"model": cfg.init}
     models = {"student": f"{cfg.out}/distil/blip.pt"}
-    if cfg.with_teacher and cfg.method == "dlip" and cfg.data == "emoji":
+    if cfg.with_teacher and cfg.method == "dlip":
         models["teacher"] = teacher_file(cfg)
     return models
 
@@ -1661,39 +1672,30 @@ def evaluate(cfg):
                             for name, value in cells["student"].items() if theirs.get(name)}
     common.write_json(folder / "results.json", {"cells": cells, "seed": cfg.seed})
     common.print_table(cells, folder / "table.md")
-    if "caption" in cfg.task:
-        captioners = {who: tuned[who, "caption"] for who in models}
-        draw_captions(folder / "captions.png", captioners)
-    if "retrieval" in cfg.task:
-        draw_attention(folder / "attention.png", models)
+    if cfg.task != ("vqa",):
+        draw(folder, cfg, models, tuned)
     print(f"pictures, tables and checkpoints: {folder}")
 
 
-def examples(models, count):
-    """`count` images of the first test set as the first of {who: Asked} reads them; captions."""
-    cfg = next(iter(models.values())).cfg
+@common.picture
+@torch.inference_mode()
+def draw(folder, cfg, models, tuned):
+    """captions.png and attention.png, on images of the first test set."""
     sets = task_sets(cfg, "caption", "test")
-    return common.example_images(sets, cfg.image_size, count, common.resize_whole)
+    images, captions = common.example_images(sets, cfg.image_size, 8, common.resize_whole)
+    if "caption" in cfg.task:
+        said = {who: tuned[who, "caption"].caption(images) for who in models}
+        said = {"reference": captions, **said}
+        common.plot_captions(folder / "captions.png", images, said, "captions of test images")
+    if "retrieval" in cfg.task:
+        draw_attention(folder / "attention.png", models, images, captions)
 
 
-@common.picture
-@torch.inference_mode()
-def draw_captions(path, models):
-    """What {who: Asked} say of test images."""
-    images, references = examples(models, 8)
-    texts = {who: asked.caption(images) for who, asked in models.items()}
-    texts = {"reference": references, **texts}
-    common.plot_captions(path, images, texts, "captions of test images")
-
-
-@common.picture
-@torch.inference_mode()
-def draw_attention(path, models):
+def draw_attention(path, models, images, captions):
     """Where the fusion encoders look when they read the longest word of a caption.
 
     Cross-attention of the last layer, the mean over heads; of the word's first token.
     """
-    images, captions = examples(models, 6)
     captions = [common.clean_blip_caption(text) for text in captions]
     words = [max(text.split(), key=len) for text in captions]
     before = [text[:text.index(word)] for text, word in zip(captions, words)]
@@ -1703,9 +1705,11 @@ def draw_attention(path, models):
         places = [1 + len(asked.tokenizer.encode(text)) for text in before]
         states, _ = asked.encode_image(images)
         scores = asked.blip.fuse(ids, mask, states, with_scores=True).cross_scores
-        maps = scores.softmax(-1).mean(1)[range(len(images)), places, 1:].cpu()  # without CLS
+        maps = scores.softmax(-1).mean(1)  # (n, N, M)
+        maps = maps[range(len(images)), places, 1:].cpu()  # without CLS
         side = math.isqrt(maps.shape[1])
-        rows.append(common.overlay(images, maps.unflatten(1, (side, side))))
+        maps = maps.unflatten(1, (side, side))
+        rows.append(common.overlay(images, maps))
     title = "cross-attention of a word to the image, last layer, before fine-tuning"
     common.plot_grid(path, rows, ["image", *models], words, title)
 
@@ -1742,8 +1746,14 @@ def encode_pair(blip, image, ids):
 def ablation_arms(cfg):
     """{name: the flags in which the arm differs from those given}"""
     no_at, no_hr = dict(attn=("none",)), dict(hr=("none",))
-    arms = {"teacher": dict(init=teacher_file(cfg)), "vlp": dict(method="blip"),
-            "vlp + at": no_hr, "vlp + hr": no_at, "at + hr": dict(vlp=False), "dlip": {}}
+    arms = {
+        "teacher": dict(init=teacher_file(cfg)),
+        "vlp": dict(method="blip"),
+        "vlp + at": no_hr,
+        "vlp + hr": no_at,
+        "at + hr": dict(vlp=False),
+        "dlip": {},
+    }
     for parts in (*HR_PARTS, "img text"):
         arms[f"hr {parts}"] = dict(hr=tuple(parts.split()), **no_at)
     for part in ("self", "cross"):
