@@ -157,7 +157,7 @@ class Config:
 
 # By stage, or by task in fine-tuning. For large data the paper's, and BLIP's where it is silent.
 PAPER = dict(image_size=224, queue_size=57600, momentum=0.995,  # [BLIP]
-             log_every=50, rerank_k=256, answer_k=128)  # [BLIP]; Flickr30k: 128 candidates
+             rerank_k=256, answer_k=128)  # [BLIP]; Flickr30k: 128 candidates
 PRETRAIN = {**PAPER, "epochs": 20, "batch_size": 1152, "warmup_steps": 3000,
             "weight_decay": 0.02}  # [paper] [near] [BLIP] [paper]
 FINETUNE = {**PAPER, "image_size": 384, "batch_size": 256, "warmup_steps": 0,
