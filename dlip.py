@@ -138,7 +138,8 @@ class Config:
 
     epochs: float = option(6.0, "passes over the training set", section="optimisation")
     batch_size: int = option(64, "pairs per step, over all processes")
-    lr: float | None = option(None, "peak learning rate (default: by stage, task, size; printed)")
+    lr: tuple[float, ...] = option((4e-3,), "peak learning rate; a second one would be that of "
+                                            "small and tiny text networks")
     warmup_steps: int = option(100, "steps of linear warm-up, at most a fifth of all", (0, 1e9))
     weight_decay: float = option(0.05, "AdamW weight decay, not on vectors")
     precision: str = option("auto", "auto: bf16 autocast on CUDA, fp32 elsewhere",
@@ -157,47 +158,29 @@ class Config:
 
 # By stage, or by task in fine-tuning. For large data the paper's, and BLIP's where it is silent.
 PAPER = dict(image_size=224, queue_size=57600, momentum=0.995,  # [BLIP]
-             rerank_k=256, answer_k=128)  # [BLIP]; Flickr30k: 128 candidates
-PRETRAIN = {**PAPER, "epochs": 20, "batch_size": 1152, "warmup_steps": 3000,
-            "weight_decay": 0.02}  # [paper] [near] [BLIP] [paper]
+             rerank_k=256, answer_k=128)  # [BLIP]
+PRETRAIN = {**PAPER, "epochs": 20, "lr": (5e-4,), "weight_decay": 0.02,  # [paper]
+            "batch_size": 1152, "warmup_steps": 3000}  # [near] [BLIP]
 FINETUNE = {**PAPER, "image_size": 384, "batch_size": 256, "warmup_steps": 0,
             "alpha_ramp": 5.0}  # [BLIP]
 LARGE = {
     "distil": PRETRAIN,
     "teacher": {**PRETRAIN, "vit": "base", "bert": "base", "weight_decay": 0.05},  # [BLIP]
-    "retrieval": {**FINETUNE, "epochs": 30},  # [BLIP] 6 over images x 5 captions
-    "caption": {**FINETUNE, "epochs": 25},  # [BLIP] 5 over images x 5 captions
-    "vqa": {**FINETUNE, "epochs": 10},  # [BLIP]
+    # epochs: [BLIP] 6 and 5 over images x 5 captions; a small text network's rate: [paper]
+    "retrieval": {**FINETUNE, "epochs": 30, "lr": (1e-5, 5e-5)},
+    "caption": {**FINETUNE, "epochs": 25, "lr": (1e-5,)},
+    "vqa": {**FINETUNE, "epochs": 10, "lr": (2e-5,)},  # [BLIP]
 }
-SHORT = dict(warmup_steps=20, epochs=1.0, noise=0.0, alpha_ramp=0.0)  # [choice], as all of EMOJI
+SHORT = dict(warmup_steps=20, epochs=1.0, noise=0.0, alpha_ramp=0.0,
+             lr=(4e-4, 2e-3))  # [choice], as all of EMOJI
 EMOJI = {
-    "teacher": dict(vit="base", bert="base", scenes=40000, epochs=5.0, warmup_steps=300, seed=1000),
+    "teacher": dict(vit="base", bert="base", scenes=40000, epochs=5.0, warmup_steps=300,
+                    lr=(1e-3,), seed=1000),
     "retrieval": SHORT,
     "caption": SHORT,
-    "vqa": {**SHORT, "epochs": 0.5},
+    "vqa": {**SHORT, "epochs": 0.5, "lr": (1e-3,)},
 }
-# Peak learning rates on large data [paper, BLIP] and on the emoji scenes [choice]; then those of a
-# small or tiny text network, where they differ.
-RATES = {
-    "distil": (5e-4, 4e-3),
-    "teacher": (5e-4, 1e-3),
-    "retrieval": (1e-5, 4e-4),
-    "caption": (1e-5, 4e-4),
-    "vqa": (2e-5, 1e-3),
-}
-SMALL_RATES = {"retrieval": (5e-5, 2e-3), "caption": (1e-5, 2e-3)}
 TEXT_LENGTH = {"retrieval": 35, "caption": 40, "vqa": 35}  # tokens, on large data; else 30 [BLIP]
-
-
-def part_of(stage, task):
-    """The stage, or in fine-tuning the task: what recipes are chosen by."""
-    return task[0] if stage in ("finetune", "evaluate") else stage
-
-
-def recipe(data, part):
-    """Config fields of a stage, or of a task's fine-tuning."""
-    values = (EMOJI if data == "emoji" else LARGE).get(part, {})
-    return {**values, "rerank_k": 128} if data == "flickr30k" else values
 
 
 def configure(argv=None):
@@ -207,7 +190,11 @@ def configure(argv=None):
     stage = given.get("stage", "all" if data == "emoji" else "distil")
     tasks = {"emoji": TASKS, "vqav2": ("vqa",)}
     task = given.get("task", tasks.get(data, ("retrieval", "caption")))
-    values = {**recipe(data, part_of(stage, task)), "stage": stage, "task": task}
+    part = task[0] if stage in ("finetune", "evaluate") else stage
+    recipe = (EMOJI if data == "emoji" else LARGE).get(part, {})
+    values = {**recipe, "stage": stage, "task": task}
+    if data == "flickr30k":
+        values["rerank_k"] = 128  # [BLIP]
 
     name = given.get("method", "dlip") if stage in ("all", "distil") else stage
     stem = "runs/ablation_dlip" if "ablate" in given else f"runs/{name}-{data}"
@@ -1186,7 +1173,7 @@ def load_bert(blip, checkpoint):
 
 def tokenizer_of(cfg):
     """BERT's tokens, of texts as long as the part needs; of the emoji scenes only what occurs."""
-    length, words = TEXT_LENGTH.get(part_of(cfg.stage, cfg.task), 30), None
+    length, words = TEXT_LENGTH[cfg.task[0]] if cfg.init else 30, None
     if cfg.data == "emoji":
         from data.emoji import scenes
         length, words = 24, scenes.emoji_words(cfg.concepts)
@@ -1269,14 +1256,10 @@ def build_optimiser(student, cfg, device):
 
 
 def peak_lr(cfg, text_width):
-    """--lr, else the recipe's, which is larger for small text networks in some tasks."""
-    if cfg.lr is not None:
-        return cfg.lr
+    """--lr; of two the second where the text network is small or tiny."""
     _, texts = sizes(cfg)
     small = text_width <= texts["small"].width
-    rates = {**RATES, **SMALL_RATES} if small else RATES
-    large, emoji = rates[part_of(cfg.stage, cfg.task)]
-    return emoji if cfg.data == "emoji" else large
+    return cfg.lr[-1] if small else cfg.lr[0]
 
 
 def schedules(cfg, peak, step, steps, steps_per_epoch):
@@ -1615,7 +1598,7 @@ def finetunings(cfg):
     """{(who, task): Config}; --stage all takes the task's recipe, its flags are distil's."""
     found = {}
     for task in cfg.task:
-        values = {**EMOJI[task], "lr": None} if cfg.stage == "all" else {}
+        values = EMOJI[task] if cfg.stage == "all" else {}
         for who, path in models_of(cfg).items():
             folder = f"teacher-{task}" if who == "teacher" else task
             found[who, task] = replace(

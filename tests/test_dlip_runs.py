@@ -454,7 +454,7 @@ def test_learning_rates():
     for step, wanted in ((0, 1e-6), (1500, 2.505e-4), (3000, 5e-4), (9999, 5e-4), (10_000, 5e-4 * 0.85),
                          (25_000, 5e-4 * 0.85 ** 2)):
         assert dlip.schedules(cfg, 5e-4, step, 100_000, 10_000)["lr"] == pytest.approx(wanted)
-    fine = dataclasses.replace(cfg, stage="finetune", task=("retrieval",), warmup_steps=0)
+    fine, _ = dlip.configure("--data coco --stage finetune --task retrieval --init FILE".split())
     assert (dlip.peak_lr(fine, 768), dlip.peak_lr(fine, 384)) == (1e-5, 5e-5)
     assert dlip.schedules(fine, 1e-5, 50, 100, 10)["lr"] == pytest.approx(0.5e-5)
     short = dataclasses.replace(fine, data="emoji", warmup_steps=100)
