@@ -67,6 +67,7 @@ Assumptions. [paper]: its abstract or a summary of it; [figure]: its architectur
 import itertools
 import math
 import sys
+from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -240,19 +241,12 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def queries_keys_values(self, x):
-        """(B, N, D) -> three times (B, H, N, D/H)"""
-        x = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        return x.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-
-    def attend(self, q, k, v, causal=False):
-        """Three times (B, H, N, D/H) -> (B, N, D)"""
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        return self.out_proj(out.transpose(1, 2).flatten(2))
-
     def forward(self, x, causal=False):
-        """(B, N, D) -> (B, N, D)"""
-        return self.attend(*self.queries_keys_values(x), causal)
+        """(B, N, D) -> (B, N, D), and queries and keys (B, H, N, D/H)"""
+        x = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = x.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return self.out_proj(out.transpose(1, 2).flatten(2)), q, k
 
 
 class Block(nn.Module):
@@ -263,14 +257,15 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential()
-        self.mlp.add_module("c_fc", nn.Linear(width, mlp_width))
-        self.mlp.add_module("act", QuickGELU() if act == "quick_gelu" else nn.GELU())
-        self.mlp.add_module("c_proj", nn.Linear(mlp_width, width))
+        self.mlp = nn.Sequential(OrderedDict(
+            c_fc=nn.Linear(width, mlp_width),
+            act=QuickGELU() if act == "quick_gelu" else nn.GELU(),
+            c_proj=nn.Linear(mlp_width, width),
+        ))
 
     def forward(self, x, causal=False):
         """(B, N, D) -> (B, N, D)"""
-        x = x + self.attn(self.ln_1(x), causal)
+        x = x + self.attn(self.ln_1(x), causal)[0]
         return x + self.mlp(self.ln_2(x))
 
 
@@ -279,16 +274,19 @@ class Transformer(nn.Module):
 
     def __init__(self, width, layers, heads, mlp_width, act):
         super().__init__()
-        blocks = [Block(width, heads, mlp_width, act) for _ in range(layers)]
-        self.resblocks = nn.ModuleList(blocks)
+        self.resblocks = nn.ModuleList(
+            Block(width, heads, mlp_width, act) for _ in range(layers))
         self.grad_checkpoint = False
-        for block in blocks:
-            nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
-            nn.init.normal_(block.attn.out_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
+        std = width ** -0.5
+        last = std * (2 * layers) ** -0.5  # of the layers whose outputs x adds up
+        for block in self.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=std)
+            nn.init.normal_(block.attn.out_proj.weight, std=last)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
-            for linear in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj):
-                nn.init.zeros_(linear.bias)
+            nn.init.normal_(block.mlp.c_proj.weight, std=last)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def run(self, block, *inputs):
         """block(*inputs); --grad-checkpoint keeps nothing inside it for the backward pass."""
@@ -309,14 +307,15 @@ class VisionTransformer(nn.Module):
     def __init__(self, size):
         super().__init__()
         width, patches = size.vision_width, (size.image_size // size.patch_size) ** 2
+        std = width ** -0.5
         self.conv1 = nn.Conv2d(3, width, size.patch_size, size.patch_size, bias=False)
-        self.class_embedding = nn.Parameter(width ** -0.5 * torch.randn(width))
-        self.positional_embedding = nn.Parameter(width ** -0.5 * torch.randn(1 + patches, width))
+        self.class_embedding = nn.Parameter(std * torch.randn(width))
+        self.positional_embedding = nn.Parameter(std * torch.randn(1 + patches, width))
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(width, size.vision_layers, size.vision_heads,
                                        size.vision_mlp, size.act)
         self.ln_post = nn.LayerNorm(width)
-        self.proj = nn.Parameter(width ** -0.5 * torch.randn(width, size.embed_dim))
+        self.proj = nn.Parameter(std * torch.randn(width, size.embed_dim))
 
     def tokens(self, image):
         """(B, 3, S, S) -> (B, N, D): CLS, then the patches, with their positions."""
@@ -627,7 +626,7 @@ def similarity_kl(teacher, student):
     loss = 0.0
     for t, m in zip(teacher, student):
         target = t.detach().log_softmax(-1)
-        loss = loss + F.kl_div(m.log_softmax(-1), target, reduction="batchmean", log_target=True)
+        loss += F.kl_div(m.log_softmax(-1), target, reduction="batchmean", log_target=True)
     return loss / 2
 
 
@@ -1071,12 +1070,10 @@ def build(cfg, loaded=None, **taught):
 def build_optimiser(model, cfg, device):
     """AdamW, weight decay on matrices only; fused where the device has it."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trained if p.ndim >= 2]
-    vectors = [p for p in trained if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay(cfg)},
-              {"params": vectors, "weight_decay": 0.0}]
+    matrices = {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay(cfg)}
+    vectors = {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}
     fused = device.type in ("cuda", "cpu")
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), eps=1e-8, fused=fused)
+    return torch.optim.AdamW([matrices, vectors], lr=cfg.lr, betas=(0.9, 0.98), fused=fused)
 
 
 def learning_rate(peak, step, steps, warmup):
@@ -1084,7 +1081,7 @@ def learning_rate(peak, step, steps, warmup):
     warmup = min(warmup, steps / 5)
     if step < warmup:
         return 1e-6 + (peak - 1e-6) * step / warmup
-    done = (step - warmup) / max(1, steps - warmup)
+    done = (step - warmup) / (steps - warmup)
     return 1e-5 + (peak - 1e-5) * (1 + math.cos(math.pi * done)) / 2
 
 
@@ -1103,23 +1100,19 @@ def backward(model, image, text, others, amp, scaler):
     """
     k = model.cfg.accum
     chunks = list(zip(image.chunk(k), text.chunk(k)))
-
-    def embed(chunk):
-        with amp:
-            return model.embed(*chunk)
-
-    with torch.set_grad_enabled(k == 1):
-        embedded = [embed(chunk) for chunk in chunks]
-    u, v = (torch.cat(parts) for parts in zip(*embedded))
-    if k > 1:
-        u.requires_grad_()
-        v.requires_grad_()
+    with amp, torch.set_grad_enabled(k == 1):
+        embedded = [model.embed(*chunk) for chunk in chunks]
+    u, v = map(torch.cat, zip(*embedded))
+    u.requires_grad_()
+    v.requires_grad_()
     loss, terms = model.loss(u, v, *others)  # outside of autocast
     scaler.scale(loss).backward()
     if k > 1:
-        for chunk, gradients in zip(chunks, zip(u.grad.chunk(k), v.grad.chunk(k))):
-            torch.autograd.backward(embed(chunk), gradients)
-    return {"loss": loss.detach(), **terms}
+        for chunk, *gradients in zip(chunks, u.grad.chunk(k), v.grad.chunk(k)):
+            with amp:
+                embedded = model.embed(*chunk)
+            torch.autograd.backward(embedded, gradients)
+    return {name: term.detach() for name, term in {"loss": loss, **terms}.items()}
 
 
 def normalise(image, statistics):
@@ -1135,10 +1128,9 @@ def update(model, optimiser, scaler, lr):
     average_gradients(model.parameters())
     scaler.step(optimiser)
     scaler.update()
-    optimiser.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        for scale in model.logit_scales():
-            scale.clamp_(0, math.log(100))
+    optimiser.zero_grad()
+    for scale in model.logit_scales():
+        scale.data.clamp_(0, math.log(100))
 
 
 LOG_COLUMNS = ["step", "epoch", "lr", "loss", "nce", "cluster_hard", "cluster_kl",
@@ -1172,7 +1164,7 @@ def train(cfg, loaded=None):
     loader = common.train_loader(samples, sampler, common.loader_workers(cfg), device)
     run.start(cfg, state["step"])
     prepare_towers(model, cfg)
-    cells = {"student": encoders(model.student, statistics, amp)}
+    cells = {"student": encoders(model.student, model.student.visual, statistics, amp)}
 
     progress = common.Progress(steps, state["step"], cfg.batch_size)
     with common.StopRequest() as stop, progress:
@@ -1228,25 +1220,18 @@ def prepare_towers(model, cfg):
 # ------------------------------------------------------------------------ evaluation, pictures
 
 
-def image_encoder(tower, statistics, amp, *view):
-    """(B, 3, S, S) uint8 -> (B, E), of unit length, as a function. view: what else tower takes."""
-    def encode(image):
+def encoders(clip, visual, statistics, amp, *view):
+    """Two functions: (B, 3, S, S) uint8 -> (B, E) and (T, context) token ids -> (T, E), both of
+    unit length. view: what else visual takes."""
+    def encode_image(image):
         with amp:
-            return unit(tower(normalise(image, statistics), *view))
-    return encode
+            return unit(visual(normalise(image, statistics), *view))
 
-
-def text_encoder(clip, device, amp):
-    """(T, context) token ids -> (T, E), of unit length, as a function."""
-    def encode(tokens):
+    def encode_text(tokens):
         with amp:
-            return clip.encode_text(tokens.to(device))
-    return encode
+            return clip.encode_text(tokens.to(statistics.device))
 
-
-def encoders(clip, statistics, amp):
-    text = text_encoder(clip, statistics.device, amp)
-    return image_encoder(clip.visual, statistics, amp), text
+    return encode_image, encode_text
 
 
 def validate(run, model, cells, data, tokenizer, state):
@@ -1303,7 +1288,7 @@ def evaluate_checkpoint(cfg, loaded):
         clips["teacher"] = load_teacher(cfg, device)
     table = {}
     for name, (clip, size) in clips.items():
-        cells = {name: encoders(clip, size.pixel_statistics(device), amp)}
+        cells = {name: encoders(clip, clip.visual, size.pixel_statistics(device), amp)}
         table.update(common.test_checkpoint(cfg, size, cells))
     common.print_table(table)
     if cfg.stage == "evaluate":

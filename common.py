@@ -2957,20 +2957,3 @@ def plot_curves(path, rows, chance, title):
         axis.set(xlabel="epoch", ylabel=ylabel)
         axis.legend(fontsize=9)
     figure.savefig(path)
-
-
-@picture
-def plot_sweet_spot(path, series):
-    """{label: [(κ in training, relative throughput, [score per seed])]}: means and stds."""
-    figure, (axes,) = new_figure(1, 2, (13, 5), "")
-    for label, points in series.items():
-        keep_rates, speeds, scores = zip(*sorted(points))
-        means = [np.mean(values) for values in scores]
-        stds = [np.std(values, ddof=1) if len(values) > 1 else 0 for values in scores]
-        for axis, x in zip(axes, (speeds, keep_rates)):
-            axis.errorbar(x, means, stds, label=label, marker="o", capsize=3)
-    axes[0].set(xlabel="measured throughput, 1 at κ = 1", ylabel="test score, %")
-    axes[1].set(xlabel="κ in training")
-    axes[1].invert_xaxis()
-    axes[1].legend()
-    figure.savefig(path)

@@ -51,9 +51,10 @@ Assumptions, where the public text is silent. Each is ours, not the paper's:
 import copy
 import math
 import sys
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections import OrderedDict
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -71,44 +72,36 @@ from common import UserError, average_gradients, gather, option, rank
 
 @dataclass
 class Config:
-    data: str = option("emoji", "training data: emoji, cc3m, coco, flickr30k, or any name with "
-                       "--root FOLDER of tar shards; picks preset and recipe", section="run")
+    data: str = option("emoji", "training data, with its recipe: emoji, cc3m, coco, flickr30k, or "
+                       "any name with --root FOLDER of tar shards")
     root: str | None = option(None, "folder of the data (default data/NAME)")
-    keep: str | None = option(None, "train on these samples only: a file of keys, one a line "
-                              "(clip_cid.py writes one)")
+    keep: str | None = option(None, "train on the samples of this file of keys, one a line")
     out: str | None = option(None, "run folder (default runs/METHOD-DATA, numbered when taken)")
     resume: bool = option(False, "go on from the last checkpoint in --out")
-    evaluate: str | None = option(None, "evaluate this checkpoint (ours, OpenAI, OpenCLIP, Hugging "
-                                  "Face) and stop")
-    eval_data: tuple[str, ...] = option((), "evaluation sets, names or folders (default: those "
-                                        "that belong to --data)")
-    linear_probe: bool = option(False, "with --evaluate: also fit a linear classifier on frozen "
-                                "image features")
-    ablate: tuple[str, ...] = option((), "train these arms of the ablation (names in quotes, or "
-                                     "all) and tabulate them")
+    evaluate: str | None = option(None, "evaluate this checkpoint, ours or a public CLIP, and stop")
+    eval_data: tuple[str, ...] = option((), "evaluation sets, names or folders (default: --data's)")
+    linear_probe: bool = option(False, "with --evaluate: also a linear classifier on the features")
+    ablate: tuple[str, ...] = option((), "train and tabulate these arms (names in quotes, or all)")
     seeds: tuple[int, ...] = option((0, 1, 2), "seeds of the ablation")
     jobs: int = option(1, "runs of the ablation at a time: one a core, or one a GPU")
-    profile: bool = option(False, "print parameters, MACs, tokens and images/s by keep rate")
     seed: int = option(0, "seed of weights, data order and augmentation")
-    device: str = option("auto", "where to run", ["auto", "cuda", "mps", "cpu"])
+    device: str = option("auto", "auto, cuda, mps or cpu")
     workers: int = option(-1, "loader processes (-1: none for emoji, else up to 8 a process)")
     log_every: int = option(20, "steps between rows of log.csv")
 
     method: str = option("eclipse", "clip: no teacher, no pruning; clip+evit: no teacher",
                          ["eclipse", "clip", "clip+evit"], section="method")
-    keep_rate: float = option(0.7, "κ, share of tokens the online encoder keeps in each pruning "
-                              "block; 1 is the paper's full capacity", (0.05, 1))
+    keep_rate: float = option(0.7, "κ, share of tokens that a pruning block of the online encoder "
+                              "keeps; 1 is the paper's full capacity", (0.05, 1))
     fuse: bool = option(True, "merge dropped tokens into one, weighted by attention")
-    teacher_keep_rate: float = option(1.0, "κ of the momentum encoder in training (1: full view)",
-                                      (0.05, 1))
+    teacher_keep_rate: float = option(1.0, "κ of the momentum encoder in training (1: full view)")
     text_teacher: str = option("shared", "shared: one text encoder for both image encoders; "
                                "momentum: the teacher has a moving average of its own (not ALBEF's "
                                "loss, whose keys are momentum features)", ["shared", "momentum"])
     text_grad: str = option("online", "whose contrastive loss trains the text encoder (A2)",
                             ["momentum", "online", "both"])
     kd_weight: float = option(1.0, "λ, weight of the distillation loss")
-    kd_ramp: tuple[float, ...] = option((0.1, 0.3), "λ is 0 before the first and whole after the "
-                                        "second fraction of training, linear between")
+    kd_ramp: tuple[float, ...] = option((0.1, 0.3), "λ rises between these fractions of training")
     ema: float = option(0.99, "momentum of the teacher per step (0: a copy of the student)", (0, 1))
 
     preset: str = option("demo", "sizes of both towers", list(common.PRESETS), section="model")
@@ -119,8 +112,7 @@ class Config:
 
     epochs: int = option(12, "passes over the training set", section="optimisation")
     batch_size: int = option(64, "pairs per step, over all processes")
-    accum: int = option(1, "split each process's batch into this many chunks; the gradient stays "
-                        "the same")
+    accum: int = option(1, "chunks that a process's batch is split into, for memory: same gradient")
     lr: float = option(1e-3, "peak learning rate")
     precision: str = option("auto", "auto: bf16 autocast on CUDA, fp32 elsewhere; fp16 uses a "
                             "GradScaler", ["auto", "fp32", "bf16", "fp16"])
@@ -141,18 +133,14 @@ LARGE = dict(
     lr=5e-4,
     ema=0.994,
     kd_ramp=(0.0, 0.025),
-    log_every=50,
 )
 SMALLER = {**LARGE, "batch_size": 1024}
-RECIPES = {
+RECIPES = {  # of any other data: LARGE
     "emoji": {},
-    "cc3m": LARGE,
     "yfcc15m": {**LARGE, "epochs": 25},
     "coco": SMALLER,
     "flickr30k": SMALLER,
 }
-# What --evaluate does not take over from the run it evaluates.
-NOT_INHERITED = dict(resume=False, init=None, device="auto", workers=-1, root=None, keep=None)
 
 
 def weight_decay(cfg):
@@ -165,21 +153,25 @@ def crop_scale(cfg):
 
 
 def configure(argv=None):
-    """(Config, the flags given, Checkpoint or None)"""
+    """(Config, the flags given, Checkpoint or None)
+
+    Defaults <- the data's recipe <- with --evaluate, the config of the run <- flags given.
+    """
     given = common.parse_command_line(Config, __doc__, argv)
     asked = Config(**given)
+    if asked.method == "clip":
+        given["keep_rate"] = 1.0
     recipe = RECIPES.get(asked.data, LARGE)
     source = asked.evaluate or asked.init
     loaded = common.read_checkpoint(source) if source else None
-    if asked.evaluate:  # a run of this script: its data and its method
-        saved = common.known_fields(Config, loaded.config)
-        recipe = {**recipe, "keep_rate": 1.0, **saved, **NOT_INHERITED}
+    if asked.evaluate:
+        recipe = {**recipe, "method": "clip+evit", "keep_rate": 1.0}  # of public weights
+        recipe.update(common.known_fields(Config, loaded.config),
+                      root=None, device="auto", workers=-1)
     stem = "runs/ablation" if asked.ablate else f"runs/{asked.method}-{asked.data}"
     cfg = common.fill_config(Config, recipe, given, stem)
-    if cfg.method == "clip":
-        cfg = replace(cfg, keep_rate=1.0)
-    if len(cfg.kd_ramp) != 2 or not 0 <= cfg.kd_ramp[0] <= cfg.kd_ramp[1] <= 1:
-        raise UserError("--kd-ramp takes two rising fractions from 0 to 1")
+    if len(cfg.kd_ramp) != 2:
+        raise UserError("--kd-ramp takes two fractions of training")
     if cfg.text_teacher == "momentum" and cfg.text_grad != "online":
         raise UserError("--text-teacher momentum needs --text-grad online: the loss of its own "
                         "matrix has no gradient")
@@ -206,19 +198,12 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def queries_keys_values(self, x):
-        """(B, N, D) -> three times (B, H, N, D/H)"""
-        x = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        return x.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-
-    def attend(self, q, k, v, causal=False):
-        """Three times (B, H, N, D/H) -> (B, N, D)"""
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        return self.out_proj(out.transpose(1, 2).flatten(2))
-
     def forward(self, x, causal=False):
-        """(B, N, D) -> (B, N, D)"""
-        return self.attend(*self.queries_keys_values(x), causal)
+        """(B, N, D) -> (B, N, D), and queries and keys (B, H, N, D/H)"""
+        x = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = x.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return self.out_proj(out.transpose(1, 2).flatten(2)), q, k
 
 
 class Block(nn.Module):
@@ -229,14 +214,15 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential()
-        self.mlp.add_module("c_fc", nn.Linear(width, mlp_width))
-        self.mlp.add_module("act", QuickGELU() if act == "quick_gelu" else nn.GELU())
-        self.mlp.add_module("c_proj", nn.Linear(mlp_width, width))
+        self.mlp = nn.Sequential(OrderedDict(
+            c_fc=nn.Linear(width, mlp_width),
+            act=QuickGELU() if act == "quick_gelu" else nn.GELU(),
+            c_proj=nn.Linear(mlp_width, width),
+        ))
 
     def forward(self, x, causal=False):
         """(B, N, D) -> (B, N, D)"""
-        x = x + self.attn(self.ln_1(x), causal)
+        x = x + self.attn(self.ln_1(x), causal)[0]
         return x + self.mlp(self.ln_2(x))
 
 
@@ -245,16 +231,19 @@ class Transformer(nn.Module):
 
     def __init__(self, width, layers, heads, mlp_width, act):
         super().__init__()
-        blocks = [Block(width, heads, mlp_width, act) for _ in range(layers)]
-        self.resblocks = nn.ModuleList(blocks)
+        self.resblocks = nn.ModuleList(
+            Block(width, heads, mlp_width, act) for _ in range(layers))
         self.grad_checkpoint = False
-        for block in blocks:
-            nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
-            nn.init.normal_(block.attn.out_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
+        std = width ** -0.5
+        last = std * (2 * layers) ** -0.5  # of the layers whose outputs x adds up
+        for block in self.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=std)
+            nn.init.normal_(block.attn.out_proj.weight, std=last)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
-            for linear in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj):
-                nn.init.zeros_(linear.bias)
+            nn.init.normal_(block.mlp.c_proj.weight, std=last)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def run(self, block, *inputs):
         """block(*inputs); --grad-checkpoint keeps nothing inside it for the backward pass."""
@@ -275,14 +264,15 @@ class VisionTransformer(nn.Module):
     def __init__(self, size):
         super().__init__()
         width, patches = size.vision_width, (size.image_size // size.patch_size) ** 2
+        std = width ** -0.5
         self.conv1 = nn.Conv2d(3, width, size.patch_size, size.patch_size, bias=False)
-        self.class_embedding = nn.Parameter(width ** -0.5 * torch.randn(width))
-        self.positional_embedding = nn.Parameter(width ** -0.5 * torch.randn(1 + patches, width))
+        self.class_embedding = nn.Parameter(std * torch.randn(width))
+        self.positional_embedding = nn.Parameter(std * torch.randn(1 + patches, width))
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(width, size.vision_layers, size.vision_heads,
                                        size.vision_mlp, size.act)
         self.ln_post = nn.LayerNorm(width)
-        self.proj = nn.Parameter(width ** -0.5 * torch.randn(width, size.embed_dim))
+        self.proj = nn.Parameter(std * torch.randn(width, size.embed_dim))
 
     def tokens(self, image):
         """(B, 3, S, S) -> (B, N, D): CLS, then the patches, with their positions."""
@@ -342,10 +332,10 @@ def reorganise_tokens(x, cls_attention, keep_rate, fuse):
     dropped ones, comes last; a fused token from an earlier block competes like any patch. Nothing
     dropped: x is returned as it is, with None.
     """
-    n = math.ceil(keep_rate * (x.shape[1] - 1))
-    if n == x.shape[1] - 1:
-        return x, None
     cls, patches = x[:, :1], x[:, 1:]
+    n = math.ceil(keep_rate * patches.shape[1])
+    if n == patches.shape[1]:
+        return x, None
     kept = cls_attention.topk(n, dim=1).indices  # (B, n)
     parts = [cls, patches.take_along_dim(kept.unsqueeze(-1), 1)]
     if fuse:
@@ -359,10 +349,10 @@ def pruning_block(block, x, keep_rate, fuse):
 
     (B, N, D) -> (B, N', D), and the positions kept (B, n), None when no token was dropped.
     """
-    q, k, v = block.attn.queries_keys_values(block.ln_1(x))
-    x = x + block.attn.attend(q, k, v)
+    attended, q, k = block.attn(block.ln_1(x))
+    x = x + attended
     # The fused kernel keeps its N x N probabilities to itself; the CLS row alone costs O(N).
-    row = q[:, :, :1] @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, H, 1, N)
+    row = q[:, :, :1] @ k.mT * q.shape[-1] ** -0.5  # (B, H, 1, N)
     cls_attention = row.float().softmax(-1).mean(1)[:, 0, 1:]
     x, kept = reorganise_tokens(x, cls_attention, keep_rate, fuse)
     return x + block.mlp(block.ln_2(x)), kept
@@ -378,7 +368,7 @@ class PruningVisionTransformer(VisionTransformer):
         self.prune_blocks = sorted({depth // 4, depth // 2, 3 * depth // 4} - {depth - 1})
 
     def prune(self, image, keep_rate):
-        """(B, 3, S, S) -> the last block's (B, N', D), and per pruning block the positions kept."""
+        """(B, 3, S, S) -> (B, E), read at CLS, and per pruning block the positions kept."""
         x, kept_positions = self.tokens(image), []
         for i, block in enumerate(self.transformer.resblocks):
             if i in self.prune_blocks and keep_rate < 1:
@@ -386,12 +376,11 @@ class PruningVisionTransformer(VisionTransformer):
                 kept_positions.append(kept)
             else:
                 x = self.transformer.run(block, x)
-        return x, kept_positions
+        return self.ln_post(x[:, 0]) @ self.proj, kept_positions
 
     def forward(self, image, keep_rate=1.0):
-        """(B, 3, S, S) -> (B, E), read at CLS; κ = 1 is exactly the plain ViT."""
-        x, _ = self.prune(image, keep_rate)
-        return self.ln_post(x[:, 0]) @ self.proj
+        """(B, 3, S, S) -> (B, E); κ = 1 is exactly the plain ViT."""
+        return self.prune(image, keep_rate)[0]
 
 
 # -------------------------------------------------------------------------------------- losses
@@ -428,7 +417,7 @@ def similarity_kl(teacher, student):
     loss = 0.0
     for t, m in zip(teacher, student):
         target = t.detach().log_softmax(-1)
-        loss = loss + F.kl_div(m.log_softmax(-1), target, reduction="batchmean", log_target=True)
+        loss += F.kl_div(m.log_softmax(-1), target, reduction="batchmean", log_target=True)
     return loss / 2
 
 
@@ -451,16 +440,13 @@ class ECLIPSE(nn.Module):
         super().__init__()
         self.cfg, self.size = cfg, size
         self.online = CLIP(size, PruningVisionTransformer(size, cfg.fuse))
-        self.reset_momentum()
-
-    def reset_momentum(self):
-        """Teacher = student: at the start, and again after --init."""
         self.momentum = self.momentum_text = None
-        if self.cfg.method == "eclipse":
-            self.momentum = frozen_copy(self.online.visual)
-            if self.cfg.text_teacher == "momentum":
-                self.momentum_text = frozen_copy(self.online)
-                self.momentum_text.visual = nn.Identity()
+        if cfg.method == "eclipse":
+            teacher = copy.deepcopy(self.online).eval().requires_grad_(False)
+            self.momentum = teacher.visual
+            if cfg.text_teacher == "momentum":
+                teacher.visual = nn.Identity()
+                self.momentum_text = teacher
 
     def logit_scales(self):
         return [self.online.logit_scale]
@@ -471,13 +457,13 @@ class ECLIPSE(nn.Module):
 
     @torch.no_grad()
     def teach(self, image, text):
-        """ū (b, E), the full view of the images, and v̄ (b, E), None for a shared text encoder."""
-        if self.momentum is None:
-            return None, None  # CLIP, CLIP + EViT
-        u_bar = unit(self.momentum(image, self.cfg.teacher_keep_rate))
-        if self.momentum_text is None:
-            return u_bar, None
-        return u_bar, self.momentum_text.encode_text(text)
+        """ū (b, E), the full view of the images, and v̄ (b, E); each None without such a teacher."""
+        u_bar = v_bar = None
+        if self.momentum is not None:
+            u_bar = unit(self.momentum(image, self.cfg.teacher_keep_rate))
+        if self.momentum_text is not None:
+            v_bar = self.momentum_text.encode_text(text)
+        return u_bar, v_bar
 
     def loss(self, u, v, u_bar, v_bar, kd_weight):
         """The loss and its terms, from A = s<u, v> and Ā = s<ū, v>; sg stops the gradient.
@@ -496,7 +482,7 @@ class ECLIPSE(nn.Module):
         A = similarities(scale, u, v)
         if u_bar is None:
             nce = info_nce(A)
-            return nce, {"nce_online": nce.detach()}
+            return nce, {"nce_online": nce}
         A_stopped = similarities(scale, u, v.detach())
         A_bar = similarities(scale, u_bar, v if v_bar is None else v_bar)
         nce_online = info_nce(A_stopped if self.cfg.text_grad == "momentum" else A)
@@ -505,8 +491,7 @@ class ECLIPSE(nn.Module):
         loss = nce_online + kd_weight * kd
         if self.cfg.text_grad != "online":
             loss = loss + nce_momentum
-        terms = {"nce_online": nce_online, "nce_momentum": nce_momentum, "kd": kd}
-        return loss, {name: term.detach() for name, term in terms.items()}
+        return loss, {"nce_online": nce_online, "nce_momentum": nce_momentum, "kd": kd}
 
     @torch.no_grad()
     def update_momentum(self, m):
@@ -514,13 +499,8 @@ class ECLIPSE(nn.Module):
         pairs = [(self.momentum, self.online.visual), (self.momentum_text, self.online)]
         for teacher, student in pairs:
             if teacher is not None:
-                source = dict(student.named_parameters())
-                names, averages = zip(*teacher.named_parameters())
-                torch._foreach_lerp_(list(averages), [source[name] for name in names], 1 - m)
-
-
-def frozen_copy(module):
-    return copy.deepcopy(module).eval().requires_grad_(False)
+                for name, average in teacher.named_parameters():
+                    average.lerp_(student.get_parameter(name), 1 - m)
 
 
 # ------------------------------------------------------------------------------------ training
@@ -530,25 +510,23 @@ def build(cfg, loaded=None):
     """ECLIPSE with fresh weights, with those of a run, or with those of a CLIP checkpoint."""
     size, weights = common.clip_size(cfg, loaded)
     model = ECLIPSE(cfg, size)
-    if loaded and "online.logit_scale" in loaded.weights and cfg.evaluate:  # ours: both towers
-        for tower in ["online.visual"] + ["momentum"] * (model.momentum is not None):
+    if loaded:
+        common.load_weights(model.online, weights, loaded.path)
+        model.update_momentum(0.0)  # teacher = student
+    if cfg.evaluate and "momentum.proj" in loaded.weights:  # a run's: the teacher as well
+        for tower in ("online.visual", "momentum"):
             common.resize_positions(loaded.weights, tower, size)
         common.load_weights(model, loaded.weights, loaded.path)
-    elif loaded:
-        common.load_weights(model.online, weights, loaded.path)
-        model.reset_momentum()
     return model
 
 
 def build_optimiser(model, cfg, device):
     """AdamW, weight decay on matrices only; fused where the device has it."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trained if p.ndim >= 2]
-    vectors = [p for p in trained if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay(cfg)},
-              {"params": vectors, "weight_decay": 0.0}]
+    matrices = {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay(cfg)}
+    vectors = {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}
     fused = device.type in ("cuda", "cpu")
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), eps=1e-8, fused=fused)
+    return torch.optim.AdamW([matrices, vectors], lr=cfg.lr, betas=(0.9, 0.98), fused=fused)
 
 
 def learning_rate(peak, step, steps, warmup):
@@ -556,18 +534,14 @@ def learning_rate(peak, step, steps, warmup):
     warmup = min(warmup, steps / 5)
     if step < warmup:
         return 1e-6 + (peak - 1e-6) * step / warmup
-    done = (step - warmup) / max(1, steps - warmup)
+    done = (step - warmup) / (steps - warmup)
     return 1e-5 + (peak - 1e-5) * (1 + math.cos(math.pi * done)) / 2
 
 
 def schedules(cfg, step, steps, steps_per_epoch):
     """{"lr", "kd_weight"} at a step: one epoch of warm-up, as in SLIP; λ with its ramp (A1)."""
-    zero_until, whole_from = cfg.kd_ramp
-    done = step / steps
-    ramp = max(0.0, done - zero_until) / max(1e-9, whole_from - zero_until)
-    if done >= whole_from:
-        ramp = 1.0
     lr = learning_rate(cfg.lr, step, steps, warmup=steps_per_epoch)
+    ramp = float(np.interp(step / steps, sorted(cfg.kd_ramp), (0, 1)))
     return {"lr": lr, "kd_weight": cfg.kd_weight * ramp}
 
 
@@ -581,23 +555,19 @@ def backward(model, image, text, others, amp, scaler):
     """
     k = model.cfg.accum
     chunks = list(zip(image.chunk(k), text.chunk(k)))
-
-    def embed(chunk):
-        with amp:
-            return model.embed(*chunk)
-
-    with torch.set_grad_enabled(k == 1):
-        embedded = [embed(chunk) for chunk in chunks]
-    u, v = (torch.cat(parts) for parts in zip(*embedded))
-    if k > 1:
-        u.requires_grad_()
-        v.requires_grad_()
+    with amp, torch.set_grad_enabled(k == 1):
+        embedded = [model.embed(*chunk) for chunk in chunks]
+    u, v = map(torch.cat, zip(*embedded))
+    u.requires_grad_()
+    v.requires_grad_()
     loss, terms = model.loss(u, v, *others)  # outside of autocast
     scaler.scale(loss).backward()
     if k > 1:
-        for chunk, gradients in zip(chunks, zip(u.grad.chunk(k), v.grad.chunk(k))):
-            torch.autograd.backward(embed(chunk), gradients)
-    return {"loss": loss.detach(), **terms}
+        for chunk, *gradients in zip(chunks, u.grad.chunk(k), v.grad.chunk(k)):
+            with amp:
+                embedded = model.embed(*chunk)
+            torch.autograd.backward(embedded, gradients)
+    return {name: term.detach() for name, term in {"loss": loss, **terms}.items()}
 
 
 def normalise(image, statistics):
@@ -613,10 +583,9 @@ def update(model, optimiser, scaler, lr):
     average_gradients(model.parameters())
     scaler.step(optimiser)
     scaler.update()
-    optimiser.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        for scale in model.logit_scales():
-            scale.clamp_(0, math.log(100))
+    optimiser.zero_grad()
+    for scale in model.logit_scales():
+        scale.data.clamp_(0, math.log(100))
 
 
 LOG_COLUMNS = ["step", "epoch", "lr", "kd_weight", "loss", "nce_online", "nce_momentum", "kd",
@@ -647,7 +616,7 @@ def train(cfg, loaded=None):
     loader = common.train_loader(samples, sampler, common.loader_workers(cfg), device)
     run.start(cfg, state["step"])
     prepare_towers(model, cfg)
-    cells = encoders(model, statistics, amp)
+    cells = cells_of(model, statistics, amp)
 
     progress = common.Progress(steps, state["step"], cfg.batch_size)
     with common.StopRequest() as stop, progress:
@@ -655,8 +624,8 @@ def train(cfg, loaded=None):
             now = schedules(cfg, state["step"], steps, steps_per_epoch)
             image, text = normalise(image, statistics), text.to(device, non_blocking=True)
             with amp:
-                u_bar, v_bar = model.teach(image, text)
-            others = u_bar, v_bar, now["kd_weight"]
+                taught = model.teach(image, text)
+            others = (*taught, now["kd_weight"])
             terms = backward(model, image, text, others, amp, scaler)
             update(model, optimiser, scaler, now["lr"])
             model.update_momentum(cfg.ema)
@@ -668,7 +637,7 @@ def train(cfg, loaded=None):
             logs = epoch_ends or state["step"] % cfg.log_every == 0
             stopping = stop.agreed(synchronise=logs)
             if logs:
-                row = common.log_row(state, steps_per_epoch, now, terms, model.logit_scales()[0])
+                row = common.log_row(state, steps_per_epoch, now, terms, model.online.logit_scale)
                 if epoch_ends:
                     common.check_epoch(state, len(samples), cfg.data)
                     if rank() == 0 and validation is not None:
@@ -686,59 +655,50 @@ def train(cfg, loaded=None):
 
 def prepare_towers(model, cfg):
     """--grad-checkpoint and --compile, after the weights are loaded."""
-    for tower in (model.online.visual.transformer, model.online.transformer):
-        tower.grad_checkpoint = cfg.grad_checkpoint
-    if cfg.compile:
-        for tower in (model.online.visual, model.online.transformer, model.momentum):
-            if tower is not None:
-                tower.compile()  # in place: the parameter names stay as they are
+    for module in model.modules():
+        if isinstance(module, Transformer):
+            module.grad_checkpoint = cfg.grad_checkpoint
+        if cfg.compile and isinstance(module, (Transformer, VisionTransformer)):
+            module.compile()  # in place: the parameter names stay as they are
 
 
 # ------------------------------------------------------------------------ evaluation, pictures
 
 
-def image_encoder(tower, statistics, amp, *view):
-    """(B, 3, S, S) uint8 -> (B, E), of unit length, as a function. view: what else tower takes."""
-    def encode(image):
+def encoders(clip, visual, statistics, amp, *view):
+    """Two functions: (B, 3, S, S) uint8 -> (B, E) and (T, context) token ids -> (T, E), both of
+    unit length. view: what else visual takes."""
+    def encode_image(image):
         with amp:
-            return unit(tower(normalise(image, statistics), *view))
-    return encode
+            return unit(visual(normalise(image, statistics), *view))
 
-
-def text_encoder(clip, device, amp):
-    """(T, context) token ids -> (T, E), of unit length, as a function."""
-    def encode(tokens):
+    def encode_text(tokens):
         with amp:
-            return clip.encode_text(tokens.to(device))
-    return encode
+            return clip.encode_text(tokens.to(statistics.device))
+
+    return encode_image, encode_text
 
 
-def encoders(model, statistics, amp):
-    """{(network, κ): (image encoder, text encoder)}: the cells of the table."""
-    rates = {model.cfg.keep_rate, 1.0}
-    networks = {"online": (model.online.visual, model.online, rates)}
+def cells_of(model, statistics, amp):
+    """{"online κ=0.7": its encoders, ...}: the rows of the table."""
+    networks = {"online": (model.online, model.online.visual)}
     if model.momentum is not None:
-        rates = rates | {model.cfg.teacher_keep_rate}
-        networks["momentum"] = model.momentum, model.momentum_text or model.online, rates
+        networks["momentum"] = model.momentum_text or model.online, model.momentum
     cells = {}
-    for network, (visual, clip, rates) in networks.items():
-        text = text_encoder(clip, statistics.device, amp)
-        for rate in sorted(rates):
-            cells[network, rate] = image_encoder(visual, statistics, amp, rate), text
+    for network, towers in networks.items():
+        for rate in (model.cfg.keep_rate, model.cfg.teacher_keep_rate, 1.0):
+            cells[f"{network} κ={rate:g}"] = encoders(*towers, statistics, amp, rate)
     return cells
-
-
-def label(network, keep_rate):
-    return f"{network} κ={keep_rate:g}"
 
 
 def validate(run, model, cells, data, tokenizer, state):
     """{"val_online", "val_momentum"}: the main metric of the encoders as trained; keeps best.pt."""
     cfg, size = model.cfg, model.size
-    trained = ("online", cfg.keep_rate), ("momentum", cfg.teacher_keep_rate)
-    cells = {cell: cells[cell] for cell in trained if cell in cells}
-    scores = common.evaluate(cells, tokenizer, data, size.image_size, common.loader_workers(cfg))
-    row = {f"val_{network}": common.main_metric(scores[network, rate]) for network, rate in cells}
+    trained = {"val_online": cells[f"online κ={cfg.keep_rate:g}"]}
+    if model.momentum is not None:
+        trained["val_momentum"] = cells[f"momentum κ={cfg.teacher_keep_rate:g}"]
+    scores = common.evaluate(trained, tokenizer, data, size.image_size, common.loader_workers(cfg))
+    row = {column: common.main_metric(found) for column, found in scores.items()}
     run.keep_best(max(row.values()), state, model, cfg, size)
     return row
 
@@ -746,12 +706,13 @@ def validate(run, model, cells, data, tokenizer, state):
 def finish(run, model, cells, sets, tokenizer, statistics, state):
     """Test scores and throughput of every cell, results.json, pictures."""
     cfg, size = model.cfg, model.size
-    scores = common.score_sets(cells, tokenizer, sets, size.image_size, common.loader_workers(cfg))
+    table = common.score_sets(cells, tokenizer, sets, size.image_size, common.loader_workers(cfg))
     speeds = common.throughput(cells, size.image_size, statistics.device)
-    table = {label(*cell): {**scores[cell], "images_per_second": speeds[cell]} for cell in cells}
+    for name, speed in speeds.items():
+        table[name]["images_per_second"] = speed
     common.write_results(run, cfg, table, state)
-    common.draw_retrieval(run.path("retrieval.png"), cells["online", cfg.keep_rate], tokenizer,
-                          sets, size.image_size)
+    trained = cells[f"online κ={cfg.keep_rate:g}"]
+    common.draw_retrieval(run.path("retrieval.png"), trained, tokenizer, sets, size.image_size)
     if cfg.keep_rate < 1:
         draw_kept_tokens(run.path("tokens.png"), model, statistics, sets)
     print(f"pictures, tables and checkpoints: {run.folder}")
@@ -760,135 +721,98 @@ def finish(run, model, cells, sets, tokenizer, statistics, state):
 @common.picture
 def draw_kept_tokens(path, model, statistics, sets):
     """Images, and what is left of them after each pruning block: dropped patches are darkened."""
-    visual, keep_rate, size = model.online.visual, model.cfg.keep_rate, model.size
+    visual, size = model.online.visual, model.size
     images, captions = common.example_images(sets, size.image_size, 8)
     with torch.no_grad():
-        _, kept_positions = visual.prune(normalise(images, statistics), keep_rate)
+        _, kept_positions = visual.prune(normalise(images, statistics), model.cfg.keep_rate)
     grid = size.image_size // size.patch_size
-    patch = torch.arange(grid ** 2).expand(len(images), -1)  # which patch each token is
-    rows = [images]
-    for kept in kept_positions:
+    number = torch.arange(grid ** 2)
+    patch = number.expand(len(images), -1)  # (n, N-1): the number of the patch each token is
+    rows, names = [images], ["image"]
+    for block, kept in zip(visual.prune_blocks, kept_positions):
         if kept is not None:
-            patch = patch.gather(1, kept.cpu())
-            if visual.fuse:
-                patch = F.pad(patch, (0, 1), value=grid ** 2)  # the fused token is no patch
-        mask = torch.zeros(len(images), grid ** 2 + 1).scatter_(1, patch, 1.0)
-        mask = F.interpolate(mask[:, :-1].view(-1, 1, grid, grid), scale_factor=size.patch_size)
-        rows.append((images * (0.2 + 0.8 * mask)).to(torch.uint8))
-    names = ["image", *(f"after block {block}" for block in visual.prune_blocks)]
-    title = f"patches kept by the online encoder, κ = {keep_rate:g} (blocks counted from 0)"
-    common.plot_grid(path, rows, names, captions, title)
+            patch = F.pad(patch.gather(1, kept.cpu()), (0, 1), value=-1)  # the fused one is none
+        left = (patch[:, :, None] == number).any(1).float().view(-1, 1, grid, grid)
+        left = F.interpolate(left, scale_factor=size.patch_size)
+        rows.append(images.where(left > 0, images // 5))
+        names.append(f"after block {block}")
+    common.plot_grid(path, rows, names, captions, "the patches that the online encoder keeps")
 
 
 def evaluate_checkpoint(cfg, loaded):
     """--evaluate: the test scores of a checkpoint, ours or a published one, and --linear-probe."""
     device = common.start_device(cfg.device, cfg.seed)
-    if "online.logit_scale" not in loaded.weights:  # no momentum encoder in it
-        cfg = replace(cfg, method="clip+evit")
-    model = build(cfg, loaded).to(device).eval()
+    model = build(cfg, loaded).to(device)
     amp, _ = common.mixed_precision(cfg.precision, device)
-    cells = encoders(model, model.size.pixel_statistics(device), amp)
-    table = common.test_checkpoint(cfg, model.size, cells)
-    common.print_table({label(*cell): metrics for cell, metrics in table.items()})
+    cells = cells_of(model, model.size.pixel_statistics(device), amp)
+    common.print_table(common.test_checkpoint(cfg, model.size, cells))
 
 
-# ------------------------------------------------------------------------ profile and ablation
-
-KEEP_RATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
-
-
-def profile(cfg):
-    """--profile: MACs, token counts, images/s of the image tower at each keep rate."""
-    device = common.start_device(cfg.device, cfg.seed)
-    amp, _ = common.mixed_precision(cfg.precision, device)
-    model = build(cfg).to(device).eval()
-    size, visual = model.size, model.online.visual
-    print(f"{cfg.preset}: {size.image_size} px, patch {size.patch_size}, blocks "
-          f"{visual.prune_blocks} (from 0) prune")
-    statistics = size.pixel_statistics(device)
-    cells = {rate: (image_encoder(visual, statistics, amp, rate), None) for rate in KEEP_RATES}
-    speeds = common.throughput(cells, size.image_size, device)
-    image = torch.zeros(1, 3, size.image_size, size.image_size, device=device)
-    full = common.multiply_adds(visual, image)
-    table = {}
-    for rate in KEEP_RATES:
-        macs = common.multiply_adds(visual, image, rate)
-        x, _ = visual.prune(image, rate)
-        table[f"κ={rate:g}"] = {
-            "GMACs": macs / 1e9,
-            "tokens at the end": x.shape[1],
-            "MACs_x": full / macs,
-            "images_per_second": speeds[rate],
-            "measured_x": speeds[rate] / speeds[1.0],
-            # the image side of a step: a full teacher forward, 3 forwards of the student
-            "train_MACs_vs_clip": (full + 3 * macs) / (3 * full),
-        }
-    common.print_table(table)
+# ------------------------------------------------------------------------------------ ablation
 
 
 def ablation_arms(cfg):
     """{name: the flags in which the arm differs from those given}"""
-    arms = {"clip": dict(method="clip"), "eclipse": {}, "clip + evit": dict(method="clip+evit")}
-    for rate in KEEP_RATES:
-        if rate != cfg.keep_rate:
-            arms["full capacity" if rate == 1 else f"keep rate {rate:g}"] = dict(keep_rate=rate)
-    arms["text teacher momentum"] = dict(text_teacher="momentum", text_grad="online")
-    for who in ("momentum", "online", "both"):
-        if who != cfg.text_grad:
-            arms[f"text grad {who}"] = dict(text_grad=who)
-    for weight in (0.0, 0.5, 2.0):
-        arms[f"kd weight {weight:g}"] = dict(kd_weight=weight)
-    for momentum in (0.0, 0.95, 0.994, 0.999):
-        arms[f"ema {momentum:g}"] = dict(ema=momentum)
-    arms["no kd ramp"] = dict(kd_ramp=(0.0, 0.0))
-    arms["teacher pruned too"] = dict(teacher_keep_rate=cfg.keep_rate)
-    arms["no fusion"] = dict(fuse=False)
+    arms = {
+        "clip": {"method": "clip"},
+        "eclipse": {},
+        "clip + evit": {"method": "clip+evit"},
+        "full capacity": {"keep_rate": 1.0},
+        "text teacher momentum": {"text_teacher": "momentum", "text_grad": "online"},
+        "no kd ramp": {"kd_ramp": (0.0, 0.0)},
+        "teacher pruned too": {"teacher_keep_rate": cfg.keep_rate},
+        "no fusion": {"fuse": False},
+    }
+    values = {
+        "keep_rate": (0.9, 0.8, 0.7, 0.6, 0.5, 0.4),
+        "text_grad": ("momentum", "online", "both"),
+        "kd_weight": (0, 0.5, 2),
+        "ema": (0, 0.95, 0.994, 0.999),
+    }
+    for field, choices in values.items():
+        for value in choices:
+            if value != getattr(cfg, field):
+                arms[f"{field.replace('_', ' ')} {value}"] = {field: value}
     if cfg.data == "emoji":
-        for noise in (0.0, 0.2, 0.6):
-            arms[f"noise {noise:g}, clip"] = dict(noise=noise, method="clip")
-            arms[f"noise {noise:g}, eclipse"] = dict(noise=noise)
+        for noise in (0, 0.2, 0.6):
+            for method in ("clip", "eclipse"):
+                arms[f"noise {noise}, {method}"] = {"noise": noise, "method": method}
     return arms
 
 
-def ablate(cfg, given):
-    """--ablate: the arms that are not done yet; then table and sweet spot of all that are."""
-    arms = ablation_arms(cfg)
-    results = common.run_arms(cfg, given, arms, baselines=("clip", "eclipse"))
-    draw_sweet_spot(Path(cfg.out, "sweet_spot.png"), cfg, arms, results)
-
-
-def draw_sweet_spot(path, cfg, arms, results):
-    """Accuracy against measured throughput over κ, beside plain CLIP and CLIP + EViT."""
+@common.picture
+def draw_sweet_spot(path, arms, results):
+    """Test score (mean and std over the seeds) against throughput, of online encoders as trained:
+    ECLIPSE at each κ, plain CLIP, CLIP + EViT."""
+    figure, ((axis,),) = common.new_figure(1, 1, (7, 4), "")
     curves = {}
-    for name, runs in results.items():
-        trained = 1.0 if name == "clip" else arms[name].get("keep_rate", cfg.keep_rate)
-        tested = {}
-        if name in ("clip", "clip + evit"):
-            tested = {name: trained}
-        elif set(arms[name]) <= {"keep_rate"}:  # ECLIPSE at one κ or another
-            tested = {"eclipse, pruned": trained, "eclipse, full view": 1.0}
-        for curve, rate in tested.items():
-            curves.setdefault(curve, []).append(sweet_spot_point(runs, trained, rate))
-    common.plot_sweet_spot(path, curves)
-
-
-def sweet_spot_point(runs, trained, tested):
-    """(κ in training, throughput against κ = 1, accuracies over seeds) of the online encoder."""
-    cells = [run["cells"][label("online", tested)] for run in runs]
-    full = [run["cells"][label("online", 1.0)] for run in runs]
-    speeds = [c["images_per_second"] / f["images_per_second"] for c, f in zip(cells, full)]
-    metric = next(name for name in cells[0] if name.endswith(("top1", "_r1")))
-    return trained, sum(speeds) / len(speeds), [cell[metric] for cell in cells]
+    for arm, runs in results.items():
+        if arms[arm].keys() <= {"method", "keep_rate"}:
+            cells = [run["cells"] for run in runs]
+            name, *_ = cells[0]  # as trained: "online κ=0.7"
+            speeds = [cell[name]["images_per_second"] / cell["online κ=1"]["images_per_second"]
+                      for cell in cells]
+            scores = [next(iter(cell[name].values())) for cell in cells]  # top-1 or R@1
+            point = np.mean(speeds), np.mean(scores)
+            curve = curves.setdefault(arms[arm].get("method", "eclipse"), [])
+            curve.append((*point, np.std(scores, ddof=1)))
+            axis.annotate(name.removeprefix("online"), point,
+                          va="top" if "method" in arms[arm] else "bottom")
+    for method, points in curves.items():
+        axis.errorbar(*zip(*sorted(points)), label=method, marker="o", capsize=3)
+    axis.set(xlabel="throughput, 1 at κ = 1", ylabel="zero-shot top-1 or R@1, %")
+    axis.legend()
+    figure.savefig(path)
 
 
 def main(argv=None):
     cfg, given, loaded = configure(argv)
-    if cfg.profile:
-        profile(cfg)
-    elif cfg.evaluate:
+    if cfg.evaluate:
         evaluate_checkpoint(cfg, loaded)
     elif cfg.ablate:
-        ablate(cfg, given)
+        arms = ablation_arms(cfg)
+        results = common.run_arms(cfg, given, arms, baselines=("clip", "eclipse"))
+        draw_sweet_spot(f"{cfg.out}/sweet_spot.png", arms, results)
     else:
         train(cfg, loaded)
 

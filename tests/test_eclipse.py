@@ -2,8 +2,6 @@
 
 import inspect
 import math
-import os
-import shutil
 from dataclasses import replace
 
 import common
@@ -13,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import UserError
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 SIZE = replace(common.PRESETS["demo"], image_size=32, patch_size=8, vision_width=64, vision_layers=4, vision_heads=2,
                vision_mlp=96, embed_dim=32, text_width=64, text_layers=2, text_heads=2, context_length=12,
@@ -108,8 +107,8 @@ def test_clip_step_equals_open_clip(act):
 # ------------------------------------------------------------------------------------------ EViT
 
 
-def brute_force_block(block, x, numbers, keep_rate, fuse, quick):
-    """One EViT block on the tokens (N, D) of one sample; numbers: which patch each token after CLS is."""
+def brute_force_block(block, x, keep_rate, fuse, quick):
+    """One EViT block on the tokens (N, D) of one sample."""
     (N, D), heads = x.shape, block.attn.heads
     h = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
     h = h * block.ln_1.weight + block.ln_1.bias
@@ -124,44 +123,29 @@ def brute_force_block(block, x, numbers, keep_rate, fuse, quick):
         order = sorted(range(1, N), key=lambda token: -score[token].item())
         count = math.ceil(keep_rate * (N - 1))
         kept, dropped = order[:count], order[count:]
-        rows, numbers = [x[0]] + [x[token] for token in kept], [numbers[token - 1] for token in kept]
+        rows = [x[0]] + [x[token] for token in kept]
         if fuse and dropped:
             rows.append(sum(score[token] * x[token] for token in dropped))
-            numbers.append(-1)
         x = torch.stack(rows)
     h = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
     h = (h * block.ln_2.weight + block.ln_2.bias) @ block.mlp.c_fc.weight.T + block.mlp.c_fc.bias
     h = h * torch.sigmoid(1.702 * h) if quick else h * (1 + torch.erf(h / math.sqrt(2))) / 2
-    return x + h @ block.mlp.c_proj.weight.T + block.mlp.c_proj.bias, numbers
+    return x + h @ block.mlp.c_proj.weight.T + block.mlp.c_proj.bias
 
 
 def brute_force_vit(tower, size, image, keep_rate, fuse):
-    """(B, E), and per pruning block and sample the numbers of the patches left, -1 for a fused token."""
-    outputs, left, P = [], [[] for _ in tower.prune_blocks], size.patch_size
+    """(B, E)"""
+    outputs, P = [], size.patch_size
     for sample in image:
         patches = [sample[:, r:r + P, c:c + P].flatten() for r in range(0, size.image_size, P)
                    for c in range(0, size.image_size, P)]
         x = torch.stack([tower.class_embedding] + [tower.conv1.weight.flatten(1) @ patch for patch in patches])
         x = F.layer_norm(x + tower.positional_embedding, x.shape[-1:], tower.ln_pre.weight, tower.ln_pre.bias)
-        numbers = list(range(len(patches)))
         for i, block in enumerate(tower.transformer.resblocks):
             rate = keep_rate if i in tower.prune_blocks else 1.0
-            x, numbers = brute_force_block(block, x, numbers, rate, fuse, size.act == "quick_gelu")
-            if i in tower.prune_blocks:
-                left[tower.prune_blocks.index(i)].append(numbers)
+            x = brute_force_block(block, x, rate, fuse, size.act == "quick_gelu")
         outputs.append(F.layer_norm(x[0], x[0].shape, tower.ln_post.weight, tower.ln_post.bias) @ tower.proj)
-    return torch.stack(outputs), left
-
-
-def patches_left(kept_positions, count, fuse):
-    """Positions kept, block by block -> numbers of the original patches, -1 for a fused token."""
-    numbers, left = torch.arange(count).expand(len(kept_positions[0]), -1), []
-    for kept in kept_positions:
-        numbers = numbers.gather(1, kept)
-        if fuse:
-            numbers = F.pad(numbers, (0, 1), value=-1)
-        left.append([sorted(row) for row in numbers.tolist()])
-    return left
+    return torch.stack(outputs)
 
 
 EVIT = [dict(keep_rate=k, fuse=fuse) for k in (0.9, 0.7, 0.5, 0.3) for fuse in (True, False)]
@@ -180,7 +164,7 @@ def test_pruned_vit_equals_brute_force(double, changes):
     direction = torch.randn(4, 32, dtype=double, generator=torch.Generator().manual_seed(1))
     results = []
     for forward in (lambda: tower(image, keep_rate),
-                    lambda: brute_force_vit(tower, size, image, keep_rate, fuse)[0]):
+                    lambda: brute_force_vit(tower, size, image, keep_rate, fuse)):
         image.grad = None
         tower.zero_grad(set_to_none=True)
         output = forward()
@@ -189,30 +173,13 @@ def test_pruned_vit_equals_brute_force(double, changes):
     (found, found_gradients), (wanted, wanted_gradients) = results
     assert_same(found, wanted, 1e-10)
     assert_same(found_gradients, wanted_gradients, 1e-9)
-    kept = patches_left(tower.prune(image, keep_rate)[1], 16, fuse)
-    left = brute_force_vit(tower, size, image, keep_rate, fuse)[1]
-    assert kept == [[sorted(row) for row in step] for step in left]
 
 
 def test_the_fused_token_competes():
-    """Among the brute-force cases an earlier fused token is sometimes kept, sometimes fused again."""
-    tower = make(config()).online.visual
-    _, kept_positions = tower.prune(batch(16)[0], 0.5)
-    last = patches_left(kept_positions, 16, True)[1]
-    assert {row.count(-1) for row in last} == {1, 2}
-
-
-def test_fusion_closed_form(double):
-    """The sum of a_i x_i over the dropped tokens, not divided by that of a_i; who gets its gradient."""
-    x = torch.arange(12, dtype=double).view(1, 6, 2).requires_grad_()
-    a = torch.tensor([[0.1, 0.4, 0.05, 0.2, 0.15]], dtype=double, requires_grad=True)
-    out, kept = eclipse.reorganise_tokens(x, a, 0.6, True)
-    assert kept.tolist() == [[1, 3, 4]]
-    fused = 0.1 * x[0, 1] + 0.05 * x[0, 3]
-    torch.testing.assert_close(out[0], torch.stack([x[0, 0], x[0, 2], x[0, 4], x[0, 5], fused]))
-    out[0, -1].sum().backward()
-    torch.testing.assert_close(a.grad, torch.tensor([[2 + 3, 0, 6 + 7, 0, 0]], dtype=double))
-    torch.testing.assert_close(x.grad[0, :, 0], torch.tensor([0, 0.1, 0, 0.05, 0, 0], dtype=double))
+    """In such cases an earlier fused token, which stands last, is sometimes kept, sometimes fused again."""
+    first, second = make(config()).online.visual.prune(batch(16)[0], 0.5)[1]
+    kept_again = (second == first.shape[1]).any(1)
+    assert kept_again.any() and not kept_again.all()
 
 
 @pytest.mark.parametrize("fuse", [True, False])
@@ -235,14 +202,16 @@ B16 = {1.0: 17.56, 0.9: 15.39, 0.8: 13.33, 0.7: 11.61, 0.6: 10.09, 0.5: 8.82, 0.
 
 
 def test_cost_and_token_counts_of_vit_b16():
-    """GMACs of the specification, counted by hand; the meta device computes shapes only."""
+    """GMACs of the specification; the meta device computes shapes only."""
     tokens = {}
     with torch.device("meta"):
         visual = eclipse.PruningVisionTransformer(common.PRESETS["vit_b16"], fuse=True)
         image = torch.empty(1, 3, 224, 224)
         for keep_rate, wanted in B16.items():
-            assert common.multiply_adds(visual, image, keep_rate) / 1e9 == pytest.approx(wanted, rel=0.001)
-            tokens[keep_rate] = [2 + kept.shape[1] for kept in visual.prune(image, keep_rate)[1]]
+            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+                _, kept_positions = visual.prune(image, keep_rate)
+            assert counter.get_total_flops() / 2e9 == pytest.approx(wanted, rel=0.001)
+            tokens[keep_rate] = [2 + kept.shape[1] for kept in kept_positions]
     assert visual.prune_blocks == [3, 6, 9]
     assert tokens[0.7] == [140, 100, 72] and tokens[0.5] == [100, 52, 28]
 
@@ -265,40 +234,6 @@ def test_the_last_block_never_prunes():
 
 
 # ---------------------------------------------------------------------------------------- losses
-
-
-def two_logits(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    logits = 3 * torch.randn(2, 6, 6, dtype=torch.float64, generator=generator)
-    return tuple(m.clone().requires_grad_() for m in logits)
-
-
-def test_info_nce_closed_form():
-    """-(1/2B) sum of M_ii - log sum e^M_ij for both matrices; gradient (softmax - identity) / 2B."""
-    logits, wanted = two_logits(), 0
-    for m in logits:
-        for i in range(6):
-            wanted -= (m[i, i].item() - math.log(sum(math.exp(value) for value in m[i].tolist()))) / 12
-    loss = eclipse.info_nce(logits)
-    loss.backward()
-    assert loss.item() == pytest.approx(wanted, rel=1e-12)
-    for m in logits:
-        torch.testing.assert_close(m.grad, (m.detach().softmax(-1) - torch.eye(6)) / 12)
-
-
-def test_similarity_kl_closed_form():
-    """(1/2B) sum p (log p - log q), the teacher's p first; gradient (q - p) / 2B, none for the teacher."""
-    teacher, student, wanted = two_logits(1), two_logits(2), 0
-    for t, s in zip(teacher, student):
-        p, q = (np.exp(m.detach().numpy()) for m in (t, s))
-        p, q = p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True)
-        wanted += (p * (np.log(p) - np.log(q))).sum() / 12
-    loss = eclipse.similarity_kl(teacher, student)
-    loss.backward()
-    assert loss.item() == pytest.approx(wanted, rel=1e-12)
-    for t, s in zip(teacher, student):
-        assert t.grad is None
-        torch.testing.assert_close(s.grad, (s.detach().softmax(-1) - t.detach().softmax(-1)) / 12)
 
 
 # Which loss trains the text in each reading of the specification's table. KD never does.
@@ -344,25 +279,13 @@ def test_loss_and_gradients_of_each_reading(text_grad, text_teacher, kd_weight):
     assert_same(dict(enumerate(found_gradients)), dict(enumerate(wanted_gradients)), 1e-12)
 
 
-@pytest.mark.parametrize("text_grad, teacher", [*READINGS, ("both", "clip")])
-def test_who_has_gradients_after_backward(text_grad, teacher):
-    """Both trained towers and the scale in every parameter, the momentum encoders in none."""
-    changes = dict(method="clip") if teacher == "clip" else dict(text_grad=text_grad, text_teacher=teacher)
-    model = make(config(**changes))
-    _, terms, found = run_backward(model, *batch(6))
-    assert found.keys() == {f"online.{name}" for name, _ in model.online.named_parameters()}
-    assert all(gradient.abs().sum() > 0 for gradient in found.values())
-    assert (model.momentum_text is not None) == (teacher == "momentum")
-    assert set(terms) == {"loss", "nce_online"} | (set() if teacher == "clip" else {"nce_momentum", "kd"})
-
-
 @pytest.mark.parametrize("text_teacher, teacher_rate", [("shared", 1.0), ("momentum", 1.0), ("shared", 0.4)])
 def test_the_teacher_sees_its_own_view_and_no_gradient(double, text_teacher, teacher_rate):
     """The brute-force ViT at the teacher's keep rate, whatever the student's."""
     cfg = config(text_teacher=text_teacher, text_grad="online", teacher_keep_rate=teacher_rate, keep_rate=0.5)
     model, (image, text) = make(cfg, double), batch(3, double)
     u_bar, v_bar = model.teach(image, text)
-    wanted = brute_force_vit(model.momentum, SIZE, image, teacher_rate, True)[0]
+    wanted = brute_force_vit(model.momentum, SIZE, image, teacher_rate, True)
     assert not u_bar.requires_grad
     torch.testing.assert_close(u_bar, wanted / wanted.norm(dim=1, keepdim=True))
     if text_teacher == "shared":
@@ -410,9 +333,8 @@ def test_update_is_adamw_then_clamp():
     cfg = config(text_teacher="momentum", text_grad="online")
     model = make(cfg)
     optimiser = eclipse.build_optimiser(model, cfg, torch.device("cpu"))
-    trained = {id(p) for group in optimiser.param_groups for p in group["params"]}
-    assert trained == {id(p) for p in model.online.parameters()}
     found = run_backward(model, *batch(6))[2]
+    assert found.keys() == {f"online.{name}" for name, _ in model.online.named_parameters()}
     old = {n: p.detach().clone() for n, p in model.named_parameters()}
     eclipse.update(model, optimiser, SCALER, lr=0.01)
     for name, p in model.named_parameters():
@@ -457,8 +379,7 @@ def test_distillation_ramp(ramp, wanted):
     np.testing.assert_allclose(weights, wanted, atol=1e-12)
 
 
-@pytest.mark.parametrize("flags", [["--text-teacher", "momentum", "--text-grad", "both"], ["--kd-ramp", "0.5"],
-                                   ["--kd-ramp", "0.6", "0.3"]])
+@pytest.mark.parametrize("flags", [["--text-teacher", "momentum", "--text-grad", "both"], ["--kd-ramp", "0.5"]])
 def test_flags_that_contradict_each_other(flags):
     with pytest.raises(UserError, match=flags[0]):
         eclipse.configure(flags)
@@ -507,13 +428,8 @@ def test_gradient_checkpointing_changes_nothing(monkeypatch):
     assert len(calls) == SIZE.vision_layers + SIZE.text_layers  # every online block, none of the teacher
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_towers_give_the_same_gradient(monkeypatch, backend):
-    """aot_eager: torch.compile without its code generator, the graphs, forward and backward."""
-    if backend == "inductor" and "SLOW_TESTS" not in os.environ:
-        pytest.skip("a minute or two: set SLOW_TESTS=1")
-    if backend == "inductor" and not any(map(shutil.which, ("g++", "clang++", "cl"))):
-        pytest.skip("no C++ compiler")
+def test_compiled_towers_give_the_same_gradient(monkeypatch):
+    """By aot_eager, torch.compile without its code generator: the graphs, forward and backward."""
     size = replace(SIZE, image_size=24, vision_layers=3, text_layers=1)
     cfg = config(compile=True)
     model, (image, text) = make(cfg, size=size), batch(4, size=size)
@@ -521,7 +437,7 @@ def test_compiled_towers_give_the_same_gradient(monkeypatch, backend):
     names = model.state_dict().keys()
     torch._dynamo.reset()
     compile_in_place = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_in_place(module, backend=backend))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_in_place(module, backend="aot_eager"))
     eclipse.prepare_towers(model, cfg)
     compiled_loss, _, found = run_backward(model, image, text)
     torch.testing.assert_close(compiled_loss, loss, rtol=1e-4, atol=0)
@@ -552,66 +468,29 @@ def test_mixed_precision_is_close_to_fp32(precision, tolerance, accum):
         assert error < 2 * tolerance, name
 
 
-READS = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2"}
-
-
-class NoReadBack(TorchDispatchMode):
-    """Raises on the operators for which the host must wait for the device's values."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        masks = args[1] if name == "index" else ()
-        if name in READS or any(mask is not None and mask.dtype == torch.bool for mask in masks):
-            raise AssertionError(f"{func} reads a value back")
-        return func(*args, **(kwargs or {}))
-
-
 STEPS = [dict(), dict(accum=2), dict(grad_checkpoint=True), dict(method="clip+evit", fuse=False),
-         dict(text_teacher="momentum", text_grad="online", precision="bf16")]
-
-
-def whole_step(model, cfg, image, text):
-    amp, scaler = common.mixed_precision(cfg.precision, torch.device("cpu"))
-    optimiser = eclipse.build_optimiser(model, cfg, image.device)
-    eclipse.prepare_towers(model, cfg)
-    for step in range(2):
-        yield step
-        now = eclipse.schedules(cfg, step, 10, 5)
-        with amp:
-            taught = model.teach(image, text)
-        terms = eclipse.backward(model, image, text, (*taught, now["kd_weight"]), amp, scaler)
-        eclipse.update(model, optimiser, scaler, now["lr"])
-        model.update_momentum(0.9)
-        assert all(not value.requires_grad and value.shape == () for value in terms.values())
+         dict(text_teacher="momentum", text_grad="online")]
 
 
 @pytest.mark.parametrize("changes", STEPS, ids=str)
 def test_a_step_never_reads_a_value_back(changes):
-    cfg = config(**changes)
-    model, (image, text) = make(cfg), batch(4)
-    steps = whole_step(model, cfg, image, text)
-    next(steps)
-    with NoReadBack():
-        assert len(list(steps)) == 1
-    for reading in (lambda: image.sum().item(), lambda: image[image > 0]):
-        with pytest.raises(AssertionError, match="reads a value back"), NoReadBack():
-            reading()
-
-
-@pytest.mark.parametrize("changes", STEPS[:4], ids=str)
-def test_a_step_runs_where_there_are_no_values(changes):
     """On the meta device nothing can be read back, copied to the host, or depend on a value."""
     cfg = config(**changes)
-    model, (image, text) = eclipse.ECLIPSE(cfg, SIZE).to("meta"), batch(4)
-    assert len(list(whole_step(model, cfg, image.to("meta"), text.to("meta")))) == 2
+    model, image, text = (part.to("meta") for part in (eclipse.ECLIPSE(cfg, SIZE), *batch(4)))
+    optimiser = eclipse.build_optimiser(model, cfg, image.device)
+    eclipse.prepare_towers(model, cfg)
+    _, terms, _ = run_backward(model, image, text)
+    eclipse.update(model, optimiser, SCALER, 1e-3)
+    model.update_momentum(0.9)
+    assert all(not value.requires_grad and value.shape == () for value in terms.values())
 
 
 # ------------------------------------------------------------------- one method script and another
 
 
 SAME = ["QuickGELU", "Attention", "Block", "Transformer", "VisionTransformer", "unit", "CLIP", "similarities",
-        "info_nce", "similarity_kl", "build_optimiser", "learning_rate", "backward", "normalise", "update",
-        "crop_scale", "text_encoder", "image_encoder"]
+        "match", "info_nce", "similarity_kl", "build_optimiser", "learning_rate", "backward", "normalise", "update",
+        "crop_scale", "encoders"]
 
 
 @pytest.mark.parametrize("name", SAME)

@@ -419,7 +419,7 @@ def test_init_starts_from_the_weights(photos, photos_run, tmp_path):
     assert len(checkpoint(tmp_path / "larger")["model"]["online.visual.positional_embedding"]) == 10
 
 
-# ------------------------------------------------------------------------ help, profile, ablation
+# --------------------------------------------------------------------------------- help, ablation
 
 
 def test_help_names_every_field():
@@ -429,15 +429,6 @@ def test_help_names_every_field():
         words = field.metadata["help"].split()[:3]
         assert re.search(rf"--{field.name.replace('_', '-')}\b", out), field.name
         assert re.search(r"\s+".join(map(re.escape, words)), out), field.name
-
-
-def test_profile_prints_a_table(monkeypatch):
-    tables = []
-    monkeypatch.setattr(common, "print_table", lambda cells, *_: tables.append(cells))
-    run("eclipse", "--preset", "tiny", "--profile")
-    macs = [row["GMACs"] for row in tables[0].values()]
-    assert macs[-1] == min(macs) < macs[0]
-    assert tables[0]["κ=1"]["train_MACs_vs_clip"] == pytest.approx(4 / 3)
 
 
 @posix
