@@ -104,7 +104,7 @@ class Config:
     teacher: str | None = option(None, "a BLIP checkpoint (emoji: data/teacher_blip.pt)")
     with_teacher: bool = option(True, "--stage all: fine-tune and evaluate the teacher as well")
     init: str | None = option(None, "fine-tune or evaluate this BLIP checkpoint")
-    out: str | None = option(None, "run folder (default runs/METHOD-DATA, numbered when taken)")
+    out: str | None = option(None, "run folder (default runs/METHOD-DATA)")
     resume: bool = option(False, "go on from the last checkpoint in --out")
     eval_data: tuple[str, ...] = option((), "evaluation sets, names or folders (default: --data's)")
     ablate: tuple[str, ...] = option((), "train and tabulate these arms, names in quotes, or all")
@@ -223,14 +223,14 @@ def configure(argv=None):
     stem = "ablation_dlip" if "ablate" in given else f"{given.get('method', 'dlip')}-{data}"
     if stage == "teacher" or "init" in given:
         stem = f"{stage}-{data}"
-    out = given.get("out") or common.run_folder(f"runs/{stem}", goes_on or "resume" in given)
+    out = given.get("out", f"runs/{stem}")
     if goes_on:  # in a run of --stage distil
         path = Path(out, "config.json")
         if not path.is_file():
             raise UserError(f"no run in {out}: --stage distil makes it, or name --init FILE")
         saved = common.saved_config(Config, path)
         values.update({name: saved[name] for name in OF_RUN})
-    cfg = common.fill_config(Config, values, {**given, "out": out}, stem)
+    cfg = common.fill_config(Config, values, given, out)
     check(cfg)
     return cfg, given
 
@@ -1448,7 +1448,7 @@ def train(cfg):
     asked = Asked(student, cfg, tokenizer, amp, pixel_statistics(device))
     validation = next(iter(task_sets(cfg, cfg.task[0], "val").values()), None)
 
-    run = common.Run(cfg.out, LOG_COLUMNS)
+    run = common.Run(cfg, LOG_COLUMNS)
     parts = {"model": model, "optimiser": optimiser, "scaler": scaler}
     state = run.load_state(cfg, len(samples), **parts)
     steps_per_epoch = len(samples) // cfg.batch_size
@@ -1476,7 +1476,7 @@ def train(cfg):
 
             state["step"] += 1
             state["bad"] += bad
-            progress.bar.update()
+            progress.update(cfg.batch_size)
             epoch_ends = state["step"] % steps_per_epoch == 0 or state["step"] == steps
             logs = epoch_ends or state["step"] % cfg.log_every == 0
             stopping = stop.agreed(synchronise=logs)
@@ -1489,7 +1489,7 @@ def train(cfg):
                         row.update(validate(run, asked, validation, state))
                     model.train()
                 run.log(row)
-                progress.show(row, keep=epoch_ends)
+                progress.show(row)
             if epoch_ends or stopping or state["step"] % common.SAVE_EVERY == 0:
                 run.save_state(cfg, student.size, state, **parts)
             if stopping:
@@ -1503,7 +1503,7 @@ def finish(run, cfg, student, state):
     if cfg.stage == "teacher":  # for data/, where half the size matters more than the digits
         student = copy.deepcopy(student).half()
     run.save("blip.pt", common.checkpoint(student, cfg, student.size))
-    run.write_json("results.json", {"seed": cfg.seed, **state})
+    common.write_json(run.path("results.json"), {"seed": cfg.seed, **state})
     rows = common.read_csv(run.path("log.csv"))
     common.plot_curves(run.path("curves.png"), rows, None, f"{cfg.stage} on {cfg.data}")
 

@@ -76,7 +76,7 @@ class Config:
     root: str | None = option(None, "folder of the data (default data/NAME)")
     keep: str | None = option(None, "train on these samples only: a file of keys, one a line "
                               "(clip_cid.py writes one)")
-    out: str | None = option(None, "run folder (default runs/METHOD-DATA, numbered when taken)")
+    out: str | None = option(None, "run folder (default runs/METHOD-DATA)")
     resume: bool = option(False, "go on from the last checkpoint in --out")
     evaluate: str | None = option(None, "evaluate this checkpoint (ours, OpenAI, OpenCLIP, Hugging "
                                   "Face) and stop")
@@ -638,7 +638,7 @@ def train(cfg, loaded=None):
     validation = next(iter(common.evaluation_sets(cfg, size.image_size, "val").values()), None)
     samples = common.TrainSamples(data, tokenizer, size.image_size, crop_scale(cfg), cfg.seed)
 
-    run = common.Run(cfg.out, LOG_COLUMNS)
+    run = common.Run(cfg, LOG_COLUMNS)
     parts = {"model": model, "optimiser": optimiser, "scaler": scaler}
     state = run.load_state(cfg, len(samples), **parts)
     steps_per_epoch = len(samples) // cfg.batch_size
@@ -663,7 +663,7 @@ def train(cfg, loaded=None):
 
             state["step"] += 1
             state["bad"] += bad
-            progress.bar.update()
+            progress.update(cfg.batch_size)
             epoch_ends = state["step"] % steps_per_epoch == 0
             logs = epoch_ends or state["step"] % cfg.log_every == 0
             stopping = stop.agreed(synchronise=logs)
@@ -674,7 +674,7 @@ def train(cfg, loaded=None):
                     if rank() == 0 and validation is not None:
                         row.update(validate(run, model, cells, validation, tokenizer, state))
                 run.log(row)
-                progress.show(row, keep=epoch_ends)
+                progress.show(row)
             if epoch_ends or stopping or state["step"] % common.SAVE_EVERY == 0:
                 run.save_state(cfg, size, state, **parts)
             if stopping:
