@@ -121,8 +121,8 @@ def option(default, help, allowed=None, section=None):
     allowed: a list of choices, or (least, most) of a number, else from 0 on. section: opens a new
     group in --help.
     """
-    metadata = {"help": help, "allowed": allowed, "section": section}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata={"help": help, "allowed": allowed,
+                                                        "section": section})
 
 
 def flag(name):
@@ -201,8 +201,6 @@ def fill_config(config_class, recipe, given, folder):
     path = Path(out, "config.json")
     if given.get("resume") and path.is_file():
         saved = saved_config(config_class, path)
-    elif given.get("resume"):
-        print(f"--resume: no run in {out} yet, starting one")
     for name, value in given.items():
         if name not in FREE and saved.get(name, value) != value:
             raise UserError(f"{flag(name)} {value}: the run in {out} was started with "
@@ -219,9 +217,9 @@ def saved_config(config_class, path):
 
 
 def world_size():
-    """How many processes torchrun started; some of its variables alone are leftovers: one."""
-    names = "RANK", "WORLD_SIZE", "MASTER_ADDR"
-    return int(os.environ["WORLD_SIZE"]) if all(map(os.environ.get, names)) else 1
+    """How many processes torchrun started; one where only some of its variables are left over."""
+    launched = all(map(os.environ.get, ("RANK", "WORLD_SIZE", "MASTER_ADDR")))
+    return int(os.environ["WORLD_SIZE"]) if launched else 1
 
 
 def rank():
@@ -237,17 +235,15 @@ def start_device(name, seed):
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    backend = "gloo"
     try:
         if name == "cuda":
             torch.cuda.set_device(rank() % torch.cuda.device_count())
-            backend = "nccl"
         torch.empty(1, device=name)
     except Exception:  # of many types
         raise UserError(f"--device {name}: not available here; try --device auto") from None
     if world_size() > 1 and not dist.is_initialized():
         hours = datetime.timedelta(hours=3)  # the other processes wait while rank 0 evaluates
-        dist.init_process_group(backend, timeout=hours)
+        dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=hours)
     torch.manual_seed(seed)
     return torch.device(name)
 
@@ -364,8 +360,8 @@ def read_keys(path):
 def read_csv(path):
     """The rows of a log.csv; what a power cut left of the last one is passed over."""
     text = read_text(path, errors="replace").replace("\0", "")
-    rows = csv.DictReader(text.splitlines())
-    return [row for row in rows if row["step"].isdigit() and None not in row.values()]
+    return [row for row in csv.DictReader(text.splitlines())
+            if row["step"].isdigit() and None not in row.values()]
 
 
 def environment():
@@ -400,8 +396,8 @@ class Run:
         if rank() > 0:
             return
         if step == 0:
-            content = {"config": dataclasses.asdict(cfg), "environment": environment()}
-            write_json(self.path("config.json"), content)
+            write_json(self.path("config.json"), {"config": dataclasses.asdict(cfg),
+                                                  "environment": environment()})
         path = self.path("log.csv")
         rows = read_csv(path) if path.exists() else []
         lines = [self.columns, *(row.values() for row in rows if int(row["step"]) <= step)]
@@ -478,8 +474,8 @@ def log_row(state, steps_per_epoch, now, terms, logit_scale):
     now: the schedules' values; terms: {name: scalar tensor}; logit_scale: its logarithm, a
     parameter. FloatingPointError when the loss is not finite.
     """
-    row = {"step": state["step"], "epoch": state["step"] / steps_per_epoch, **now}
-    row.update(mean_over_processes(terms), logit_scale=logit_scale.exp().item())
+    row = {"step": state["step"], "epoch": state["step"] / steps_per_epoch, **now,
+           **mean_over_processes(terms), "logit_scale": logit_scale.exp().item()}
     if not math.isfinite(row["loss"]):
         raise FloatingPointError(f"the loss is {row['loss']} at step {state['step']}: {DIVERGED}")
     return row
@@ -491,18 +487,16 @@ class Progress(tqdm):
 
     def __init__(self, steps, step, batch_size):
         terminal = rank() == 0 and sys.stderr.isatty()
-        file = sys.stderr if terminal else open(os.devnull, "w")
         super().__init__(total=steps * batch_size, initial=step * batch_size, unit=" images",
-                         ncols=0, file=file)
+                         ncols=0, file=None if terminal else open(os.devnull, "w"))
 
     def show(self, row):
         """Print a row of log.csv."""
         metrics = " ".join(f"{name} {value:.6g}" for name, value in row.items())
-        if rank() > 0:
-            return
         try:
-            self.write(f"{metrics} | {self}")
-            sys.stdout.flush()
+            if rank() == 0:
+                self.write(f"{metrics} | {self}")
+                sys.stdout.flush()
         except BrokenPipeError:  # the reader of our output has gone: stop as after SIGTERM
             silence_stdout()
             signal.raise_signal(signal.SIGTERM)
@@ -511,9 +505,11 @@ class Progress(tqdm):
 class StopRequest:
     """A first Ctrl-C or SIGTERM is noted for the end of the step, a second interrupts at once."""
 
+    SIGNALS = signal.SIGINT, signal.SIGTERM
+
     def __enter__(self):
         self.asked = False
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in self.SIGNALS:
             signal.signal(signum, self.note)
         return self
 
@@ -526,7 +522,7 @@ class StopRequest:
         return (synchronise or world_size() == 1) and any(gather_objects(self.asked))
 
     def __exit__(self, *exception):
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in self.SIGNALS:
             signal.signal(signum, signal.default_int_handler)  # raises KeyboardInterrupt
 
 
@@ -537,9 +533,9 @@ def run_arms(cfg, given, arms, baselines, first=()):
     """--ablate: run each arm that is not done as a command of its own, then tabulate all that are.
 
     given: the flags of this command; arms: {name: {field: value}}, what an arm changes in them;
-    cfg.ablate: names of arms, or "all"; first: [(folder, fields)] of commands whose work the arms
-    share; baselines: the arms that all are compared with, seed by seed. Arm and seed have a folder
-    of their own, so an interrupted ablation goes on. Returns {arm: [results.json of each seed]}.
+    cfg.ablate: names of arms, or "all"; baselines: the arms that all are compared with; first:
+    [{field: value}] of commands whose work the arms share. Arm and seed have a folder of their own,
+    so an interrupted ablation goes on. Returns {arm: [results.json of each seed]}.
     """
     alone = {name: value for name, value in given.items()
              if name not in ("ablate", "seeds", "jobs")}
@@ -556,9 +552,8 @@ def run_arms(cfg, given, arms, baselines, first=()):
         run_commands(commands, cfg.jobs)
     found = {}
     for name in arms:
-        paths = sorted(Path(cfg.out, name.replace(" ", "_")).glob("seed*/results.json"))
-        if paths:
-            found[name] = [read_json(path) for path in paths]
+        for path in Path(cfg.out, name.replace(" ", "_")).glob("seed*/results.json"):
+            found.setdefault(name, []).append(read_json(path))
     tabulate(found, baselines, Path(cfg.out))
     return found
 
@@ -579,7 +574,7 @@ def run_commands(commands, jobs):
         for fields in waiting:  # the threads share it: who is free takes the next
             words = [sys.argv[0], *to_flags({**fields, "resume": True})]
             print(f"{variable}={value} {shlex.join(['python', *words])}", flush=True)
-            output = Path(fields["out"], "output.txt")
+            output = fields["out"] / "output.txt"
             output.parent.mkdir(parents=True, exist_ok=True)
             with open(output, "w") as file:
                 code = subprocess.call([sys.executable, *words], stdout=file, stderr=file,
@@ -607,11 +602,10 @@ def to_flags(fields):
 
 def tabulate(found, baselines, folder):
     """Print and write table.md, and a difference_to_BASELINE.md for each baseline that was run."""
-    print("mean ± standard deviation over seeds (in how many it is above 0)")
     print_table(over_seeds(found), folder / "table.md")
     for arm in baselines:
         if arm in found:
-            print(f"\ndifference to {arm!r}, subtracted seed by seed")
+            print(f"\ndifference to {arm!r}, subtracted seed by seed (in how many it is positive)")
             path = folder / f"difference_to_{arm.replace(' ', '_')}.md"
             print_table(over_seeds(found, found[arm]), path)
 
@@ -2677,7 +2671,7 @@ def print_table(cells, markdown=None):
     if markdown:
         rows.insert(1, ["---"] * len(widths))
         text = "".join("| " + " | ".join(row) + " |\n" for row in rows)
-        replace_file(markdown, lambda new: new.write_text(text, "utf-8"))
+        write_text(markdown, text)
 
 
 def shown(value):
