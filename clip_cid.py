@@ -546,7 +546,7 @@ def kmeans(x, k, seed):
     """
     if k > len(x):
         raise UserError(f"--k {k}: there are only {len(x):,} images to cluster")
-    centroids, objective = common.on_first(lambda: seed_centroids(x, k, seed).cpu()).to(x.device)
+    centroids = common.on_first(lambda: seed_centroids(x, k, seed).cpu()).to(x.device)
     objective = []
     for iteration in range(KMEANS_ITERATIONS + 1):
         label = torch.zeros(len(x), dtype=torch.int64, device=x.device)
