@@ -99,7 +99,7 @@ class Config:
     root: str | None = option(None, "folder of the data (default data/NAME)")
     keep: str | None = option(None, "train on these samples only: a file of keys, one a line "
                               "(clip_cid.py writes one)")
-    out: str | None = option(None, "run folder (default runs/METHOD-DATA, numbered when taken)")
+    out: str | None = option(None, "run folder (default runs/METHOD-DATA)")
     stage: str = option("all", "run the stages up to this one; teacher: train a CLIP to be one",
                         ["all", "teacher", "embed", "balance", "cluster", "distil", "evaluate"])
     resume: bool = option(False, "go on from the last checkpoint in --out")
@@ -204,7 +204,7 @@ def configure(argv=None):
         recipe = {**(EMOJI_TEACHER if asked.data == "emoji" else recipe), **PLAIN_CLIP}
         stem = "runs/teacher"
     elif asked.stage != "all":  # go on where the stage before has left its files
-        given.setdefault("out", common.run_folder(stem, newest=True))
+        given.setdefault("out", stem)
 
     source = asked.evaluate or asked.init
     if asked.stage == "evaluate":
@@ -545,7 +545,8 @@ def kmeans(x, k, seed):
     """
     if k > len(x):
         raise UserError(f"--k {k}: there are only {len(x):,} images to cluster")
-    centroids, objective = common.of_first(seed_centroids(x, k, seed)), []
+    centroids = common.on_first(lambda: seed_centroids(x, k, seed).cpu()).to(x.device)
+    objective = []
     for iteration in range(KMEANS_ITERATIONS + 1):
         label = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         cosine = torch.zeros(len(x), device=x.device)
@@ -1141,8 +1142,7 @@ def train(cfg, loaded=None):
     """Prepare the data, distil, validate after every epoch, evaluate at the end."""
     device = common.start_device(cfg.device, cfg.seed)
     amp, scaler = common.mixed_precision(cfg.precision, device)
-    run = common.Run(cfg.out, LOG_COLUMNS)
-    common.check_free(cfg)
+    run = common.Run(cfg, LOG_COLUMNS)
 
     size, _ = common.clip_size(cfg, loaded)
     tokenizer = common.CLIPTokenizer(size.context_length, size.vocab_size)
@@ -1177,7 +1177,7 @@ def train(cfg, loaded=None):
 
             state["step"] += 1
             state["bad"] += bad
-            progress.bar.update()
+            progress.update(cfg.batch_size)
             epoch_ends = state["step"] % steps_per_epoch == 0 or state["step"] == steps
             logs = epoch_ends or state["step"] % cfg.log_every == 0
             stopping = stop.agreed(synchronise=logs)
@@ -1190,7 +1190,7 @@ def train(cfg, loaded=None):
                     if rank() == 0 and validation is not None:
                         row.update(validate(run, model, cells, validation, tokenizer, state))
                 run.log(row)
-                progress.show(row, keep=epoch_ends)
+                progress.show(row)
             if epoch_ends or stopping or state["step"] % common.SAVE_EVERY == 0:
                 run.save_state(cfg, size, state, **parts)
             if stopping:
@@ -1355,8 +1355,8 @@ def ablate(cfg, given):
     arms = ablation_arms(cfg)
     first = []
     for seed in cfg.seeds if cfg.data == "emoji" else cfg.seeds[:1]:  # each has scenes of its own
-        fields = {"stage": "embed", "seed": seed, "cache": arms["clip-cid"]["cache"]}
-        first.append((Path(cfg.out, "embed", f"seed{seed}"), fields))
+        first.append({"stage": "embed", "seed": seed, "cache": arms["clip-cid"]["cache"],
+                      "out": Path(cfg.out, "embed", f"seed{seed}")})
     common.run_arms(cfg, given, arms, ("clip", "clip-cid"), first)
 
 

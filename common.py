@@ -29,8 +29,6 @@ import itertools
 import json
 import math
 import os
-import platform
-import queue
 import re
 import shlex
 import signal
@@ -39,7 +37,6 @@ import subprocess
 import sys
 import tarfile
 import textwrap
-import threading
 import time
 import unicodedata
 import warnings
@@ -72,29 +69,23 @@ class BadSample(Exception):
 def run_main(main, argv=None):
     """Call main(argv) and return the exit code.
 
-    0: done. 1: diverged. 2: UserError, one line on stderr. 130: Ctrl-C or SIGTERM.
+    0: done. 1: diverged. 2: what the user gave, or a file, cannot be used: one line on stderr.
+    130: Ctrl-C or SIGTERM.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's stream has no such method
-            stream.reconfigure(errors="replace")  # a console without κ or ± must not end a run
-    code, message = 0, None
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no such method
+        sys.stdout.reconfigure(errors="replace")  # a console without κ or ± must not end a run
     try:
         main(argv)
-    except UserError as error:
-        code, message = 2, error
-    except FloatingPointError as error:
-        code, message = 1, error
-    except KeyboardInterrupt as error:
-        code, message = 130, str(error) or "interrupted"
+        return 0
     except BrokenPipeError:  # the reader of our output has gone, as in `| head`
-        code = 1
         silence_stdout()
+        return 1
+    except (UserError, OSError, FloatingPointError, KeyboardInterrupt) as error:
+        print(f"{Path(sys.argv[0]).name}: {str(error) or 'interrupted'}", file=sys.stderr)
+        return {FloatingPointError: 1, KeyboardInterrupt: 130}.get(type(error), 2)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if message:
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    return code
 
 
 def silence_stdout():
@@ -102,7 +93,6 @@ def silence_stdout():
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-@functools.cache
 def import_torchvision():
     """The torchvision module, also where it is a CUDA build beside a CPU-only torch.
 
@@ -113,14 +103,10 @@ def import_torchvision():
     """
     try:
         import torchvision
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-        for module in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[module]  # the half-imported package
+    except RuntimeError:
         library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         import_torchvision.library = library  # the schemas live as long as this object
         import torchvision
     return torchvision
@@ -135,8 +121,8 @@ def option(default, help, allowed=None, section=None):
     allowed: a list of choices, or (least, most) of a number, else from 0 on. section: opens a new
     group in --help.
     """
-    metadata = {"help": help, "allowed": allowed, "section": section}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata={"help": help, "allowed": allowed,
+                                                        "section": section})
 
 
 def flag(name):
@@ -161,45 +147,43 @@ def parse_command_line(config_class, description, argv=None):
         if field.metadata["section"]:
             group = parser.add_argument_group(field.metadata["section"])
         group.add_argument(flag(field.name), **argument(field))
-    given = vars(parser.parse_args(argv))
+    given = known_fields(config_class, vars(parser.parse_args(argv)))
     for field in fields:
         if type(given.get(field.name)) in (int, float):  # a bool is an int as well
             check_range(field, given[field.name])
-    return as_fields(given)
+    return given
 
 
 def argument(field):
     """What argparse wants to know of a field."""
-    several = isinstance(field.default, tuple)
-    shown = " ".join(map(str, field.default)) if several else field.default
-    help = field.metadata["help"].replace("%", "%%")
-    settings = {"help": help if shown in (None, "") else f"{help} [{shown}]"}
+    default, allowed = field.default, field.metadata["allowed"]
+    settings = {"help": field.metadata["help"].replace("%", "%%")}
+    if isinstance(default, tuple):
+        settings["nargs"], default = "+", " ".join(map(str, default))
+    if default not in (None, ""):
+        settings["help"] += f" [{default}]"
     kind = getattr(field.type, "__args__", (field.type,))[0]  # of `float | None`, `tuple[float]`
     if kind is bool:
         settings["action"] = argparse.BooleanOptionalAction
-    elif isinstance(field.metadata["allowed"], list):
-        settings["choices"] = field.metadata["allowed"]
+    elif isinstance(allowed, list):
+        settings["choices"] = allowed
     else:
-        settings["type"], settings["metavar"] = kind, kind.__name__.upper()
-    if several:
-        settings["nargs"] = "+"
+        settings.update(type=kind, metavar=kind.__name__.upper())
     return settings
 
 
 def check_range(field, value):
     """UserError for a number outside of its range, by default from 0 on, of counts from 1."""
-    least = min(field.default or 0, 1 if isinstance(value, int) else 0)
-    most = math.inf
-    if isinstance(field.metadata["allowed"], tuple):
-        least, most = field.metadata["allowed"]
-    if not least <= value <= most or value == math.inf:
+    least = min(field.default or 0, isinstance(value, int))
+    least, most = field.metadata["allowed"] or (least, 1e12)
+    if not least <= value <= most:
         raise UserError(f"{flag(field.name)} {value:g}: must be from {least:g} to {most:g}")
 
 
-def as_fields(saved):
-    """Values from json or argparse, their lists tuples again."""
+def known_fields(config_class, values):
+    """Those of the values that are fields of the dataclass; lists of json or argparse as tuples."""
     return {name: tuple(value) if isinstance(value, list) else value
-            for name, value in saved.items()}
+            for name, value in values.items() if hasattr(config_class, name)}
 
 
 # Flags that may differ when a run goes on.
@@ -207,65 +191,39 @@ FREE = {"out", "resume", "root", "cache", "device", "workers", "log_every", "see
         "jobs"}
 
 
-def fill_config(config_class, recipe, given, stem):
+def fill_config(config_class, recipe, given, folder):
     """The Config: defaults <- recipe <- flags given; of a run that --resume continues, as saved.
 
-    recipe, given: {field: value}; stem: the default run folder, numbered when taken. UserError
-    when a flag contradicts the run being resumed.
+    recipe, given: {field: value}; folder: the default of --out. UserError when a flag contradicts
+    the run being resumed.
     """
-    out = given.get("out") or run_folder(stem, newest=given.get("resume", False))
-    values = {**recipe, **given, "out": out}
-    if given.get("resume"):
-        path = Path(out, "config.json")
-        if not path.is_file():
-            print(f"--resume: no run in {out} yet, starting one")
-            return config_class(**values)
+    out, saved = given.get("out", folder), {}
+    path = Path(out, "config.json")
+    if given.get("resume") and path.is_file():
         saved = saved_config(config_class, path)
-        for name, value in given.items():
-            if name not in FREE and saved.get(name, value) != value:
-                raise UserError(f"{flag(name)} {value}: the run in {out} was started with "
-                                f"{saved[name]}; leave the flag out, or take another --out")
-        values = {**saved, **given, "out": out}
-    return config_class(**values)
+    for name, value in given.items():
+        if name not in FREE and saved.get(name, value) != value:
+            raise UserError(f"{flag(name)} {value}: the run in {out} was started with "
+                            f"{saved[name]}; leave the flag out, or take another --out")
+    return config_class(**{**recipe, **saved, **given, "out": out})
 
 
 def saved_config(config_class, path):
-    """{field: value} of a run's config.json. UserError when the file is damaged."""
-    saved = read_json(path)
-    try:
-        return known_fields(config_class, saved["config"])
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} holds no config of a run: take another --out") from None
-
-
-def known_fields(config_class, saved):
-    """Those of the saved values that are fields of the dataclass."""
-    names = {field.name for field in dataclasses.fields(config_class)}
-    return {name: value for name, value in as_fields(saved).items() if name in names}
-
-
-def run_folder(stem, newest):
-    """The default run folder: `stem`, stem-2, stem-3, ..., the first free or the newest taken."""
-    names = [stem]
-    while Path(names[-1]).exists():
-        names.append(f"{stem}-{len(names) + 1}")
-    return names[-2] if newest and len(names) > 1 else names[-1]
+    """{field: value} of a run's config.json."""
+    return known_fields(config_class, read_json(path)["config"])
 
 
 # ------------------------------------------------------------------------ devices and processes
 
 
-def launched():
-    """Whether torchrun started this process; some of its variables alone are leftovers."""
-    return all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+def world_size():
+    """How many processes torchrun started; one where only some of its variables are left over."""
+    launched = all(map(os.environ.get, ("RANK", "WORLD_SIZE", "MASTER_ADDR")))
+    return int(os.environ["WORLD_SIZE"]) if launched else 1
 
 
 def rank():
-    return int(os.environ["RANK"]) if launched() else 0
-
-
-def world_size():
-    return int(os.environ["WORLD_SIZE"]) if launched() else 1
+    return int(os.environ["RANK"]) if world_size() > 1 else 0
 
 
 def start_device(name, seed):
@@ -277,18 +235,15 @@ def start_device(name, seed):
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK') or 0}"
     try:
+        if name == "cuda":
+            torch.cuda.set_device(rank() % torch.cuda.device_count())
         torch.empty(1, device=name)
-    except (RuntimeError, AssertionError):
+    except Exception:  # of many types
         raise UserError(f"--device {name}: not available here; try --device auto") from None
-    if name.startswith("cuda"):
-        torch.cuda.set_device(torch.device(name))
     if world_size() > 1 and not dist.is_initialized():
-        backend = "nccl" if name.startswith("cuda") else "gloo"
         hours = datetime.timedelta(hours=3)  # the other processes wait while rank 0 evaluates
-        dist.init_process_group(backend, timeout=hours)
+        dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=hours)
     torch.manual_seed(seed)
     return torch.device(name)
 
@@ -297,7 +252,7 @@ def mixed_precision(precision, device):
     """The autocast context of --precision and a GradScaler (idle except for fp16)."""
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     amp = torch.autocast(device.type, dtype, enabled=dtype is not None)
     return amp, torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
@@ -313,29 +268,12 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
-        return grad.chunk(world_size())[rank()]
+        return sum_over_processes(grad.contiguous()).chunk(world_size())[rank()]
 
 
 def gather(x):
     """Every process's rows of x, with gradient to each of them: (b, D) -> (B, D)."""
     return Gather.apply(x) if world_size() > 1 else x
-
-
-def average_gradients(parameters):
-    """Replace each gradient by its mean over the processes."""
-    for parameter in parameters:
-        if parameter.grad is not None and world_size() > 1:
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= world_size()
-
-
-def mean_over_processes(terms):
-    """{name: scalar tensor} -> {name: float}, their means; waits for the device once."""
-    values = torch.stack([value.float() for value in terms.values()])
-    values = sum_over_processes(values) / world_size()
-    return dict(zip(terms, values.tolist()))
 
 
 def sum_over_processes(x):
@@ -345,39 +283,31 @@ def sum_over_processes(x):
     return x
 
 
-def total(count):
-    """The sum of an integer over the processes."""
-    return sum(gather_objects(count))
+def average_gradients(parameters):
+    """Replace each gradient by its mean over the processes."""
+    for parameter in parameters:
+        if parameter.grad is not None and world_size() > 1:
+            sum_over_processes(parameter.grad).div_(world_size())
 
 
-def of_first(x):
-    """x, in place, as rank 0 has it."""
-    if world_size() > 1:
-        dist.broadcast(x, 0)
-    return x
+def mean_over_processes(terms):
+    """{name: scalar tensor} -> {name: float}, their means; waits for the device once."""
+    values = torch.stack([value.float() for value in terms.values()])
+    values = sum_over_processes(values) / world_size()
+    return dict(zip(terms, values.tolist()))
 
 
 def gather_objects(thing):
     """[the thing each process holds], in order of rank."""
-    if world_size() == 1:
-        return [thing]
-    things = [None] * world_size()
-    dist.all_gather_object(things, thing)
+    things = [thing] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(things, thing)
     return things
 
 
 def on_first(work):
-    """work() on rank 0 while the others wait; all return its result; a UserError ends all."""
-    result = None
-    if rank() == 0:
-        try:
-            result = work()
-        except UserError as error:
-            result = error
-    result = gather_objects(result)[0]
-    if isinstance(result, UserError):
-        raise result
-    return result
+    """work() on rank 0 while the others wait; all return its result."""
+    return gather_objects(work() if rank() == 0 else None)[0]
 
 
 # ----------------------------------------------------------------------------------- run folder
@@ -385,53 +315,37 @@ def on_first(work):
 SAVE_EVERY = 500  # steps between checkpoints; one is also saved after every epoch
 
 
-@contextlib.contextmanager
-def disk_errors(path):
-    """What goes wrong while a file is written becomes a UserError that names it."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"{path} cannot be written: {reason}") from error
-
-
 def replace_file(path, write):
     """write(temporary path), then rename: nobody ever reads half a file. UserError if it fails."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with disk_errors(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(temporary)
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
+
+
+def write_text(path, text):
+    replace_file(path, lambda new: new.write_text(text, "utf-8", errors="surrogateescape"))
 
 
 def write_json(path, content):
-    text = json.dumps(content, indent=2) + "\n"
-    replace_file(path, lambda temporary: temporary.write_text(text, "utf-8"))
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_keys(path, keys):
     """Sample keys, one a line."""
-    text = "\n".join(keys) + "\n"
-    replace_file(path, lambda new: new.write_text(text, "utf-8", errors="surrogateescape"))
+    write_text(path, "\n".join(keys) + "\n")
 
 
 def read_text(path, **options):
-    """The text of a file in UTF-8. UserError, naming it, when it cannot be read."""
-    try:
-        return Path(path).read_text("utf-8-sig", **options)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is no text in UTF-8") from None
+    return Path(path).read_text("utf-8-sig", **options)
 
 
 def read_json(path, **options):
-    """What a json file holds. UserError, naming the file, when it is absent or damaged."""
+    """What a json file holds. UserError, naming the file, when it is damaged."""
     try:
         return json.loads(read_text(path), **options)
     except (ValueError, RecursionError) as error:
@@ -446,71 +360,55 @@ def read_keys(path):
 def read_csv(path):
     """The rows of a log.csv; what a power cut left of the last one is passed over."""
     text = read_text(path, errors="replace").replace("\0", "")
-    rows = csv.DictReader(text.splitlines())
-    return [row for row in rows if (row["step"] or "").isdigit() and None not in row.values()]
+    return [row for row in csv.DictReader(text.splitlines())
+            if row["step"].isdigit() and None not in row.values()]
 
 
 def environment():
-    """Versions, hardware and git commit, for config.json."""
-    git = ["git", "-C", str(DATA.parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        commit = subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL).strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "not a git checkout"
-    return {"commit": commit, "python": platform.python_version(), "torch": torch.__version__,
-            "platform": platform.platform(), "cpu_threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "processes": world_size(), "command": " ".join(sys.argv)}
-
-
-def check_free(cfg):
-    """UserError when --out holds a run that is not to be resumed."""
-    if Path(cfg.out, "log.csv").exists() and not cfg.resume:
-        raise UserError(f"{cfg.out} holds a run: go on with --resume, or choose another --out")
+    """git commit, version, hardware and command, for config.json."""
+    return {
+        "commit": subprocess.getoutput(f'git -C "{DATA.parent}" describe --always --dirty'),
+        "torch": torch.__version__,
+        "cpu_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "processes": world_size(),
+        "command": shlex.join(sys.argv),
+    }
 
 
 class Run:
     """A run folder: config.json, log.csv, last.pt, best.pt, results.json and pictures.
 
-    log.csv holds only what a rerun reproduces to the digit. Only rank 0 writes.
+    log.csv holds only what a rerun reproduces to the digit. Only rank 0 writes. UserError when the
+    folder holds a run that is not to be resumed.
     """
 
-    def __init__(self, folder, columns):
-        self.folder, self.columns = Path(folder), columns
+    def __init__(self, cfg, columns):
+        self.folder, self.columns = Path(cfg.out), columns
+        if rank() == 0 and self.path("log.csv").exists() and not cfg.resume:
+            raise UserError(f"{cfg.out} holds a run: go on with --resume, or choose another --out")
 
     def path(self, name):
         return self.folder / name
 
     def start(self, cfg, step):
-        """Write config.json at step 0; later rows of an interrupted run are dropped.
-
-        UserError when the folder holds a run that is not to be resumed.
-        """
+        """Write config.json at step 0; later rows of an interrupted run are dropped."""
         if rank() > 0:
             return
-        check_free(cfg)
         if step == 0:
-            content = {"config": dataclasses.asdict(cfg), "environment": environment()}
-            self.write_json("config.json", content)
+            write_json(self.path("config.json"), {"config": dataclasses.asdict(cfg),
+                                                  "environment": environment()})
         path = self.path("log.csv")
-        lines = [",".join(self.columns)]
-        for row in read_csv(path) if path.exists() else []:
-            if int(row["step"]) <= step:
-                lines.append(",".join(row.values()))
-        text = "".join(line + "\n" for line in lines)
-        replace_file(path, lambda temporary: temporary.write_text(text))
+        rows = read_csv(path) if path.exists() else []
+        lines = [self.columns, *(row.values() for row in rows if int(row["step"]) <= step)]
+        write_text(path, "".join(",".join(cells) + "\n" for cells in lines))
 
     def log(self, row):
         """Append a row to log.csv; absent columns stay empty."""
-        cells = [row.get(column, "") for column in self.columns]
-        line = ",".join(f"{v:.8g}" if isinstance(v, float) else str(v) for v in cells)
+        cells = [f"{row[name]:.8g}" if name in row else "" for name in self.columns]
         if rank() == 0:
-            with disk_errors(self.path("log.csv")), open(self.path("log.csv"), "a") as file:
-                file.write(line + "\n")
-
-    def write_json(self, name, content):
-        if rank() == 0:
-            write_json(self.path(name), content)
+            with open(self.path("log.csv"), "a") as file:
+                file.write(",".join(cells) + "\n")
 
     def save(self, name, content):
         """torch.save, atomic: a crash while writing leaves the previous checkpoint whole."""
@@ -532,9 +430,9 @@ class Run:
             state = saved["state"]
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
-        except Exception as error:  # the reader raises errors of many types on damaged files
-            raise UserError(f"{path} is damaged or of another model ({type(error).__name__}): "
-                            "delete it, and this training starts anew") from error
+        except Exception:  # the reader raises errors of many types on damaged files
+            raise UserError(f"{path} is damaged or of another model: delete it, and this training "
+                            "starts anew") from None
         if state["samples"] != samples:
             raise UserError(f"--resume: the run in {self.folder} has {state['samples']:,} training "
                             f"samples, now there are {samples:,}: take another --out")
@@ -554,12 +452,10 @@ class Run:
         Random numbers need no state: they are seeded by (seed, step, sample). Raises
         FloatingPointError instead when a weight is not finite, so the last good one stays.
         """
-        bad = total(state["bad"])
-        state["bad"] = bad if rank() == 0 else 0
-        tensors = [t for t in parts["model"].state_dict().values() if t.is_floating_point()]
-        if not torch.stack([t.sum() for t in tensors]).isfinite().all():
-            raise FloatingPointError(diverged("a weight is not finite", state["step"]))
+        state = {**state, "bad": sum(gather_objects(state["bad"]))}
         states = {name: part.state_dict() for name, part in parts.items()}
+        if not all(tensor.isfinite().all() for tensor in states["model"].values()):
+            raise FloatingPointError(f"a weight is not finite at step {state['step']}: {DIVERGED}")
         self.save("last.pt", {**checkpoint(parts["model"], cfg, size), **states, "state": state})
 
 
@@ -569,81 +465,65 @@ def checkpoint(model, cfg, size):
             "size": dataclasses.asdict(size)}
 
 
+DIVERGED = "lower --lr or use --precision fp32 (a checkpoint saved before it diverged is kept)"
+
+
 def log_row(state, steps_per_epoch, now, terms, logit_scale):
     """The row of log.csv: the one place where the host waits for the device.
 
     now: the schedules' values; terms: {name: scalar tensor}; logit_scale: its logarithm, a
     parameter. FloatingPointError when the loss is not finite.
     """
-    row = {"step": state["step"], "epoch": state["step"] / steps_per_epoch, **now}
-    row.update(mean_over_processes(terms), logit_scale=logit_scale.exp().item())
+    row = {"step": state["step"], "epoch": state["step"] / steps_per_epoch, **now,
+           **mean_over_processes(terms), "logit_scale": logit_scale.exp().item()}
     if not math.isfinite(row["loss"]):
-        raise FloatingPointError(diverged(f"the loss is {row['loss']}", state["step"]))
+        raise FloatingPointError(f"the loss is {row['loss']} at step {state['step']}: {DIVERGED}")
     return row
 
 
-def diverged(what, step):
-    return (f"{what} at step {step}: lower --lr or use --precision fp32 (a checkpoint saved before "
-            "it diverged is kept)")
-
-
-class Progress:
-    """A bar that shows every step on a terminal; elsewhere a line whenever a row is logged."""
+class Progress(tqdm):
+    """Images done, images/s and the time left: on a terminal all the time, in the line of each
+    logged row everywhere."""
 
     def __init__(self, steps, step, batch_size):
-        self.batch_size, self.logged, self.since = batch_size, step, time.perf_counter()
-        hidden = None if rank() == 0 else True  # None: hidden unless on a terminal
-        self.bar = tqdm(total=steps, initial=step, unit="step", disable=hidden,
-                        dynamic_ncols=True, smoothing=0.05)
+        terminal = rank() == 0 and sys.stderr.isatty()
+        super().__init__(total=steps * batch_size, initial=step * batch_size, unit=" images",
+                         ncols=0, file=None if terminal else open(os.devnull, "w"))
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.bar.close()
-
-    def show(self, row, keep):
-        """Show a row of log.csv and the images/s since the last; keep: as a line of its own."""
-        speed = (row["step"] - self.logged) * self.batch_size / (time.perf_counter() - self.since)
-        metrics = " ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
-        text = f"{metrics} | {speed:.0f} images/s"
-        if rank() == 0 and self.bar.disable:
-            try:
-                print(f"step {row['step']} {text}", flush=True)
-            except BrokenPipeError:  # the reader of our output has gone: stop as after SIGTERM
-                silence_stdout()
-                signal.raise_signal(signal.SIGTERM)
-        elif keep:
-            self.bar.write(text)
-        else:
-            self.bar.set_postfix_str(text)
-        self.logged, self.since = row["step"], time.perf_counter()
+    def show(self, row):
+        """Print a row of log.csv."""
+        metrics = " ".join(f"{name} {value:.6g}" for name, value in row.items())
+        try:
+            if rank() == 0:
+                self.write(f"{metrics} | {self}")
+                sys.stdout.flush()
+        except BrokenPipeError:  # the reader of our output has gone: stop as after SIGTERM
+            silence_stdout()
+            signal.raise_signal(signal.SIGTERM)
 
 
 class StopRequest:
     """A first Ctrl-C or SIGTERM is noted for the end of the step, a second interrupts at once."""
 
+    SIGNALS = signal.SIGINT, signal.SIGTERM
+
     def __enter__(self):
-        self.asked, self.before = False, {}
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                self.before[signum] = signal.signal(signum, self.note)
+        self.asked = False
+        for signum in self.SIGNALS:
+            signal.signal(signum, self.note)
         return self
 
     def note(self, signum, frame):
-        if self.asked:
-            raise KeyboardInterrupt("interrupted; the run is as it was at its last checkpoint")
         self.asked = True
+        self.__exit__()
 
     def agreed(self, synchronise):
         """Whether to stop now; several processes agree on it where `synchronise` is true."""
-        if world_size() == 1:
-            return self.asked
-        return synchronise and total(self.asked) > 0
+        return (synchronise or world_size() == 1) and any(gather_objects(self.asked))
 
     def __exit__(self, *exception):
-        for signum, handler in self.before.items():
-            signal.signal(signum, handler)
+        for signum in self.SIGNALS:
+            signal.signal(signum, signal.default_int_handler)  # raises KeyboardInterrupt
 
 
 # ------------------------------------------------------------------------------------- ablation
@@ -653,84 +533,59 @@ def run_arms(cfg, given, arms, baselines, first=()):
     """--ablate: run each arm that is not done as a command of its own, then tabulate all that are.
 
     given: the flags of this command; arms: {name: {field: value}}, what an arm changes in them;
-    cfg.ablate: names of arms, or "all"; first: [(folder, fields)] of commands whose work the arms
-    share; baselines: the arms that all are compared with, seed by seed. Arm and seed have a folder
-    of their own, so an interrupted ablation goes on. Returns {arm: [results.json of each seed]}.
+    cfg.ablate: names of arms, or "all"; baselines: the arms that all are compared with; first:
+    [{field: value}] of commands whose work the arms share. Arm and seed have a folder of their own,
+    so an interrupted ablation goes on. Returns {arm: [results.json of each seed]}.
     """
-    unknown = set(cfg.ablate) - {"all", *arms}
-    if unknown:
-        raise UserError(f"--ablate {' '.join(sorted(unknown))}: no such arm; there are: all, "
-                        + ", ".join(map(repr, arms)))
-    folder = Path(cfg.out)
-    own = ("ablate", "seeds", "jobs", "out")
-    flags = {name: value for name, value in given.items() if name not in own}
-    wanted = [name for name in arms if "all" in cfg.ablate or name in cfg.ablate]
+    alone = {name: value for name, value in given.items()
+             if name not in ("ablate", "seeds", "jobs")}
     commands = []
     for seed in cfg.seeds:
-        for name in wanted:
-            out = arm_folder(folder, name, seed)
+        for name in arms if "all" in cfg.ablate else cfg.ablate:
+            if name not in arms:
+                raise UserError(f"--ablate {name!r}: no such arm; there are {['all', *arms]}")
+            out = Path(cfg.out, name.replace(" ", "_"), f"seed{seed}")
             if not (out / "results.json").is_file():
-                commands.append((out, {**flags, **arms[name], "seed": seed}))
+                commands.append({**alone, **arms[name], "seed": seed, "out": out})
     if commands:
-        run_commands([(out, {**flags, **fields}) for out, fields in first], cfg.jobs)
+        run_commands([{**alone, **fields} for fields in first], cfg.jobs)
         run_commands(commands, cfg.jobs)
     found = {}
     for name in arms:
-        results = sorted(arm_folder(folder, name, 0).parent.glob("seed*/results.json"))
-        if results:
-            found[name] = [read_json(path) for path in results]
-    tabulate(found, baselines, folder)
+        for path in Path(cfg.out, name.replace(" ", "_")).glob("seed*/results.json"):
+            found.setdefault(name, []).append(read_json(path))
+    tabulate(found, baselines, Path(cfg.out))
     return found
 
 
-def arm_folder(folder, name, seed):
-    return folder / name.replace(" ", "_") / f"seed{seed}"
-
-
 def run_commands(commands, jobs):
-    """Run this script with each of [(out, {field: value})], `jobs` at a time.
+    """Run this script with each of [{field: value}], `jobs` at a time; output in OUT/output.txt.
 
     One job a GPU, or an equal share of the CPU's threads a job: the printed command carries either,
     so that typed alone it gives the same digits. UserError when a command fails, KeyboardInterrupt
     after Ctrl-C, which the running commands get as well: they save and end first.
     """
-    slots = queue.SimpleQueue()
-    for slot in range(jobs):
-        slots.put(slot)
+    waiting, gpus = iter(commands), torch.cuda.device_count()
 
-    def run(out, fields):
-        slot = slots.get()
-        try:
-            run_command(out, fields, slot, jobs)
-        finally:
-            slots.put(slot)
+    def work(slot):
+        variable, value = "OMP_NUM_THREADS", max(1, torch.get_num_threads() // jobs)
+        if gpus:
+            variable, value = "CUDA_VISIBLE_DEVICES", slot % gpus
+        for fields in waiting:  # the threads share it: who is free takes the next
+            words = [sys.argv[0], *to_flags({**fields, "resume": True})]
+            print(f"{variable}={value} {shlex.join(['python', *words])}", flush=True)
+            output = fields["out"] / "output.txt"
+            output.parent.mkdir(parents=True, exist_ok=True)
+            with open(output, "w") as file:
+                code = subprocess.call([sys.executable, *words], stdout=file, stderr=file,
+                                       env={**os.environ, variable: str(value)})
+            if code:
+                list(waiting)  # nobody takes another
+                last = read_text(output, errors="replace").strip().rpartition("\n")[2]
+                raise UserError(f"{output.parent} failed, the rest is not run: {last}")
 
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        tasks = [pool.submit(run, *command) for command in commands]
-        try:
-            for task in concurrent.futures.as_completed(tasks):
-                task.result()
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("stopped; the same command goes on") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def run_command(out, fields, slot, jobs):
-    """Print and run one command on a GPU or on its share of the CPU; its output in output.txt."""
-    gpus = torch.cuda.device_count()
-    variable, value = "OMP_NUM_THREADS", max(1, torch.get_num_threads() // jobs)
-    if gpus:
-        variable, value = "CUDA_VISIBLE_DEVICES", slot % gpus
-    words = [sys.argv[0], *to_flags(fields), "--out", str(out), "--resume"]
-    print(f"{variable}={value} {shlex.join(['python', *words])}", flush=True)
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "output.txt", "w") as output:
-        code = subprocess.call([sys.executable, *words], stdout=output, stderr=subprocess.STDOUT,
-                               env={**os.environ, variable: str(value)})
-    if code:
-        last = read_text(out / "output.txt", errors="replace").splitlines()[-1:]
-        raise UserError(f"{out} failed, the rest is not run: {' '.join(last)}")
+        list(pool.map(work, range(jobs)))
 
 
 def to_flags(fields):
@@ -739,50 +594,41 @@ def to_flags(fields):
     for name, value in fields.items():
         if isinstance(value, bool):
             words.append(flag(name if value else f"no_{name}"))
-        elif isinstance(value, tuple):
-            words += [flag(name), *map(str, value)]
         else:
-            words += [flag(name), str(value)]
+            values = value if isinstance(value, tuple) else [value]
+            words += [flag(name), *map(str, values)]
     return words
 
 
 def tabulate(found, baselines, folder):
-    """Print and write table.md, mean ± std of every cell, and a table of differences a baseline."""
-    table = {}
-    for name, runs in found.items():
-        for cell in runs[0]["cells"]:
-            values = mean_std([run["cells"][cell] for run in runs])
-            table[f"{name}: {cell}"] = {"seeds": str(len(runs)), **values}
-    print_table(table, folder / "table.md")
-    for baseline in baselines:
-        if baseline in found:
-            print(f"\ndifference to {baseline!r}, subtracted seed by seed, and in how many seeds "
-                  "it is positive")
-            path = folder / f"difference_to_{baseline.replace(' ', '_')}.md"
-            print_table(paired_differences(found, baseline), path)
+    """Print and write table.md, and a difference_to_BASELINE.md for each baseline that was run."""
+    print_table(over_seeds(found), folder / "table.md")
+    for arm in baselines:
+        if arm in found:
+            print(f"\ndifference to {arm!r}, subtracted seed by seed (in how many it is positive)")
+            path = folder / f"difference_to_{arm.replace(' ', '_')}.md"
+            print_table(over_seeds(found, found[arm]), path)
 
 
-def paired_differences(found, baseline):
-    """{"arm: cell": {metric: "mean ± std (positive/seeds)"}} against the baseline's first cell.
+def over_seeds(found, baseline=()):
+    """{"arm: cell": {metric: "mean ± std (positive/seeds)"}}; the std is the sample's.
 
-    found: {arm: [results.json]}, each with its seed; seeds that one of the two lacks are left out.
+    found: {arm: [results.json]}, each with its seed; baseline: the runs of the arm whose first
+    cell is subtracted, seed by seed; what it lacks is left out.
     """
-    first = next(iter(found[baseline][0]["cells"]))
-    base = {run["seed"]: run["cells"][first] for run in found[baseline]}
+    base = {run["seed"]: next(iter(run["cells"].values())) for run in baseline}
+    missing = math.nan if baseline else 0.0
     table = {}
-    for name, runs in found.items():
-        for cell in runs[0]["cells"]:
-            gains = []
-            for run in runs:
-                theirs = base.get(run["seed"], {})
-                gains.append({metric: value - theirs[metric]
-                              for metric, value in run["cells"][cell].items() if metric in theirs})
-            gains = [gain for gain in gains if any(gain.values())]
-            if gains:
-                table[f"{name}: {cell}"] = summary = mean_std(gains)
-                for metric in summary:
-                    positive = sum(gain[metric] > 0 for gain in gains)
-                    summary[metric] += f" ({positive}/{len(gains)})"
+    for arm, runs in found.items():
+        for cell, metrics in runs[0]["cells"].items():
+            table[f"{arm}: {cell}"] = row = {}
+            for metric in metrics:
+                x = np.array([run["cells"][cell][metric]
+                              - base.get(run["seed"], {}).get(metric, missing) for run in runs])
+                x = x[~np.isnan(x)]
+                if len(x):
+                    std = x.std(ddof=min(1, len(x) - 1))
+                    row[metric] = f"{shown(x.mean())} ± {shown(std)} ({sum(x > 0)}/{len(x)})"
     return table
 
 
@@ -2221,7 +2067,7 @@ def check_bad(bad, seen, where):
 
 def check_epoch(state, samples, name):
     """check_bad of what the processes met in an epoch; the count starts anew."""
-    check_bad(collections.Counter(unreadable=total(state["bad"])), samples, name)
+    check_bad(collections.Counter(unreadable=sum(gather_objects(state["bad"]))), samples, name)
     state["bad"] = 0
 
 
@@ -2522,7 +2368,7 @@ def write_results(run, cfg, cells, state):
         "best_step": state["best_step"],
         "best_validation": state["best"],
     }
-    run.write_json("results.json", results)
+    write_json(run.path("results.json"), results)
     print_table(cells)
     plot_curves(run.path("curves.png"), rows, math.log(cfg.batch_size),
                 f"{cfg.method} on {cfg.data}")
@@ -2823,25 +2669,13 @@ def print_table(cells, markdown=None):
     if markdown:
         rows.insert(1, ["---"] * len(widths))
         text = "".join("| " + " | ".join(row) + " |\n" for row in rows)
-        replace_file(markdown, lambda new: new.write_text(text, "utf-8"))
+        write_text(markdown, text)
 
 
 def shown(value):
     if value is None or isinstance(value, str):
         return value or ""
     return f"{value:.3g}" if abs(value) < 10 else f"{value:.{int(abs(value) < 1000)}f}"
-
-
-def mean_std(runs):
-    """[{metric: value}] over seeds -> {metric: "mean ± std"}; the std is the sample's."""
-    table = {}
-    for metric in runs[0]:
-        values = np.array([run[metric] for run in runs], float)
-        digits = 4 if 0 < abs(values).max() < 0.1 else 1
-        table[metric] = f"{values.mean():.{digits}f}"
-        if len(runs) > 1:
-            table[metric] += f" ± {values.std(ddof=1):.{digits}f}"
-    return table
 
 
 # a `$` in a caption is no formula

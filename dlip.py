@@ -106,7 +106,7 @@ class Config:
     teacher: str | None = option(None, "a BLIP checkpoint (emoji: data/teacher_blip.pt)")
     with_teacher: bool = option(True, "--stage all: fine-tune and evaluate the teacher as well")
     init: str | None = option(None, "the BLIP checkpoint that finetune and evaluate take")
-    out: str | None = option(None, "run folder (default runs/METHOD-DATA, numbered when taken)")
+    out: str | None = option(None, "run folder (default runs/METHOD-DATA)")
     resume: bool = option(False, "go on from the last checkpoint in --out")
     eval_data: tuple[str, ...] = option((), "evaluation sets, names or folders (default: --data's)")
     ablate: tuple[str, ...] = option((), "train and tabulate these arms, names in quotes, or all")
@@ -1402,7 +1402,7 @@ def train(cfg):
     asked = Asked(student, cfg, tokenizer, device)
     validation = next(iter(task_sets(cfg, cfg.task[0], "val").values()), None)
 
-    run = common.Run(cfg.out, LOG_COLUMNS)
+    run = common.Run(cfg, LOG_COLUMNS)
     parts = {"model": model, "optimiser": optimiser, "scaler": scaler}
     state = run.load_state(cfg, len(samples), **parts)
     steps_per_epoch = len(samples) // cfg.batch_size
@@ -1431,7 +1431,7 @@ def train(cfg):
 
             state["step"] += 1
             state["bad"] += bad
-            progress.bar.update()
+            progress.update(cfg.batch_size)
             epoch_ends = state["step"] % steps_per_epoch == 0 or state["step"] == steps
             logs = epoch_ends or state["step"] % cfg.log_every == 0
             stopping = stop.agreed(synchronise=logs)
@@ -1444,7 +1444,7 @@ def train(cfg):
                         row.update(validate(run, asked, validation, state))
                     model.train()
                 run.log(row)
-                progress.show(row, keep=epoch_ends)
+                progress.show(row)
             if epoch_ends or stopping or state["step"] % common.SAVE_EVERY == 0:
                 run.save_state(cfg, student.size, state, **parts)
             if stopping:
@@ -1458,7 +1458,7 @@ def finish(run, cfg, student, state):
     if cfg.stage == "teacher":  # for data/, where half the size matters more than the digits
         student = student.half()
     run.save("blip.pt", common.checkpoint(student, cfg, student.size))
-    run.write_json("results.json", {"seed": cfg.seed, **state})
+    common.write_json(run.path("results.json"), {"seed": cfg.seed, **state})
     rows = common.read_csv(run.path("log.csv"))
     common.plot_curves(run.path("curves.png"), rows, None, f"{cfg.stage} on {cfg.data}")
 

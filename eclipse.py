@@ -76,7 +76,7 @@ class Config:
                        "any name with --root FOLDER of tar shards")
     root: str | None = option(None, "folder of the data (default data/NAME)")
     keep: str | None = option(None, "train on the samples of this file of keys, one a line")
-    out: str | None = option(None, "run folder (default runs/METHOD-DATA, numbered when taken)")
+    out: str | None = option(None, "run folder (default runs/METHOD-DATA)")
     resume: bool = option(False, "go on from the last checkpoint in --out")
     evaluate: str | None = option(None, "evaluate this checkpoint, ours or a public CLIP, and stop")
     eval_data: tuple[str, ...] = option((), "evaluation sets, names or folders (default: --data's)")
@@ -607,7 +607,7 @@ def train(cfg, loaded=None):
     validation = next(iter(common.evaluation_sets(cfg, size.image_size, "val").values()), None)
     samples = common.TrainSamples(data, tokenizer, size.image_size, crop_scale(cfg), cfg.seed)
 
-    run = common.Run(cfg.out, LOG_COLUMNS)
+    run = common.Run(cfg, LOG_COLUMNS)
     parts = {"model": model, "optimiser": optimiser, "scaler": scaler}
     state = run.load_state(cfg, len(samples), **parts)
     steps_per_epoch = len(samples) // cfg.batch_size
@@ -632,7 +632,7 @@ def train(cfg, loaded=None):
 
             state["step"] += 1
             state["bad"] += bad
-            progress.bar.update()
+            progress.update(cfg.batch_size)
             epoch_ends = state["step"] % steps_per_epoch == 0
             logs = epoch_ends or state["step"] % cfg.log_every == 0
             stopping = stop.agreed(synchronise=logs)
@@ -643,7 +643,7 @@ def train(cfg, loaded=None):
                     if rank() == 0 and validation is not None:
                         row.update(validate(run, model, cells, validation, tokenizer, state))
                 run.log(row)
-                progress.show(row, keep=epoch_ends)
+                progress.show(row)
             if epoch_ends or stopping or state["step"] % common.SAVE_EVERY == 0:
                 run.save_state(cfg, size, state, **parts)
             if stopping:

@@ -36,8 +36,8 @@ from common import (
     files_below,
     read_json,
     read_text,
-    replace_file,
     run_main,
+    write_text,
 )
 
 MISSING = "missing image file"
@@ -114,7 +114,7 @@ class Lists:
             notes = +self.notes[split]
             head |= {"unusable": bad, "notes": notes}
             text = "\n".join([json.dumps(head), *lines.values()]) + "\n"
-            replace_file(path, lambda new: new.write_text(text, "utf-8"))
+            write_text(path, text)
             for found, number in {what: len(lines), **notes}.items():
                 print(f"{path}: {number:,} {found}")
 

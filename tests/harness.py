@@ -1,10 +1,9 @@
 """How the tests start the scripts, and the small data they train on.
 
 call() runs main(argv) inside the test; Script is a process of its own, for signals and several
-processes. Everything runs on one thread of the CPU.
+processes. conftest.py sees to it that everything runs on one thread of the CPU.
 """
 
-import contextlib
 import csv
 import importlib
 import io
@@ -18,37 +17,34 @@ import sys
 import tarfile
 import tempfile
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import common
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._pytree import tree_flatten
 
 REPO = Path(__file__).resolve().parents[1]
 COCO_MINI = REPO.parent / "shared" / "data" / "coco_mini"
 needs_coco = pytest.mark.skipif(not COCO_MINI.is_dir(), reason="no COCO photographs here")
-posix = pytest.mark.skipif(os.name == "nt", reason="Windows sends no Ctrl-C to a single process")
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the server, which starts with the first Script
-SERVER = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
-if os.name != "nt":
-    SERVER.set_forkserver_preload(["torch._dynamo", "matplotlib.pyplot", "tqdm"])
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["torch._dynamo", "matplotlib.pyplot", "tqdm"])
 
 
 def call(script, *flags):
     """(exit code, stdout, stderr) of `python SCRIPT.py flags`, run inside this process."""
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        module, argv = importlib.import_module(script), sys.argv
-        sys.argv = [str(REPO / f"{script}.py"), *map(str, flags)]
+    words = [str(REPO / f"{script}.py"), *map(str, flags)]
+    with redirect_stdout(out), redirect_stderr(err), mock.patch.object(sys, "argv", words):
         try:
-            code = common.run_main(module.main, sys.argv[1:])
+            code = common.run_main(importlib.import_module(script).main)
         except SystemExit as exit:  # --help
             code = exit.code
-        finally:
-            sys.argv = argv
     return code, out.getvalue(), err.getvalue()
 
 
@@ -62,8 +58,7 @@ def run(script, *flags):
 def error(script, *flags):
     """The one line that call() must end with: exit code 2, no traceback."""
     code, _, err = call(script, *flags)
-    assert code == 2, err or f"exit code {code}"
-    assert err.count("\n") == 1, err
+    assert code == 2 and err.count("\n") == 1, (code, err)
     return err.strip()
 
 
@@ -74,15 +69,14 @@ class Script:
     themselves were started in the background, where a shell lets children ignore it.
     """
 
-    def __init__(self, script, *flags, cwd=REPO, env=(), workers_by=None):
+    def __init__(self, script, *flags, env=()):
         self.output = tempfile.TemporaryDirectory()
-        flags = list(map(str, flags))
-        arguments = script, flags, str(cwd), self.output.name, dict(env), workers_by
+        arguments = script, list(map(str, flags)), self.output.name, dict(env)
         self.process = SERVER.Process(target=_main, args=arguments)
         self.process.start()
 
-    def wait(self, timeout=300):
-        self.process.join(timeout)
+    def wait(self):
+        self.process.join(300)
         if self.process.is_alive():
             self.process.kill()
             raise TimeoutError(self.err)
@@ -111,32 +105,30 @@ class Script:
     err = property(lambda self: Path(self.output.name, "err").read_text("utf-8"))
 
 
-def _main(script, flags, cwd, output, env, workers_by):
+def _main(script, flags, output, env):
     os.setpgrp()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(Path(output, name), os.O_WRONLY | os.O_CREAT), stream)
-    os.chdir(cwd)
     os.environ.update(env)
-    if workers_by:
-        multiprocessing.set_start_method(workers_by, force=True)
-    torch.set_num_threads(1)
     sys.argv = [str(REPO / f"{script}.py"), *flags]
     code = common.run_main(importlib.import_module(script).main)
     sys.stdout.flush()
     sys.exit(code)
 
 
-def several(script, world, *flags):
-    """Run a script in `world` processes, as torchrun would; returns the Scripts, all ended well."""
+def environments(world):
+    """The variables that torchrun sets for each of `world` processes."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    shared = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    scripts = []
-    for place in range(world):
-        env = {**shared, "RANK": place, "LOCAL_RANK": place, "LOCAL_WORLD_SIZE": world}
-        scripts.append(Script(script, *flags, env={name: str(v) for name, v in env.items()}))
+    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [{**shared, "RANK": str(place)} for place in range(world)]
+
+
+def several(script, world, *flags):
+    """Run a script in `world` processes, as torchrun would; returns the Scripts, all ended well."""
+    scripts = [Script(script, *flags, env=env) for env in environments(world)]
     for each in scripts:
         assert each.wait().code == 0, each.err
     return scripts
@@ -153,13 +145,9 @@ def checkpoint(folder, name="last.pt"):
 
 def equal(a, b):
     """Bit for bit, through nested dicts and lists."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
+    (ours, form), (theirs, other) = tree_flatten(a), tree_flatten(b)
+    return form == other and all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+                                 for x, y in zip(ours, theirs))
 
 
 def cells_of(folder):
@@ -173,14 +161,11 @@ def cells_of(folder):
 def assert_same_run(a, b):
     """Two run folders hold the same log, weights, optimiser state and scores, to the last bit."""
     assert (a / "log.csv").read_bytes() == (b / "log.csv").read_bytes()
+    assert cells_of(a) == cells_of(b)
     for name in ("last.pt", "best.pt"):
-        assert (a / name).exists() == (b / name).exists()
-        if (a / name).exists():
-            ours, theirs = checkpoint(a, name), checkpoint(b, name)
-            for key in ours.keys() | theirs.keys():
-                assert key == "config" or equal(ours[key], theirs[key]), (name, key)
-    if (a / "results.json").exists():
-        assert cells_of(a) == cells_of(b)
+        ours, theirs = checkpoint(a, name), checkpoint(b, name)
+        del ours["config"], theirs["config"]
+        assert equal(ours, theirs), name
 
 
 def photo(index, size=(48, 40)):

@@ -31,7 +31,6 @@ from harness import (
     log_of,
     needs_coco,
     photo,
-    posix,
     run,
     several,
 )
@@ -183,7 +182,6 @@ def test_methods(emoji, whole, tmp_path):
 # --------------------------------------------------------------------------------- interruptions
 
 
-@posix
 @pytest.mark.parametrize("how", ["kill", "ctrl_c"])
 def test_interrupted_runs_go_on(how, emoji, folder, tmp_path):
     """Byte for byte; kill -9 loses what came after the last epoch, Ctrl-C nothing."""

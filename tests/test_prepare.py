@@ -335,7 +335,7 @@ def test_one_entry_of_many_is_counted(tmp_path, capsys, monkeypatch, content, fi
     ({"images": IMAGES}, 'holds no list under "annotations"'),
     ({"images": IMAGES, "annotations": [{"image_id": 0, "bbox": [1, 2, 3, 4]}]},
      'annotation 0: no text under "caption"'),
-    ("{", "no valid json"), ('{"images": "\udcff"}', "no text in UTF-8"),
+    ("{", "no valid json"), ('{"images": "\udcff"}', "no valid json"),
     (captions_file(images=[{"id": i, "file_name": "x.jpg"} for i in range(10)]), "missing image"),
     (captions_file(images=IMAGES[:1] + [{"id": i + 1} for i in range(9)]), "more than 10 %"),
 ])

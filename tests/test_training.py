@@ -6,19 +6,20 @@ The reference is always another run: one process for two, the uninterrupted run 
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
-from pathlib import Path
 
 import common
 import eclipse
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from torch.utils._pytree import tree_leaves
 
 from harness import (
     COCO_MINI,
@@ -29,18 +30,19 @@ from harness import (
     call,
     cells_of,
     checkpoint,
+    environments,
     error,
     log_of,
     needs_coco,
     photo,
     photo_samples,
-    posix,
     run,
     several,
     write_photos,
     write_shard,
 )
 
+PYTHON = [sys.executable, str(REPO / "eclipse.py")]
 TINY = ["--preset", "tiny", "--batch-size", 16, "--epochs", 2, "--log-every", 1, "--lr", "1e-3"]
 EMOJI = [*TINY, "--scenes", 128, "--concepts", 10]  # 8 steps an epoch
 CELLS = {"online κ=0.7", "online κ=1", "momentum κ=0.7", "momentum κ=1"}
@@ -63,25 +65,22 @@ def photos_run(photos, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def emoji_run(tmp_path_factory):
-    """The folder of a run as a user starts it, in an empty working directory, without --out."""
+    """A run as a user starts it, without --out; a notebook's and a launcher's variables are left over."""
     cwd = tmp_path_factory.mktemp("cwd")
-    command = [sys.executable, REPO / "eclipse.py", *EMOJI]
-    finished = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True)
+    env = {**os.environ, "MPLBACKEND": "module://no_such_backend", "RANK": "1", "WORLD_SIZE": ""}
+    finished = subprocess.run([*PYTHON, *map(str, EMOJI)], cwd=cwd, env=env, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
-    assert [path.name for path in (cwd / "runs").iterdir()] == ["eclipse-emoji"]
     return cwd / "runs" / "eclipse-emoji"
 
 
 @pytest.fixture(scope="module")
 def classes(tmp_path_factory):
-    """A folder of classes: train/ and test/ of two colours, 10 and 5 images each."""
+    """A folder of classes: train/ and test/ with five images each of two colours."""
     root = tmp_path_factory.mktemp("classes") / "colours"
-    for split, count in (("train", 10), ("test", 5)):
-        for colour in (0, 4):
-            folder = root / split / f"colour_{colour}"
-            folder.mkdir(parents=True)
-            for i in range(count):
-                (folder / f"{i}.jpg").write_bytes(photo(colour + 10 * i + (split == "test") * 1000))
+    for index in range(0, 100, 5):  # photo() has ten colours
+        folder = root / ("train" if index < 50 else "test") / f"colour_{index % 10}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{index}.jpg").write_bytes(photo(index))
     return root
 
 
@@ -93,16 +92,12 @@ def test_results_hold_what_a_report_needs(emoji_run):
     assert results["cells"].keys() == CELLS and results["steps"] == 16
     for cell in results["cells"].values():
         assert {"concept_top1", "group_top1", "retrieval_i2t_r1", "images_per_second"} <= cell.keys()
-        assert all(np.isfinite(value) for value in cell.values())
     validated = [max(float(row["val_online"]), float(row["val_momentum"]))
                  for row in log_of(emoji_run) if row["val_online"]]
-    assert len(validated) == 2  # once an epoch
     assert results["best_validation"] == pytest.approx(max(validated))
-    for picture in ("curves.png", "retrieval.png", "tokens.png"):
-        assert Image.open(emoji_run / picture).size[0] > 300
+    assert {"curves.png", "retrieval.png", "tokens.png"} <= {path.name for path in emoji_run.iterdir()}
     config = json.loads((emoji_run / "config.json").read_text())
     assert config["config"].keys() == {field.name for field in dataclasses.fields(eclipse.Config)}
-    assert config["environment"]["torch"] == torch.__version__
     assert "--scenes 128" in config["environment"]["command"]
 
 
@@ -111,44 +106,38 @@ OPTIONS = {"text teacher": ["--text-teacher", "momentum", "--no-fuse", "--accum"
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_kill_in_an_epoch_and_resume(photos, tmp_path, monkeypatch, options):
-    """Stopped at step 11 of 8 an epoch, then killed at step 13: the same bits as without."""
+def test_kill_in_an_epoch_and_resume(photos, tmp_path, options):
+    """Stopped at step 9 of 8 an epoch or soon after, then killed: the same bits as without."""
     whole, out = tmp_path / "whole", tmp_path / "killed"
     run("eclipse", *photos, *options, "--out", whole)
     command = ["eclipse", *photos, *options, "--out", out]
-    stopped = Script(*command).wait_for(out / "log.csv", 11).ctrl_c()
-    assert stopped.code == 130 and not (out / "results.json").exists()
+    stopped = Script(*command).wait_for(out / "log.csv", 9).ctrl_c()
     step = checkpoint(out)["state"]["step"]
-    assert 11 <= step < 16 and f"step {step}" in stopped.err
-    if step < 14:
-        Script(*command, "--resume").wait_for(out / "log.csv", step + 1).kill()
+    assert stopped.code == 130 and f"step {step}" in stopped.err
+    Script(*command, "--resume").wait_for(out / "log.csv", step + 1).kill()
     with open(out / "log.csv", "ab") as file:
         file.write(b"99,1.5,0.\0\0\0\0")  # a power cut in the middle of a row
     run(*command, "--resume")
     assert_same_run(whole, out)
 
 
-def test_kill_before_the_first_checkpoint(photos, photos_run, tmp_path):
-    out = tmp_path / "run"
-    Script("eclipse", *photos, "--out", out).wait_for(out / "log.csv", 2).kill()
-    run("eclipse", "--resume", "--out", out)
-    assert_same_run(photos_run, out)
+def test_resume_without_a_checkpoint_and_of_no_run_and_of_a_finished_one(photos, photos_run, tmp_path):
+    killed, new = tmp_path / "killed", tmp_path / "new"
+    Script("eclipse", *photos, "--out", killed).wait_for(killed / "log.csv", 2).kill()
+    run("eclipse", "--resume", "--out", killed)
+    run("eclipse", *photos, "--resume", "--out", new)
+    run("eclipse", "--resume", "--out", new)
+    for folder in (killed, new):
+        assert_same_run(photos_run, folder)
 
 
-def test_resume_of_a_finished_run_and_of_no_run(photos, photos_run, tmp_path):
-    shutil.copytree(photos_run, tmp_path / "run")
-    run("eclipse", "--resume", "--out", tmp_path / "run")
-    assert_same_run(photos_run, tmp_path / "run")
-    assert "starting one" in run("eclipse", *photos, "--resume", "--out", tmp_path / "new")
-    assert_same_run(photos_run, tmp_path / "new")
-
-
-@posix
 def test_spawned_workers(emoji_run, tmp_path):
     """As on macOS and Windows: data and tokenizer travel to the workers."""
-    out = tmp_path / "run"
-    assert Script("eclipse", *EMOJI, "--workers", 1, "--out", out, workers_by="spawn").wait().code == 0
-    assert_same_run(emoji_run, out)
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    run("eclipse", *EMOJI, "--workers", 1, "--out", tmp_path / "run")
+    multiprocessing.set_start_method(before, force=True)
+    assert_same_run(emoji_run, tmp_path / "run")
 
 
 def test_resume_after_samples_were_lost(photos, photos_run, tmp_path):
@@ -159,98 +148,73 @@ def test_resume_after_samples_were_lost(photos, photos_run, tmp_path):
     assert "128" in message and "100" in message
 
 
-@posix
 def test_a_broken_pipe_stops_cleanly(tmp_path):
     """`python eclipse.py | head -1`"""
-    command = [sys.executable, str(REPO / "eclipse.py"), *map(str, EMOJI), "--out", str(tmp_path / "run")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process.stdout.readline()
-    process.stdout.close()
-    message = process.stderr.read()
-    assert process.wait(300) == 130 and "Traceback" not in message, message
-    assert (tmp_path / "run" / "last.pt").exists()
-
-
-def test_a_notebook(tmp_path):
-    """Colab's and Kaggle's MPLBACKEND, a stdout that cannot be reconfigured, leftovers of a launcher."""
-    env = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.no_such_backend", "RANK": "1", "WORLD_SIZE": ""}
-    program = ("import sys, io; out = sys.stdout\n"
-               "class Stream(io.StringIO):\n    reconfigure = property()\n"
-               "sys.stdout = Stream(); import common, eclipse\n"
-               "code = common.run_main(eclipse.main, sys.argv[1:]); out.write(sys.stdout.getvalue()); sys.exit(code)")
-    command = [sys.executable, "-c", program, *map(str, EMOJI), "--epochs", "1", "--out", str(tmp_path / "run")]
-    finished = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    for picture in ("curves.png", "retrieval.png", "tokens.png"):
-        assert (tmp_path / "run" / picture).exists()
+    command = [*PYTHON, *map(str, EMOJI), "--out", str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert "Traceback" not in process.stderr.read()
+    assert process.returncode == 130 and (tmp_path / "run" / "last.pt").exists()
 
 
 # ------------------------------------------------------------------------------ several processes
 
 
-GRADIENT_CASES = [["--method", "clip"], ["--text-grad", "momentum"], ["--text-grad", "both"],
-                  ["--text-teacher", "momentum", "--teacher-keep-rate", "0.7"]]
+GRADIENT_CASES = [dict(method="clip"), dict(text_grad="momentum"), dict(text_grad="both"),
+                  dict(text_teacher="momentum", teacher_keep_rate=0.7)]
 
 
-def _gradients(place, world, store, folder):
+def _gradients(env, file):
     """One process: the gradients of a step in every case, with and without --accum, in float64."""
-    os.environ.update(RANK=str(place), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1")
-    if world > 1:
-        torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=place, world_size=world)
+    os.environ.update(env)
     torch.Tensor.float = torch.Tensor.double  # wherever the model asks for full precision
-    found, size = {}, common.PRESETS["tiny"]
-    for case in GRADIENT_CASES:
-        for accum in ("1", "2"):
-            cfg, _, _ = eclipse.configure([*map(str, EMOJI), *case, "--accum", accum, "--out", folder])
+    device, size, found = common.start_device("cpu", 0), common.PRESETS["tiny"], {}
+    amp, scaler = common.mixed_precision("fp32", device)
+    share = slice(common.rank(), 16, common.world_size())
+    for number, case in enumerate(GRADIENT_CASES):
+        for accum in (1, 2):
             torch.manual_seed(0)
-            model = eclipse.ECLIPSE(cfg, size).double()
-            for name, parameter in model.named_parameters():
-                if name.startswith("momentum"):
-                    parameter.data += 0.02 * torch.randn(parameter.shape)  # no copy of the student
-            amp, scaler = common.mixed_precision("fp32", torch.device("cpu"))
-            generator = torch.Generator().manual_seed(1)
-            share = slice(place * 16 // world, (place + 1) * 16 // world)
-            image = torch.randn(16, 3, size.image_size, size.image_size, generator=generator)[share].double()
-            text = torch.randint(1, size.vocab_size, (16, size.context_length), generator=generator)[share]
-            others = *model.teach(image, text), 2.0
-            terms = eclipse.backward(model, image, text, others, amp, scaler)
+            model = eclipse.ECLIPSE(eclipse.Config(accum=accum, **case), size).double()
+            for parameter in model.parameters():
+                parameter.data += 0.02 * torch.randn(parameter.shape)  # the teacher is no copy of the student
+            image = torch.randn(16, 3, size.image_size, size.image_size)[share].double()
+            text = torch.randint(1, size.vocab_size, (16, size.context_length))[share]
+            terms = eclipse.backward(model, image, text, (*model.teach(image, text), 2.0), amp, scaler)
             common.average_gradients(model.parameters())
-            found[(*case, accum)] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-            found[(*case, accum)]["loss"] = torch.tensor(common.mean_over_processes(terms)["loss"])
-    if place == 0:
-        torch.save(found, Path(folder, f"{world}.pt"))
-    if world > 1:
-        torch.distributed.destroy_process_group()
+            found[number, accum] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+            loss = common.mean_over_processes(terms)["loss"]
+            found[number, accum]["loss"] = torch.tensor(loss, dtype=torch.float64)
+    if common.rank() == 0:
+        torch.save(found, file)
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path):
     """In float64, where 1e-10 leaves no room for another formula."""
-    processes = [SERVER.Process(target=_gradients, args=(place, world, tmp_path / "store", str(tmp_path)))
-                 for world in (1, 2) for place in range(world)]
+    files = {world: tmp_path / f"{world}.pt" for world in (1, 2)}
+    processes = [SERVER.Process(target=_gradients, args=(env, file))
+                 for world, file in files.items() for env in environments(world)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(300)
         assert process.exitcode == 0
-    one, two = (torch.load(tmp_path / f"{world}.pt") for world in (1, 2))
-    assert len(one) == 2 * len(GRADIENT_CASES)
-    for case in one:
-        assert one[case].keys() == two[case].keys() and "online.logit_scale" in one[case]
-        whole = one[(*case[:-1], "1")]
-        for name, gradient in whole.items():
-            for other in (one[case][name], two[case][name]):
-                worst = (other - gradient).abs().max() / gradient.abs().max().clamp(min=1e-3)
-                assert worst <= (1e-6 if name == "loss" else 1e-10), (case, name, worst)  # loss: as float32
+    one, two = map(torch.load, files.values())
+    for number, accum in one:
+        assert "online.logit_scale" in one[number, 1]
+        for name, gradient in one[number, 1].items():
+            for other in (one[number, accum][name], two[number, accum][name]):
+                atol = 1e-10 * max(gradient.abs().max().item(), 1e-3)
+                torch.testing.assert_close(other, gradient, rtol=0, atol=atol)
 
 
 def test_two_processes_train_as_one(photos, photos_run, tmp_path):
     """They give the losses of one to what float32 leaves, and write each file and row once."""
     scripts = several("eclipse", 2, *photos, "--accum", 2, "--out", tmp_path / "run")
-    rows, expected = log_of(tmp_path / "run"), log_of(photos_run)
-    assert [row["step"] for row in rows] == [row["step"] for row in expected]
-    for row, other in zip(rows, expected):
-        for column in ("loss", "nce_online", "kd", "logit_scale", "lr"):
-            assert float(row[column]) == pytest.approx(float(other[column]), abs=2e-3), (row["step"], column)
+    columns = ("step", "loss", "nce_online", "kd", "logit_scale", "lr")
+    rows, expected = ([[float(row[column]) for column in columns] for row in log_of(folder)]
+                      for folder in (tmp_path / "run", photos_run))
+    np.testing.assert_allclose(rows, expected, rtol=1e-6, atol=2e-3)
     names = {path.name for path in photos_run.iterdir()}
     assert {path.name for path in (tmp_path / "run").iterdir()} == names
     assert scripts[0].out.count("step 16 ") == 1 and "step 16 " not in scripts[1].out
@@ -260,42 +224,28 @@ def test_two_processes_train_as_one(photos, photos_run, tmp_path):
 # --------------------------------------------------------------------------- divergence, disk full
 
 
-def finite(content):
-    if isinstance(content, torch.Tensor):
-        return bool(content.isfinite().all())
-    if isinstance(content, dict):
-        return all(map(finite, content.values()))
-    return all(map(finite, content)) if isinstance(content, (list, tuple)) else True
-
-
 @pytest.mark.parametrize("log_every", [1, 20])
 def test_divergence_is_one_line_and_leaves_a_good_checkpoint(photos, tmp_path, monkeypatch, log_every):
     monkeypatch.setattr(common, "SAVE_EVERY", 1)
     code, _, err = call("eclipse", *photos, "--lr", "1e6", "--log-every", log_every, "--epochs", 8,
                         "--out", tmp_path / "run")
-    assert code == 1 and err.count("\n") == 1 and re.search(r"at step \d+", err) and "--lr" in err
+    assert code == 1 and err.count("\n") == 1 and re.search(r"at step \d+.*--lr", err)
     assert not (tmp_path / "run" / "results.json").exists()
     saved = checkpoint(tmp_path / "run")
-    assert finite(saved["model"]) and finite(saved["optimiser"])
+    tensors = tree_leaves([saved["model"], saved["optimiser"]["state"]])
+    assert all(tensor.isfinite().all() for tensor in tensors)
 
 
-def test_disk_full(photos, tmp_path, monkeypatch):
+def test_disk_full(tmp_path):
     """The last checkpoint stays whole, and the message names the file and the reason."""
-    monkeypatch.setattr(common, "SAVE_EVERY", 2)
-    write, calls = torch.save, []
+    def write(path):
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
 
-    def save(content, path):
-        calls.append(path)
-        if len(calls) > 3:
-            Path(path).write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-        write(content, path)
-
-    monkeypatch.setattr(torch, "save", save)
-    message = error("eclipse", *photos, "--out", tmp_path / "run")
-    assert "No space left on device" in message and ".pt" in message
-    assert checkpoint(tmp_path / "run")["state"]["step"] > 0
-    assert not list((tmp_path / "run").glob("*.tmp"))
+    (tmp_path / "last.pt").write_text("whole")
+    with pytest.raises(common.UserError, match="last.pt.*No space left on device"):
+        common.replace_file(tmp_path / "last.pt", write)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["whole"]
 
 
 # ------------------------------------------------------------------------------------ user errors
@@ -340,25 +290,18 @@ ERRORS = {
 
 @pytest.mark.parametrize("flags", ERRORS)
 def test_user_errors_are_one_line(flags, wrong, photos_run, tmp_path):
-    def named(text):
-        return text.format(wrong=wrong, run=photos_run)
-
     start = [] if flags.startswith(("--resume", "--evaluate")) else TINY if flags.startswith("--data") else EMOJI
-    out = [] if "--out" in flags else ["--out", tmp_path / "run"]
-    message = error("eclipse", *start, *named(flags).split(), *out)
-    missing = [word for word in named(ERRORS[flags]).split() if word not in message]
-    assert not missing, message
-    assert len(message) < 500 or "--ablate" in flags, message
+    given, words = (text.format(wrong=wrong, run=photos_run).split() for text in (flags, ERRORS[flags]))
+    message = error("eclipse", "--out", tmp_path / "run", *start, *given)
+    assert all(word in message for word in words), message
     if not flags.startswith("--data bad"):  # only training itself finds those
         assert not (tmp_path / "run" / "log.csv").exists(), "the error came after training"
 
 
 def test_a_user_error_without_the_test_harness(tmp_path):
-    command = [sys.executable, str(REPO / "eclipse.py"), "--evaluate", "none.pt"]
-    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert finished.returncode == 2 and finished.stdout == ""
-    assert finished.stderr.startswith("eclipse.py: ") and finished.stderr.count("\n") == 1
-    assert not any(tmp_path.iterdir())
+    finished = subprocess.run([*PYTHON, "--evaluate", "none.pt"], cwd=tmp_path, capture_output=True, text=True)
+    assert finished.returncode == 2 and finished.stdout == "" and not any(tmp_path.iterdir())
+    assert re.fullmatch("eclipse.py: .*none.pt.*\n", finished.stderr)
 
 
 # -------------------------------------------------------------------------- real data, evaluation
@@ -366,14 +309,12 @@ def test_a_user_error_without_the_test_harness(tmp_path):
 
 @needs_coco
 def test_coco(tmp_path):
-    prepared = tmp_path / "coco"
-    command = [sys.executable, str(REPO / "data" / "prepare.py"), "coco", str(COCO_MINI), "--out", str(prepared)]
-    subprocess.run(command, check=True, capture_output=True)
-    out = run("eclipse", *TINY, "--data", "coco", "--root", prepared, "--preset", "tiny", "--epochs", 1,
-              "--workers", 0, "--out", tmp_path / "run")
-    assert "coco_i2t_r1" in out
+    prepare = [sys.executable, REPO / "data" / "prepare.py", "coco", COCO_MINI, "--out", tmp_path / "coco"]
+    subprocess.run(prepare, check=True, capture_output=True)
+    run("eclipse", *TINY, "--data", "coco", "--root", tmp_path / "coco", "--epochs", 1, "--workers", 0,
+        "--preset", "tiny", "--out", tmp_path / "run")
     cell = cells_of(tmp_path / "run")["online κ=0.7"]
-    assert all(0 <= cell[f"coco_{way}_r{k}"] <= 100 for way in ("i2t", "t2i") for k in (1, 5, 10))
+    assert {"coco_i2t_r1", "coco_t2i_r10"} <= cell.keys()
     assert len(log_of(tmp_path / "run")) == 5  # 80 photographs in batches of 16
 
 
@@ -389,19 +330,25 @@ def test_unusable_samples_in_a_row_count_once_each(tmp_path):
     assert out.count("mine: 4 of 64 samples cannot be used") == 2  # once an epoch
 
 
-def test_evaluate_gives_the_numbers_of_the_run(emoji_run, tmp_path, monkeypatch):
+@pytest.fixture
+def tables(monkeypatch):
+    """What print_table was given."""
     tables = []
     monkeypatch.setattr(common, "print_table", lambda cells, *_: tables.append(cells))
+    return tables
+
+
+def test_evaluate_gives_the_numbers_of_the_run(emoji_run, tables):
     run("eclipse", "--evaluate", emoji_run / "last.pt")
     for name, cell in cells_of(emoji_run).items():
         mean = (cell["concept_top1"] + cell["group_top1"]) / 2
         assert tables[0][name] == pytest.approx({**cell, "mean_top1": mean})
 
 
-def test_evaluate_on_a_folder_of_classes_with_linear_probe(photos_run, classes, monkeypatch):
-    tables = []
-    monkeypatch.setattr(common, "print_table", lambda cells, *_: tables.append(cells))
-    run("eclipse", "--evaluate", photos_run / "last.pt", "--eval-data", classes, "--linear-probe", "--workers", 0)
+def test_evaluate_on_a_folder_of_classes_with_linear_probe(photos_run, classes, tables):
+    """At another image size: both towers' positions are resized."""
+    run("eclipse", "--evaluate", photos_run / "last.pt", "--eval-data", classes, "--linear-probe",
+        "--image-size", 24, "--workers", 0)
     assert tables[0].keys() == CELLS
     for cell in tables[0].values():
         assert cell["colours_top5"] == 100 and cell["colours_probe_top1"] >= 80  # two colours
@@ -410,13 +357,10 @@ def test_evaluate_on_a_folder_of_classes_with_linear_probe(photos_run, classes, 
 def test_init_starts_from_the_weights(photos, photos_run, tmp_path):
     run("eclipse", *photos, "--init", photos_run / "last.pt", "--lr", 0, "--epochs", 1, "--out", tmp_path / "run")
     before, after = checkpoint(photos_run)["model"], checkpoint(tmp_path / "run")["model"]
-    assert before.keys() == after.keys()
+    assert len(before) == len(after)
     for name, tensor in after.items():
         source = name.replace("momentum.", "online.visual.")  # a new teacher is a copy of the student
         torch.testing.assert_close(tensor, before[source], rtol=0, atol=1e-3, msg=name)
-    run("eclipse", *photos, "--init", photos_run / "last.pt", "--image-size", 24, "--epochs", 1,
-        "--out", tmp_path / "larger")
-    assert len(checkpoint(tmp_path / "larger")["model"]["online.visual.positional_embedding"]) == 10
 
 
 # --------------------------------------------------------------------------------- help, ablation
@@ -426,9 +370,7 @@ def test_help_names_every_field():
     code, out, _ = call("eclipse", "--help")
     assert code == 0
     for field in dataclasses.fields(eclipse.Config):
-        words = field.metadata["help"].split()[:3]
-        assert re.search(rf"--{field.name.replace('_', '-')}\b", out), field.name
-        assert re.search(r"\s+".join(map(re.escape, words)), out), field.name
+        assert f"\n  --{field.name.replace('_', '-')}" in out, field.name
 
 
 @posix
@@ -439,39 +381,35 @@ def test_ablation_can_be_interrupted(tmp_path):
     command = ["eclipse", *EMOJI, "--epochs", 1, "--ablate", "keep rate 0.4", "no fusion", "--seeds", 0,
                "--out", out]
     first, second = out / "keep_rate_0.4" / "seed0", out / "no_fusion" / "seed0"
-    stopped = Script(*command).wait_for(second / "log.csv", 2).ctrl_c()
-    assert stopped.code == 130 and "same command" in stopped.err
+    assert Script(*command).wait_for(second / "log.csv", 2).ctrl_c().code == 130
     assert (first / "results.json").exists() and not (second / "results.json").exists()
-    out_text = run(*command)
-    assert "no_fusion" in out_text and "--keep-rate 0.4" not in out_text
+    printed = run(*command)
+    assert "--keep-rate 0.4" not in printed
     table = (out / "table.md").read_text("utf-8")
     assert "keep rate 0.4: online κ=0.4" in table and "no fusion: momentum κ=1" in table
-    assert Image.open(out / "sweet_spot.png").size[0] > 300
-    assert [row["step"] for row in log_of(second)] == [str(step) for step in range(1, 9)]
     assert "OMP_NUM_THREADS" not in run(*command)
-    printed = re.search(r"OMP_NUM_THREADS=(\d+) python \S+ (.*)", out_text)
-    flags = printed[2].replace(str(second), str(tmp_path / "alone")).split()
-    run("eclipse", *flags)
+    flags = re.search(r"OMP_NUM_THREADS=1 python \S+ (.*)", printed)[1]
+    run("eclipse", *flags.replace(str(second), str(tmp_path / "alone")).split())
     assert_same_run(second, tmp_path / "alone")
 
 
 def test_ablation_with_another_keep_rate_and_data(photos, classes, tmp_path):
     """A κ that is not on the curve, 1/3, and data without the emoji's zero-shot sets."""
-    out = tmp_path / "ablation"
     run("eclipse", *photos, "--epochs", 1, "--keep-rate", 1 / 3, "--ablate", "eclipse", "--eval-data", classes,
-        "--seeds", 0, 1, "--jobs", 2, "--out", out)
-    table = (out / "table.md").read_text("utf-8")
-    assert "eclipse: online κ=0.333" in table and "colours_top1" in table and "±" in table
-    assert (out / "sweet_spot.png").exists()
+        "--seeds", 0, 1, "--jobs", 2, "--out", tmp_path)
+    table = (tmp_path / "table.md").read_text("utf-8")
+    assert "eclipse: online κ=0.333" in table and "colours_top1" in table
+    assert (tmp_path / "sweet_spot.png").exists()
+
+
+def test_differences_are_paired_by_seed():
+    scores = {"clip": {0: 50, 1: 60, 2: 1}, "eclipse": {1: 63, 0: 48, 7: 5}}
+    found = {arm: [{"seed": seed, "cells": {"x": {"top1": score}}} for seed, score in of_seeds.items()]
+             for arm, of_seeds in scores.items()}
+    std = statistics.stdev([63 - 60, 48 - 50])
+    assert common.over_seeds(found, found["clip"])["eclipse: x"] == {"top1": f"0.5 ± {std:.3g} (1/2)"}
 
 
 def test_a_failing_arm_is_one_line(tmp_path):
     message = error("eclipse", *EMOJI, "--scenes", 8, "--ablate", "clip", "--seeds", 0, "--out", tmp_path)
     assert "clip" in message and "16" in message
-
-
-def test_evaluate_at_another_image_size(photos_run, classes):
-    """Both towers' positions are resized."""
-    out = run("eclipse", "--evaluate", photos_run / "last.pt", "--image-size", 24, "--eval-data", classes,
-              "--workers", 0)
-    assert "momentum κ=1" in out
