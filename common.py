@@ -43,7 +43,6 @@ import threading
 import time
 import unicodedata
 import warnings
-import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -792,49 +791,43 @@ LOSSES = ("loss", "nce", "kd", "cluster", "instance", "mimicry", "itc", "itm", "
 
 # ---------------------------------------------------------------------------------- checkpoints
 
-IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))  # SLIP's too
-OPENAI = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
-
-
 @dataclass(frozen=True)
 class Size:
-    """What a CLIP's tensors and inputs look like: all that a model is built from."""
+    """What a CLIP's tensors and inputs look like: all that a model is built from. The defaults are
+    the demo's."""
 
-    image_size: int  # pixels, as patch_size
-    patch_size: int
-    vision_width: int
-    vision_layers: int
-    vision_heads: int
-    vision_mlp: int  # hidden width of the MLPs
-    text_width: int
-    text_layers: int
-    text_heads: int
-    context_length: int  # tokens of a text, start and end included
-    vocab_size: int
-    embed_dim: int  # width of the joint embedding
-    act: str  # "gelu" or "quick_gelu"
-    mean: tuple  # of the channels of pixels from 0 to 1, as std
-    std: tuple
+    image_size: int = 40  # pixels, as patch_size
+    patch_size: int = 8
+    vision_width: int = 96
+    vision_layers: int = 4
+    vision_heads: int = 4
+    vision_mlp: int = 384  # hidden width of the MLPs
+    text_width: int = 64
+    text_layers: int = 2
+    text_heads: int = 4
+    context_length: int = 24  # tokens of a text, start and end included
+    vocab_size: int = 4096
+    embed_dim: int = 64  # width of the joint embedding
+    act: str = "gelu"  # or "quick_gelu"
+    mean: tuple = (0.485, 0.456, 0.406)  # of the channels of pixels from 0 to 1: ImageNet's, SLIP's
+    std: tuple = (0.229, 0.224, 0.225)
 
     def pixel_statistics(self, device):
         """Mean and standard deviation of pixels from 0 to 255, (2, 3, 1, 1)."""
         return 255 * torch.tensor([self.mean, self.std], device=device).view(2, 3, 1, 1)
 
 
-DEMO = Size(image_size=40, patch_size=8, vision_width=96, vision_layers=4, vision_heads=4,
-            vision_mlp=384, text_width=64, text_layers=2, text_heads=4, context_length=24,
-            vocab_size=4096, embed_dim=64, act="gelu", **IMAGENET)
+OPENAI = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
 VIT_B32 = Size(image_size=224, patch_size=32, vision_width=768, vision_layers=12, vision_heads=12,
                vision_mlp=3072, text_width=512, text_layers=12, text_heads=8, context_length=77,
-               vocab_size=49408, embed_dim=512, act="quick_gelu", **IMAGENET)
+               vocab_size=49408, embed_dim=512, act="quick_gelu")
 PRESETS = {
-    "tiny": replace(DEMO, image_size=16, vision_width=16, vision_layers=2,
-                                vision_heads=2, vision_mlp=32, text_width=16, text_layers=1,
-                                text_heads=2, embed_dim=16),  # for tests
-    "demo": DEMO,
-    "demo64": replace(DEMO, image_size=64),
+    "tiny": Size(image_size=16, vision_width=16, vision_layers=2, vision_heads=2, vision_mlp=32,
+                 text_width=16, text_layers=1, text_heads=2, embed_dim=16),  # for tests
+    "demo": Size(),
+    "demo64": Size(image_size=64),
     # 0.7 of the demo's multiply-adds: the rival, not pruned, of a pruned demo
-    "slim": replace(DEMO, vision_width=80, vision_mlp=320),
+    "slim": Size(vision_width=80, vision_mlp=320),
     "vit_b32": VIT_B32,
     "vit_b16": replace(VIT_B32, patch_size=16),
 }
@@ -857,32 +850,30 @@ def read_checkpoint(path):
     without what DataParallel and torch.compile put into names. UserError: no checkpoint.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} is no file: name a checkpoint, such as RUN/last.pt")
     try:
-        if path.suffix == ".safetensors":
-            content = read_safetensors(path)
-        elif zipfile.is_zipfile(path) and "constants.pkl" in str(zipfile.ZipFile(path).namelist()):
-            content = torch.jit.load(path, map_location="cpu").state_dict()  # OpenAI's TorchScript
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        weights = content
+        weights = content = read_content(path)
         for wrapper in ("model", "state_dict", "model_state_dict"):
             weights = weights.get(wrapper, weights)
         weights = {name.replace("_orig_mod.", "").removeprefix("module."): tensor.detach()
                    for name, tensor in weights.items()}
         size = content.get("size")
-        if not isinstance(size, dict):
-            return Checkpoint(path, weights, {}, None)
-        return Checkpoint(path, weights, content["config"], size)
+        return Checkpoint(path, weights, content["config"] if size else {}, size)
     except Exception as error:  # what is damaged or no table of tensors raises many types
-        reason = f"it is no table of weights, or cut off or damaged ({type(error).__name__})"
-        python_object = re.search(r"GLOBAL (\S+)", str(error))
-        if python_object:
-            reason = (f"it also holds a {python_object[1]}, and reading that could run any code. "
-                      "If you trust it, re-save the weights alone: torch.save(torch.load(FILE, "
-                      "weights_only=False)['state_dict'], NEW_FILE)")
-        raise UserError(f"{path} is not read: {reason}") from error
+        raise UserError(
+            f"{path} is not read ({type(error).__name__}): it is absent, cut off, damaged or no "
+            "table of weights; or it also holds Python objects, and reading those could run any "
+            "code. If you trust it, re-save the weights alone: torch.save(torch.load(FILE, "
+            "weights_only=False)['state_dict'], NEW_FILE)") from error
+
+
+def read_content(path):
+    """What torch.save, torch.jit.save or safetensors has written."""
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    try:
+        return torch.jit.load(path, map_location="cpu").state_dict()  # OpenAI's archives
+    except RuntimeError:  # no TorchScript
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -899,20 +890,16 @@ def read_safetensors(path):
     tensors = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        data = torch.frombuffer(content[start + begin:start + end],
-                                dtype=SAFETENSORS[entry["dtype"]])
-        tensors[name] = data.reshape(entry["shape"])
+        data = content[start + begin:start + end]
+        tensor = torch.frombuffer(data, dtype=SAFETENSORS[entry["dtype"]])
+        tensors[name] = tensor.reshape(entry["shape"])
     return tensors
 
 
-def read_clip(path, act=None):
-    """clip_weights of a file."""
-    return clip_weights(read_checkpoint(path), act)
-
-
 def clip_weights(checkpoint, act=None):
-    """(float32 weights in OpenAI's names, Size, config) of a CLIP ViT: ours (its trained towers),
-    OpenAI's, OpenCLIP's or Hugging Face's. A file of ours tells its Size; act goes before all."""
+    """(float32 weights in OpenAI's names, Size) of a CLIP ViT: ours (its trained towers), OpenAI's,
+    OpenCLIP's or Hugging Face's. What a file of ours or a json tells goes before what the tensors
+    tell, and act before all."""
     path, weights = checkpoint.path, checkpoint.weights
     for prefix in ("online.", "student."):
         if prefix + "logit_scale" in weights:
@@ -921,83 +908,60 @@ def clip_weights(checkpoint, act=None):
     try:
         if "vision_model.embeddings.class_embedding" in weights:
             weights = from_hugging_face(weights)
-        if checkpoint.size:
-            size = Size(**checkpoint.size)
-        else:
-            size = foreign_size(path, weights, act)
-    except UserError:
-        raise
+        told = checkpoint.size or told_by_json(path.parent)
+        size = Size(**{**told_by_tensors(weights), **told})
     except Exception as error:  # a name, a shape or a field that no CLIP ViT has
         raise UserError(f"{path} is no CLIP ViT ({type(error).__name__}: {error})") from None
     size = replace(size, act=act or size.act)
     if size.act not in ("gelu", "quick_gelu"):
-        raise UserError(f"{path} wants the activation {size.act}: --act gelu or quick_gelu")
+        raise UserError(f"{path}: the activation it tells is {size.act}: give --act, gelu or "
+                        "quick_gelu (OpenAI's)")
     weights = {name: tensor.float() for name, tensor in weights.items()
                if tensor.is_floating_point()}  # integers beside them are no parameters
-    return weights, size, checkpoint.config
+    return weights, size
 
 
-VISION_HEADS = {1280: 16, 1408: 16, 1664: 16}  # ViT-H, g, bigG; other CLIPs have width / 64
-
-
-def foreign_size(path, weights, act):
-    """The Size of published weights in OpenAI's names: the tensors tell the sizes, the json files
-    that a hub keeps beside them heads, activation, mean and std."""
+def told_by_tensors(weights):
+    """The fields of Size that weights in OpenAI's names tell; heads, mean and std as the published
+    ones have them; the activation of OpenAI's own archives alone."""
     conv, positions = weights["visual.conv1.weight"], weights["visual.positional_embedding"]
     width, _, _, patch = conv.shape
     vocab, text_width = weights["token_embedding.weight"].shape
-    grid = math.isqrt(len(positions) - 1)
-    if len(positions) != 1 + grid ** 2:
-        raise ValueError(f"visual.positional_embedding {tuple(positions.shape)} is no square grid")
-    archive = "input_resolution" in weights  # only OpenAI's have it
-    size = Size(
-        image_size=grid * patch, patch_size=patch, vision_width=width,
-        vision_layers=count_blocks(weights, "visual.transformer."),
-        vision_heads=VISION_HEADS.get(width, width // 64),
+    layers = collections.Counter(name.split(".")[0] for name in weights
+                                 if name.endswith(".ln_1.weight"))
+    return dict(
+        image_size=math.isqrt(len(positions) - 1) * patch, patch_size=patch,  # CLS and a square
+        vision_width=width, vision_layers=layers["visual"],
+        vision_heads=min(width // 64, 16),  # ViT-H, g and bigG have 16 wider ones
         vision_mlp=len(weights["visual.transformer.resblocks.0.mlp.c_fc.weight"]),
-        text_width=text_width, text_layers=count_blocks(weights, "transformer."),
-        text_heads=text_width // 64, context_length=len(weights["positional_embedding"]),
-        vocab_size=vocab, embed_dim=weights["visual.proj"].shape[1],
-        act="quick_gelu" if archive or conv.dtype == torch.float16 else "gelu",  # half: OpenAI's
-        **OPENAI)
+        text_width=text_width, text_layers=layers["transformer"], text_heads=text_width // 64,
+        context_length=len(weights["positional_embedding"]), vocab_size=vocab,
+        embed_dim=weights["visual.proj"].shape[1],
+        act="quick_gelu" if "input_resolution" in weights else None, **OPENAI)
+
+
+def told_by_json(folder):
+    """The fields of Size that the json files tell which a hub keeps beside weights, with what its
+    library leaves out."""
+    content = {}
+    for file in folder.glob("*config.json"):
+        content.update(read_json(file))
     told = {}
-    for file in sorted(path.parent.glob("*config.json")):
-        told |= told_by(file, width)
-    if not archive and not act and "act" not in told and rank() == 0:
-        print(f"{path}: nothing tells the activation, {size.act} is assumed; --act changes it "
-              "(OpenAI's weights need quick_gelu)")
-    size = replace(size, **told)
-    if size.vision_width % size.vision_heads or size.text_width % size.text_heads:
-        raise ValueError(f"{size.vision_heads} and {size.text_heads} heads do not divide widths")
-    return size
-
-
-def count_blocks(weights, tower):
-    return sum(f"{tower}resblocks.{i}.ln_1.weight" in weights for i in range(len(weights)))
-
-
-def told_by(file, width):
-    """Fields of Size that a json beside weights tells, with what its library leaves out."""
-    content = read_json(file)
-    told = {}
-    try:
-        if "vision_config" in content:  # Hugging Face's config.json
-            vision, text = content["vision_config"], content["text_config"]
-            told = dict(act=vision.get("hidden_act", "quick_gelu"),
-                        vision_heads=vision.get("num_attention_heads", 12),
-                        text_heads=text.get("num_attention_heads", 8))
-        if "model_cfg" in content:  # open_clip_config.json
-            model = content["model_cfg"]
-            told = dict(act="quick_gelu" if model.get("quick_gelu") else "gelu",
-                        vision_heads=width // model["vision_cfg"].get("head_width", 64),
-                        text_heads=model["text_cfg"]["heads"])
-        pixels = content.get("preprocess_cfg", content)
-        for field in ("mean", "std"):
-            values = pixels.get(field) or pixels.get(f"image_{field}")
-            if values:
-                told[field] = tuple(map(float, values))
-    except Exception as error:
-        raise UserError(f"{file} does not describe a CLIP: {error}") from None
+    if "vision_config" in content:  # Hugging Face's config.json
+        vision, text = content["vision_config"], content["text_config"]
+        told = dict(act=vision.get("hidden_act", "quick_gelu"),
+                    vision_heads=vision.get("num_attention_heads", 12),
+                    text_heads=text.get("num_attention_heads", 8))
+    if "model_cfg" in content:  # open_clip_config.json
+        model = content["model_cfg"]
+        vision = model["vision_cfg"]
+        told = dict(act="quick_gelu" if model.get("quick_gelu") else "gelu",
+                    vision_heads=vision["width"] // vision.get("head_width", 64),
+                    text_heads=model["text_cfg"]["heads"])
+    pixels = content.get("preprocess_cfg", content)
+    for name in ("mean", "std", "image_mean", "image_std"):  # the latter are Hugging Face's
+        if name in pixels:
+            told[name.removeprefix("image_")] = tuple(pixels[name])
     return told
 
 
@@ -1026,8 +990,8 @@ def from_hugging_face(weights):
         if ".k_proj." in name or ".v_proj." in name:
             continue
         if ".q_proj." in name:
-            tensor = torch.cat([weights[name.replace("q_proj", part)]
-                                for part in ("q_proj", "k_proj", "v_proj")])
+            tensor = torch.cat([weights[name.replace("q_proj", f"{letter}_proj")]
+                                for letter in "qkv"])
         if name.endswith("projection.weight"):
             tensor = tensor.T
         for theirs, ours in renames.items():
@@ -1039,13 +1003,11 @@ def from_hugging_face(weights):
 def clip_size(cfg, loaded=None):
     """(Size, weights or None): of the Checkpoint if there is one, else of the preset; then
     --image-size and --act. UserError when the patches do not fill the image."""
-    size, weights = PRESETS[cfg.preset], None
-    if loaded:
-        weights, size, _ = clip_weights(loaded, cfg.act)
-    pixels = cfg.image_size or size.image_size
-    if pixels % size.patch_size:
-        raise UserError(f"--image-size {pixels} is no multiple of the patches' {size.patch_size}")
-    size = replace(size, image_size=pixels, act=cfg.act or size.act)
+    weights, size = clip_weights(loaded, cfg.act) if loaded else (None, PRESETS[cfg.preset])
+    side, patch = cfg.image_size or size.image_size, size.patch_size
+    if side % patch:
+        raise UserError(f"--image-size {side} is no multiple of the patches' {patch}")
+    size = replace(size, image_size=side, act=cfg.act or size.act)
     if loaded:
         resize_positions(weights, "visual", size)
     return size, weights
