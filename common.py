@@ -1047,8 +1047,7 @@ SPECIALS = ["<start_of_text>", "<end_of_text>"]
 
 # GPT-2's order of the 256 bytes: the 188 that print as Latin-1, then the others.
 # A byte's place here is its token id.
-BYTES = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-BYTES += [b for b in range(256) if b not in BYTES]
+BYTES = sorted(range(256), key=lambda b: b == 32 or not chr(b).isprintable())
 
 
 def read_lines(name):
@@ -1066,9 +1065,9 @@ def load_merges(n_merges):
     """
     # The file writes a byte as one printable character: itself where it prints, else the next one
     # from U+0100 on.
-    symbols = [chr(b) for b in BYTES[:188]] + [chr(i) for i in range(256, 324)]
+    symbols = [chr(i) for i in [*BYTES[:188], *range(256, 324)]]
     symbols += [symbol + "</w>" for symbol in symbols]
-    ids = {symbol: i for i, symbol in enumerate(symbols)}
+    ids = dict(zip(symbols, range(512)))
     merges = {}
     for line in read_lines("bpe_simple_vocab_16e6.txt.gz")[1:1 + n_merges]:  # 0: version
         left, right = line.split()
@@ -1077,40 +1076,38 @@ def load_merges(n_merges):
 
 
 def merge_bytes(word, merges):
-    """Token ids of one word by byte-pair encoding, in O(n log n) for n bytes.
+    """Token ids of one word by byte-pair encoding, in O(n log n) for n bytes: no token is long.
 
     The pair of lowest rank, of equal ones the leftmost, becomes one token, until no pair is in
     `merges`. The id of a merged token grows with its rank and stands for it here.
     """
-    ids = [BYTES.index(b) for b in word]
-    ids[-1] += 256
-
-    # A linked list: a merged token takes its left part's place, and its right part's holds None.
-    # Place n, which is also place -1, is an end that merges with nothing.
-    n = len(ids)
-    ids.append(None)
-    before = list(range(-1, n))
-    after = [*range(1, n + 1), n]
+    # A merged token takes the place of its left part, and the right part's holds None.
+    ids = [-1, *(BYTES.index(b) for b in word), -1]  # -1: an end, which merges with nothing
+    ids[-2] += 256
     queue = []
 
-    def push(place):
-        pair = ids[place], ids[after[place]]
-        if pair in merges:
-            heapq.heappush(queue, (merges[pair], place))
+    def neighbour(place, step):
+        """The nearest place that holds a token, to the right (1) or to the left (-1)."""
+        place += step
+        while ids[place] is None:
+            place += step
+        return place
 
-    for place in range(n):
+    def push(place):
+        merged = merges.get((ids[place], ids[neighbour(place, 1)]))
+        if merged:
+            heapq.heappush(queue, (merged, place))
+
+    for place in range(len(word)):
         push(place)
     while queue:
         merged, left = heapq.heappop(queue)
-        right = after[left]
-        if merges.get((ids[left], ids[right])) != merged:
-            continue  # one of the two has become part of another token since
-        ids[left], ids[right] = merged, None
-        after[left] = after[right]
-        before[after[left]] = left
-        push(before[left])
-        push(left)
-    return [i for i in ids if i is not None]
+        right = neighbour(left, 1)
+        if merges.get((ids[left], ids[right])) == merged:  # else one is part of another token now
+            ids[left], ids[right] = merged, None
+            push(neighbour(left, -1))
+            push(left)
+    return [i for i in ids[1:-1] if i is not None]
 
 
 @functools.lru_cache(maxsize=2**16)  # web captions never stop bringing new words
@@ -1118,22 +1115,20 @@ def encode_run(run, vocab_size):
     """Token ids of one match of RUNS: a special, or words, of which each number is one."""
     if run in SPECIALS:
         return [vocab_size - 2 + SPECIALS.index(run)]
-    merges = load_merges(vocab_size - 514)
     chars = [f" {c} " if c.isnumeric() and not c.isalpha() else c for c in run]
     ids = []
     for word in "".join(chars).split():
-        ids += merge_bytes(word.encode(), merges)
+        ids += merge_bytes(word.encode(), load_merges(vocab_size - 514))
     return ids
 
 
 def token_rows(texts, encode, length, first, last):
     """Long tensor (B, length): first, the text's ids, last, zeros; a long text keeps its last."""
-    texts = [texts] if isinstance(texts, str) else texts
-    rows = torch.zeros(len(texts), length, dtype=torch.long)
-    for row, text in zip(rows, texts):
+    rows = []
+    for text in texts:
         ids = [first, *encode(text)[:length - 2], last]
-        row[:len(ids)] = torch.tensor(ids)
-    return rows
+        rows.append(ids + [0] * (length - len(ids)))
+    return torch.tensor(rows)
 
 
 class CLIPTokenizer:
@@ -1153,11 +1148,11 @@ class CLIPTokenizer:
         if not 514 <= vocab_size <= 49408:
             raise UserError(f"a vocabulary of {vocab_size} tokens is not CLIP's: 514 to 49408")
         self.context_length, self.vocab_size = context_length, vocab_size
-        self.sot, self.eot = vocab_size - 2, vocab_size - 1
 
     def __call__(self, texts):
         """Long tensor (B, context_length): start, text, end, zeros. A long text keeps its end."""
-        return token_rows(texts, self.encode, self.context_length, self.sot, self.eot)
+        return token_rows(texts, self.encode, self.context_length,
+                          self.vocab_size - 2, self.vocab_size - 1)
 
     def encode(self, text):
         """Token ids of a text of any length, without start and end token."""
@@ -1166,15 +1161,13 @@ class CLIPTokenizer:
         text = " ".join(html.unescape(html.unescape(text)).split()).lower()
         ids = []
         for run in RUNS.findall(text):
-            cached = encode_run if len(run) <= 100 else encode_run.__wrapped__
-            ids += cached(run, self.vocab_size)
+            ids += encode_run(run, self.vocab_size)
         return ids
 
 
 # --------------------------------------------------------------------------------- BERT's tokenizer
 
 BERT_SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"]
-BERT_SPECIAL = re.compile(r"(\[(?:PAD|UNK|CLS|SEP|MASK|DEC|ENC)\])")
 IDEOGRAPH = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df"
                        "\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]")
 BLIP_SYMBOLS = r'[.!"()*#:;~]'  # what BLIP takes out of captions and questions
@@ -1187,18 +1180,15 @@ def split_words(text):
     """
     # One character at a time: a final Σ becomes σ and not ς, as in transformers, and the marks on
     # a letter, of which none is kept, are not sorted, which would take quadratic time.
-    chars = []
+    words = ""
     for c in "".join(unicodedata.normalize("NFD", c.lower()) for c in text):
         kind = unicodedata.category(c)
-        if c in "\t\n\r":
-            chars.append(" ")
-        elif kind[0] == "C" or kind == "Mn" or c == "\ufffd":  # Mn: an accent
-            continue
-        elif kind[0] == "P" or c in string.punctuation or IDEOGRAPH.match(c):
-            chars.append(f" {c} ")
-        else:
-            chars.append(c)
-    return "".join(chars).split()
+        if kind[0] == "P" or c in string.punctuation or IDEOGRAPH.match(c):
+            c = f" {c} "
+        elif kind == "Mn" or c == "\ufffd" or (kind[0] == "C" and c not in "\t\n\r"):
+            continue  # Mn: an accent
+        words += c
+    return words.split()
 
 
 class BertTokenizer:
@@ -1206,8 +1196,8 @@ class BertTokenizer:
 
     As in BLIP (Li et al. 2022), [DEC] and [ENC] follow the vocabulary as ids 30522 and 30523: the
     first token of a text that is decoded, or encoded with an image. What is punctuation or an
-    accent is what Python's Unicode tables say. A special token written in a text becomes that
-    token, as in transformers; lower case, as in clean_blip_caption, prevents it.
+    accent is what Python's Unicode tables say. Unlike in transformers, a special token written in a
+    text is text.
 
     context_length: tokens per text, first and [SEP] included. words: texts whose tokens and
     characters make up a small vocabulary, for a small embedding table: they are encoded as with the
@@ -1218,28 +1208,39 @@ class BertTokenizer:
         self.context_length = context_length
         tokens = read_lines("bert_base_uncased_vocab.txt.gz")[:30522] + ["[DEC]", "[ENC]"]
         if words is not None:
-            full, kept = BertTokenizer(), set(BERT_SPECIALS)
-            for word in split_words(" ".join(words)):
-                kept.update([word], word, ("##" + c for c in word))
-                kept.update(full._tokens[i] for i in full._pieces(word))
+            full, text = BertTokenizer(), " ".join(words)
+            kept = {*BERT_SPECIALS, *(full._tokens[i] for i in full.encode(text))}
+            for c in "".join(split_words(text)):
+                kept.update([c, "##" + c])
             tokens = [token for token in tokens if token in kept]
         self._tokens, self.vocab_size = tokens, len(tokens)
         self._ids = {token: i for i, token in enumerate(tokens)}
         specials = map(self._ids.get, BERT_SPECIALS)
         self.pad, self.unk, self.cls, self.sep, self.mask, self.dec, self.enc = specials
 
-    def __call__(self, texts, first="[CLS]"):
-        """Long tensor (B, context_length): first, text, [SEP], padding. A long text keeps [SEP]."""
-        return token_rows(texts, self.encode, self.context_length, self._ids[first], self.sep)
+    def __call__(self, texts):
+        """Long tensor (B, context_length): [CLS], text, [SEP], padding. A long text keeps [SEP]."""
+        return token_rows(texts, self.encode, self.context_length, self.cls, self.sep)
 
     def encode(self, text):
         """Token ids of a text of any length, without first token and [SEP]."""
         ids = []
-        for part in BERT_SPECIAL.split(text):
-            words = [part] if part in BERT_SPECIALS else split_words(part)
-            for word in words:
-                ids += self._pieces(word)
+        for word in split_words(text):
+            ids += self._pieces(word)
         return ids
+
+    def _pieces(self, word):
+        """Token ids of a word: the longest piece that fits, repeated; [UNK] if none or too long."""
+        ids, mark = [], ""
+        while 0 < len(word) <= 100:
+            for end in range(len(word), 0, -1):
+                if mark + word[:end] in self._ids:
+                    break
+            else:
+                return [self.unk]
+            ids.append(self._ids[mark + word[:end]])
+            word, mark = word[end:], "##"
+        return ids or [self.unk]
 
     def decode(self, ids):
         """Text without specials, as transformers' decode with clean_up_tokenization_spaces."""
@@ -1250,35 +1251,15 @@ class BertTokenizer:
             text = text.replace(spaced, spaced.strip())
         return text
 
-    def _pieces(self, word):
-        """Token ids of a word: the longest piece that fits, repeated; [UNK] if none or too long."""
-        ids, start = [], 0
-        while start < len(word) <= 100:
-            for end in range(len(word), start, -1):
-                piece = word[:end] if start == 0 else "##" + word[start:end]
-                if piece in self._ids:
-                    break
-            else:
-                return [self.unk]
-            ids.append(self._ids[piece])
-            start = end
-        return ids or [self.unk]
+
+def clean_blip_caption(text):
+    """A caption as BLIP reads it: lower case, a space for .!"()*#:;~, at most 30 words."""
+    return " ".join(re.sub(BLIP_SYMBOLS, " ", text.lower()).split()[:30])
 
 
-def clean_blip_caption(text, max_words=30):
-    """A caption as BLIP reads it: lower case, a space for .!"()*#:;~, at most max_words words."""
-    text = re.sub(BLIP_SYMBOLS, " ", text.lower())
-    text = re.sub(r"\s\s+", " ", text).rstrip("\n").strip(" ")
-    return " ".join(text.split(" ")[:max_words])
-
-
-def clean_blip_question(text, max_words=50):
-    """A question as BLIP reads it: lower case, .!"()*#:;~ removed, at most max_words words.
-
-    BLIP's own limit is 50 words, then 35 tokens.
-    """
-    text = re.sub(BLIP_SYMBOLS, "", text.lower()).rstrip(" ")
-    return " ".join(text.split(" ")[:max_words])
+def clean_blip_question(text):
+    """A question as BLIP reads it: lower case, .!"()*#:;~ removed, at most 50 words."""
+    return " ".join(re.sub(BLIP_SYMBOLS, "", text.lower()).split()[:50])
 
 
 # --------------------------------------------------------------------------------------- images
