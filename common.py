@@ -1285,94 +1285,89 @@ def open_image(source):
 def decode(image, shrink):
     """RGB pixels, and the factor by which a JPEG's decoder has reduced both sides.
 
-    The factor is 1, 2, 4 or 8, at most `shrink`. Transparency lies over white; of an animation the
-    first frame counts; EXIF orientation is ignored. BadSample for what PIL cannot decode.
+    The factor is 1, 2, 4 or 8, at most `shrink` (or 1). Transparency lies over white; of an
+    animation the first frame counts; EXIF orientation is ignored. BadSample for what PIL cannot
+    decode.
     """
     width, height = image.size
-    shrink = min(max(shrink, 1), 8)
-    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+    shrink = max(shrink, 1)
+    if image.mode in ("F", "I") and image.format == "TIFF":
         raise BadSample("image of 32 bits a pixel")
     try:
         draft = image.draft("RGB", (width // shrink, height // shrink))  # None: not a JPEG
         factor = width / draft[1][2] if draft else 1
         if image.mode.startswith("I"):  # 16 bits; PIL's own conversion clips at 255
-            pixels = np.asarray(image).astype(np.float32).clip(0, 65535) / 257
-            image = Image.fromarray(pixels.round().astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
-        image.load()
-        return image if image.mode == "RGB" else image.convert("RGB"), factor
+        return image.convert("RGB"), factor
     except Exception as error:
         raise BadSample("corrupt image") from error
 
 
-def random_resized_crop(source, size, rng, scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3)):
-    """uint8 (3, size, size): a random crop, resized (bicubic, antialiased).
-
-    Distributed as torchvision's RandomResizedCrop. The crop is drawn from the size in the header,
-    so that a JPEG need only be decoded as finely as this crop needs. BadSample as decode.
-    """
-    image = open_image(source)
-    left, top, width, height = random_crop_box(*image.size, rng, scale, ratio)
-    image, factor = decode(image, min(width, height) // size)
-    edges = left, top, left + width, top + height
-    left, top, right, bottom = (edge / factor for edge in edges)
-    # Cut out first, so that the filter sees no pixel beyond the crop. In a reduced JPEG the edges
-    # fall between pixels: rounding them would shift the crop and cost more than the reduction.
+def resize(image, sides, box, shrink):
+    """uint8 (3, H, W): what lies in the box, its edges left, top, right and bottom, at these sides
+    (W, H); bicubic, antialiased. A JPEG is decoded at a reduced size, at most by `shrink`."""
+    image, factor = decode(image, shrink)
+    left, top, right, bottom = (edge / factor for edge in box)
+    # Cut out first, so that the filter sees no pixel beyond the box, nor the padded last column
+    # and row of a reduced JPEG of odd size. In a reduced JPEG edges fall between pixels: rounding
+    # them would shift the image and cost more than the reduction.
     x, y = math.floor(left), math.floor(top)
     image = image.crop((x, y, math.ceil(right), math.ceil(bottom)))
     box = left - x, top - y, right - x, bottom - y
-    image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    image = image.resize(sides, Image.Resampling.BICUBIC, box=box)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
-def random_crop_box(width, height, rng, scale, ratio):
+def random_resized_crop(source, size, rng, scale=(0.5, 1.0)):
+    """uint8 (3, size, size): a random crop, distributed as torchvision's RandomResizedCrop.
+
+    It is drawn from the size in the header, so that a JPEG need only be decoded as finely as this
+    crop needs. BadSample as decode.
+    """
+    image = open_image(source)
+    left, top, width, height = random_crop_box(*image.size, rng, scale)
+    box = left, top, left + width, top + height
+    return resize(image, (size, size), box, min(width, height) // size)
+
+
+def random_crop_box(width, height, rng, scale):
     """(left, top, width, height) in pixels.
 
-    scale: range of the crop's share of the area (uniform); ratio: range of width / height
-    (log-uniform).
+    scale: range of the crop's share of the area (uniform). Its width / height is between 3/4 and
+    4/3 (log-uniform).
     """
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
+            return rng.integers(width - w + 1), rng.integers(height - h + 1), w, h
     # A very long or very tall image: its largest central crop of an allowed ratio.
-    w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
     return (width - w) // 2, (height - h) // 2, w, h
 
 
+# For evaluation a JPEG is decoded at a reduced size only while that leaves twice the pixels needed,
+# so that results stay those of the field's full-size transforms.
+
+
 def resize_center_crop(source, size):
-    """uint8 (3, size, size): shorter side to `size`, then the central square. For evaluation."""
+    """uint8 (3, size, size): shorter side to `size`, then the central square."""
     image = open_image(source)
     short = min(image.size)
-    width, height = (size if side == short else int(size * side / short) for side in image.size)
+    width, height = (size * side // short for side in image.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
-    image = resize(image, (width, height), short // (2 * size))
-    image = image.crop((left, top, left + size, top + size))
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    image = resize(image, (width, height), (0, 0, *image.size), short // (2 * size))
+    return image[:, top:top + size, left:left + size]
 
 
 def resize_whole(source, size):
     """uint8 (3, size, size): the whole image squeezed into a square, as BLIP evaluates."""
     image = open_image(source)
-    image = resize(image, (size, size), min(image.size) // (2 * size))
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
-
-
-def resize(image, sides, shrink):
-    """The whole image at these sides (bicubic, antialiased).
-
-    A JPEG is decoded at a reduced size only while that leaves twice the pixels needed, so that
-    results stay those of the field's full-size transform.
-    """
-    whole = image.size
-    image, factor = decode(image, shrink)
-    # a reduced JPEG of odd size has a padded last column or row
-    box = 0, 0, whole[0] / factor, whole[1] / factor
-    return image.resize(sides, Image.Resampling.BICUBIC, box=box)
+    return resize(image, (size, size), (0, 0, *image.size), min(image.size) // (2 * size))
 
 
 # ---------------------------------------------------------------------------------- sets on disk
