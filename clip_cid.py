@@ -827,7 +827,7 @@ def teacher_file(cfg):
 def load_teacher(cfg, device):
     """(CLIP in eval mode, its Size) of --teacher."""
     path = teacher_file(cfg)
-    weights, size, _ = common.read_clip(path, cfg.act)
+    weights, size = common.clip_weights(common.read_checkpoint(path), cfg.act)
     with torch.device("meta"):  # a bigG has 2.5 G parameters: no need to draw them first
         teacher = CLIP(size, VisionTransformer(size))
     common.load_weights(teacher, weights, path)

@@ -40,7 +40,6 @@ import textwrap
 import time
 import unicodedata
 import warnings
-import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -638,49 +637,43 @@ LOSSES = ("loss", "nce", "kd", "cluster", "instance", "mimicry", "itc", "itm", "
 
 # ---------------------------------------------------------------------------------- checkpoints
 
-IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))  # SLIP's too
-OPENAI = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
-
-
 @dataclass(frozen=True)
 class Size:
-    """What a CLIP's tensors and inputs look like: all that a model is built from."""
+    """What a CLIP's tensors and inputs look like: all that a model is built from. The defaults are
+    the demo's."""
 
-    image_size: int  # pixels, as patch_size
-    patch_size: int
-    vision_width: int
-    vision_layers: int
-    vision_heads: int
-    vision_mlp: int  # hidden width of the MLPs
-    text_width: int
-    text_layers: int
-    text_heads: int
-    context_length: int  # tokens of a text, start and end included
-    vocab_size: int
-    embed_dim: int  # width of the joint embedding
-    act: str  # "gelu" or "quick_gelu"
-    mean: tuple  # of the channels of pixels from 0 to 1, as std
-    std: tuple
+    image_size: int = 40  # pixels, as patch_size
+    patch_size: int = 8
+    vision_width: int = 96
+    vision_layers: int = 4
+    vision_heads: int = 4
+    vision_mlp: int = 384  # hidden width of the MLPs
+    text_width: int = 64
+    text_layers: int = 2
+    text_heads: int = 4
+    context_length: int = 24  # tokens of a text, start and end included
+    vocab_size: int = 4096
+    embed_dim: int = 64  # width of the joint embedding
+    act: str = "gelu"  # or "quick_gelu"
+    mean: tuple = (0.485, 0.456, 0.406)  # of the channels of pixels from 0 to 1: ImageNet's, SLIP's
+    std: tuple = (0.229, 0.224, 0.225)
 
     def pixel_statistics(self, device):
         """Mean and standard deviation of pixels from 0 to 255, (2, 3, 1, 1)."""
         return 255 * torch.tensor([self.mean, self.std], device=device).view(2, 3, 1, 1)
 
 
-DEMO = Size(image_size=40, patch_size=8, vision_width=96, vision_layers=4, vision_heads=4,
-            vision_mlp=384, text_width=64, text_layers=2, text_heads=4, context_length=24,
-            vocab_size=4096, embed_dim=64, act="gelu", **IMAGENET)
+OPENAI = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
 VIT_B32 = Size(image_size=224, patch_size=32, vision_width=768, vision_layers=12, vision_heads=12,
                vision_mlp=3072, text_width=512, text_layers=12, text_heads=8, context_length=77,
-               vocab_size=49408, embed_dim=512, act="quick_gelu", **IMAGENET)
+               vocab_size=49408, embed_dim=512, act="quick_gelu")
 PRESETS = {
-    "tiny": replace(DEMO, image_size=16, vision_width=16, vision_layers=2,
-                                vision_heads=2, vision_mlp=32, text_width=16, text_layers=1,
-                                text_heads=2, embed_dim=16),  # for tests
-    "demo": DEMO,
-    "demo64": replace(DEMO, image_size=64),
+    "tiny": Size(image_size=16, vision_width=16, vision_layers=2, vision_heads=2, vision_mlp=32,
+                 text_width=16, text_layers=1, text_heads=2, embed_dim=16),  # for tests
+    "demo": Size(),
+    "demo64": Size(image_size=64),
     # 0.7 of the demo's multiply-adds: the rival, not pruned, of a pruned demo
-    "slim": replace(DEMO, vision_width=80, vision_mlp=320),
+    "slim": Size(vision_width=80, vision_mlp=320),
     "vit_b32": VIT_B32,
     "vit_b16": replace(VIT_B32, patch_size=16),
 }
@@ -703,32 +696,30 @@ def read_checkpoint(path):
     without what DataParallel and torch.compile put into names. UserError: no checkpoint.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} is no file: name a checkpoint, such as RUN/last.pt")
     try:
-        if path.suffix == ".safetensors":
-            content = read_safetensors(path)
-        elif zipfile.is_zipfile(path) and "constants.pkl" in str(zipfile.ZipFile(path).namelist()):
-            content = torch.jit.load(path, map_location="cpu").state_dict()  # OpenAI's TorchScript
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        weights = content
+        weights = content = read_content(path)
         for wrapper in ("model", "state_dict", "model_state_dict"):
             weights = weights.get(wrapper, weights)
         weights = {name.replace("_orig_mod.", "").removeprefix("module."): tensor.detach()
                    for name, tensor in weights.items()}
         size = content.get("size")
-        if not isinstance(size, dict):
-            return Checkpoint(path, weights, {}, None)
-        return Checkpoint(path, weights, content["config"], size)
+        return Checkpoint(path, weights, content["config"] if size else {}, size)
     except Exception as error:  # what is damaged or no table of tensors raises many types
-        reason = f"it is no table of weights, or cut off or damaged ({type(error).__name__})"
-        python_object = re.search(r"GLOBAL (\S+)", str(error))
-        if python_object:
-            reason = (f"it also holds a {python_object[1]}, and reading that could run any code. "
-                      "If you trust it, re-save the weights alone: torch.save(torch.load(FILE, "
-                      "weights_only=False)['state_dict'], NEW_FILE)")
-        raise UserError(f"{path} is not read: {reason}") from error
+        raise UserError(
+            f"{path} is not read ({type(error).__name__}): it is absent, cut off, damaged or no "
+            "table of weights; or it also holds Python objects, and reading those could run any "
+            "code. If you trust it, re-save the weights alone: torch.save(torch.load(FILE, "
+            "weights_only=False)['state_dict'], NEW_FILE)") from error
+
+
+def read_content(path):
+    """What torch.save, torch.jit.save or safetensors has written."""
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    try:
+        return torch.jit.load(path, map_location="cpu").state_dict()  # OpenAI's archives
+    except RuntimeError:  # no TorchScript
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -745,20 +736,16 @@ def read_safetensors(path):
     tensors = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        data = torch.frombuffer(content[start + begin:start + end],
-                                dtype=SAFETENSORS[entry["dtype"]])
-        tensors[name] = data.reshape(entry["shape"])
+        data = content[start + begin:start + end]
+        tensor = torch.frombuffer(data, dtype=SAFETENSORS[entry["dtype"]])
+        tensors[name] = tensor.reshape(entry["shape"])
     return tensors
 
 
-def read_clip(path, act=None):
-    """clip_weights of a file."""
-    return clip_weights(read_checkpoint(path), act)
-
-
 def clip_weights(checkpoint, act=None):
-    """(float32 weights in OpenAI's names, Size, config) of a CLIP ViT: ours (its trained towers),
-    OpenAI's, OpenCLIP's or Hugging Face's. A file of ours tells its Size; act goes before all."""
+    """(float32 weights in OpenAI's names, Size) of a CLIP ViT: ours (its trained towers), OpenAI's,
+    OpenCLIP's or Hugging Face's. What a file of ours or a json tells goes before what the tensors
+    tell, and act before all."""
     path, weights = checkpoint.path, checkpoint.weights
     for prefix in ("online.", "student."):
         if prefix + "logit_scale" in weights:
@@ -767,83 +754,60 @@ def clip_weights(checkpoint, act=None):
     try:
         if "vision_model.embeddings.class_embedding" in weights:
             weights = from_hugging_face(weights)
-        if checkpoint.size:
-            size = Size(**checkpoint.size)
-        else:
-            size = foreign_size(path, weights, act)
-    except UserError:
-        raise
+        told = checkpoint.size or told_by_json(path.parent)
+        size = Size(**{**told_by_tensors(weights), **told})
     except Exception as error:  # a name, a shape or a field that no CLIP ViT has
         raise UserError(f"{path} is no CLIP ViT ({type(error).__name__}: {error})") from None
     size = replace(size, act=act or size.act)
     if size.act not in ("gelu", "quick_gelu"):
-        raise UserError(f"{path} wants the activation {size.act}: --act gelu or quick_gelu")
+        raise UserError(f"{path}: the activation it tells is {size.act}: give --act, gelu or "
+                        "quick_gelu (OpenAI's)")
     weights = {name: tensor.float() for name, tensor in weights.items()
                if tensor.is_floating_point()}  # integers beside them are no parameters
-    return weights, size, checkpoint.config
+    return weights, size
 
 
-VISION_HEADS = {1280: 16, 1408: 16, 1664: 16}  # ViT-H, g, bigG; other CLIPs have width / 64
-
-
-def foreign_size(path, weights, act):
-    """The Size of published weights in OpenAI's names: the tensors tell the sizes, the json files
-    that a hub keeps beside them heads, activation, mean and std."""
+def told_by_tensors(weights):
+    """The fields of Size that weights in OpenAI's names tell; heads, mean and std as the published
+    ones have them; the activation of OpenAI's own archives alone."""
     conv, positions = weights["visual.conv1.weight"], weights["visual.positional_embedding"]
     width, _, _, patch = conv.shape
     vocab, text_width = weights["token_embedding.weight"].shape
-    grid = math.isqrt(len(positions) - 1)
-    if len(positions) != 1 + grid ** 2:
-        raise ValueError(f"visual.positional_embedding {tuple(positions.shape)} is no square grid")
-    archive = "input_resolution" in weights  # only OpenAI's have it
-    size = Size(
-        image_size=grid * patch, patch_size=patch, vision_width=width,
-        vision_layers=count_blocks(weights, "visual.transformer."),
-        vision_heads=VISION_HEADS.get(width, width // 64),
+    layers = collections.Counter(name.split(".")[0] for name in weights
+                                 if name.endswith(".ln_1.weight"))
+    return dict(
+        image_size=math.isqrt(len(positions) - 1) * patch, patch_size=patch,  # CLS and a square
+        vision_width=width, vision_layers=layers["visual"],
+        vision_heads=min(width // 64, 16),  # ViT-H, g and bigG have 16 wider ones
         vision_mlp=len(weights["visual.transformer.resblocks.0.mlp.c_fc.weight"]),
-        text_width=text_width, text_layers=count_blocks(weights, "transformer."),
-        text_heads=text_width // 64, context_length=len(weights["positional_embedding"]),
-        vocab_size=vocab, embed_dim=weights["visual.proj"].shape[1],
-        act="quick_gelu" if archive or conv.dtype == torch.float16 else "gelu",  # half: OpenAI's
-        **OPENAI)
+        text_width=text_width, text_layers=layers["transformer"], text_heads=text_width // 64,
+        context_length=len(weights["positional_embedding"]), vocab_size=vocab,
+        embed_dim=weights["visual.proj"].shape[1],
+        act="quick_gelu" if "input_resolution" in weights else None, **OPENAI)
+
+
+def told_by_json(folder):
+    """The fields of Size that the json files tell which a hub keeps beside weights, with what its
+    library leaves out."""
+    content = {}
+    for file in folder.glob("*config.json"):
+        content.update(read_json(file))
     told = {}
-    for file in sorted(path.parent.glob("*config.json")):
-        told |= told_by(file, width)
-    if not archive and not act and "act" not in told and rank() == 0:
-        print(f"{path}: nothing tells the activation, {size.act} is assumed; --act changes it "
-              "(OpenAI's weights need quick_gelu)")
-    size = replace(size, **told)
-    if size.vision_width % size.vision_heads or size.text_width % size.text_heads:
-        raise ValueError(f"{size.vision_heads} and {size.text_heads} heads do not divide widths")
-    return size
-
-
-def count_blocks(weights, tower):
-    return sum(f"{tower}resblocks.{i}.ln_1.weight" in weights for i in range(len(weights)))
-
-
-def told_by(file, width):
-    """Fields of Size that a json beside weights tells, with what its library leaves out."""
-    content = read_json(file)
-    told = {}
-    try:
-        if "vision_config" in content:  # Hugging Face's config.json
-            vision, text = content["vision_config"], content["text_config"]
-            told = dict(act=vision.get("hidden_act", "quick_gelu"),
-                        vision_heads=vision.get("num_attention_heads", 12),
-                        text_heads=text.get("num_attention_heads", 8))
-        if "model_cfg" in content:  # open_clip_config.json
-            model = content["model_cfg"]
-            told = dict(act="quick_gelu" if model.get("quick_gelu") else "gelu",
-                        vision_heads=width // model["vision_cfg"].get("head_width", 64),
-                        text_heads=model["text_cfg"]["heads"])
-        pixels = content.get("preprocess_cfg", content)
-        for field in ("mean", "std"):
-            values = pixels.get(field) or pixels.get(f"image_{field}")
-            if values:
-                told[field] = tuple(map(float, values))
-    except Exception as error:
-        raise UserError(f"{file} does not describe a CLIP: {error}") from None
+    if "vision_config" in content:  # Hugging Face's config.json
+        vision, text = content["vision_config"], content["text_config"]
+        told = dict(act=vision.get("hidden_act", "quick_gelu"),
+                    vision_heads=vision.get("num_attention_heads", 12),
+                    text_heads=text.get("num_attention_heads", 8))
+    if "model_cfg" in content:  # open_clip_config.json
+        model = content["model_cfg"]
+        vision = model["vision_cfg"]
+        told = dict(act="quick_gelu" if model.get("quick_gelu") else "gelu",
+                    vision_heads=vision["width"] // vision.get("head_width", 64),
+                    text_heads=model["text_cfg"]["heads"])
+    pixels = content.get("preprocess_cfg", content)
+    for name in ("mean", "std", "image_mean", "image_std"):  # the latter are Hugging Face's
+        if name in pixels:
+            told[name.removeprefix("image_")] = tuple(pixels[name])
     return told
 
 
@@ -872,8 +836,8 @@ def from_hugging_face(weights):
         if ".k_proj." in name or ".v_proj." in name:
             continue
         if ".q_proj." in name:
-            tensor = torch.cat([weights[name.replace("q_proj", part)]
-                                for part in ("q_proj", "k_proj", "v_proj")])
+            tensor = torch.cat([weights[name.replace("q_proj", f"{letter}_proj")]
+                                for letter in "qkv"])
         if name.endswith("projection.weight"):
             tensor = tensor.T
         for theirs, ours in renames.items():
@@ -885,13 +849,11 @@ def from_hugging_face(weights):
 def clip_size(cfg, loaded=None):
     """(Size, weights or None): of the Checkpoint if there is one, else of the preset; then
     --image-size and --act. UserError when the patches do not fill the image."""
-    size, weights = PRESETS[cfg.preset], None
-    if loaded:
-        weights, size, _ = clip_weights(loaded, cfg.act)
-    pixels = cfg.image_size or size.image_size
-    if pixels % size.patch_size:
-        raise UserError(f"--image-size {pixels} is no multiple of the patches' {size.patch_size}")
-    size = replace(size, image_size=pixels, act=cfg.act or size.act)
+    weights, size = clip_weights(loaded, cfg.act) if loaded else (None, PRESETS[cfg.preset])
+    side, patch = cfg.image_size or size.image_size, size.patch_size
+    if side % patch:
+        raise UserError(f"--image-size {side} is no multiple of the patches' {patch}")
+    size = replace(size, image_size=side, act=cfg.act or size.act)
     if loaded:
         resize_positions(weights, "visual", size)
     return size, weights
@@ -931,8 +893,7 @@ SPECIALS = ["<start_of_text>", "<end_of_text>"]
 
 # GPT-2's order of the 256 bytes: the 188 that print as Latin-1, then the others.
 # A byte's place here is its token id.
-BYTES = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-BYTES += [b for b in range(256) if b not in BYTES]
+BYTES = sorted(range(256), key=lambda b: b == 32 or not chr(b).isprintable())
 
 
 def read_lines(name):
@@ -950,9 +911,9 @@ def load_merges(n_merges):
     """
     # The file writes a byte as one printable character: itself where it prints, else the next one
     # from U+0100 on.
-    symbols = [chr(b) for b in BYTES[:188]] + [chr(i) for i in range(256, 324)]
+    symbols = [chr(i) for i in [*BYTES[:188], *range(256, 324)]]
     symbols += [symbol + "</w>" for symbol in symbols]
-    ids = {symbol: i for i, symbol in enumerate(symbols)}
+    ids = dict(zip(symbols, range(512)))
     merges = {}
     for line in read_lines("bpe_simple_vocab_16e6.txt.gz")[1:1 + n_merges]:  # 0: version
         left, right = line.split()
@@ -961,40 +922,38 @@ def load_merges(n_merges):
 
 
 def merge_bytes(word, merges):
-    """Token ids of one word by byte-pair encoding, in O(n log n) for n bytes.
+    """Token ids of one word by byte-pair encoding, in O(n log n) for n bytes: no token is long.
 
     The pair of lowest rank, of equal ones the leftmost, becomes one token, until no pair is in
     `merges`. The id of a merged token grows with its rank and stands for it here.
     """
-    ids = [BYTES.index(b) for b in word]
-    ids[-1] += 256
-
-    # A linked list: a merged token takes its left part's place, and its right part's holds None.
-    # Place n, which is also place -1, is an end that merges with nothing.
-    n = len(ids)
-    ids.append(None)
-    before = list(range(-1, n))
-    after = [*range(1, n + 1), n]
+    # A merged token takes the place of its left part, and the right part's holds None.
+    ids = [-1, *(BYTES.index(b) for b in word), -1]  # -1: an end, which merges with nothing
+    ids[-2] += 256
     queue = []
 
-    def push(place):
-        pair = ids[place], ids[after[place]]
-        if pair in merges:
-            heapq.heappush(queue, (merges[pair], place))
+    def neighbour(place, step):
+        """The nearest place that holds a token, to the right (1) or to the left (-1)."""
+        place += step
+        while ids[place] is None:
+            place += step
+        return place
 
-    for place in range(n):
+    def push(place):
+        merged = merges.get((ids[place], ids[neighbour(place, 1)]))
+        if merged:
+            heapq.heappush(queue, (merged, place))
+
+    for place in range(len(word)):
         push(place)
     while queue:
         merged, left = heapq.heappop(queue)
-        right = after[left]
-        if merges.get((ids[left], ids[right])) != merged:
-            continue  # one of the two has become part of another token since
-        ids[left], ids[right] = merged, None
-        after[left] = after[right]
-        before[after[left]] = left
-        push(before[left])
-        push(left)
-    return [i for i in ids if i is not None]
+        right = neighbour(left, 1)
+        if merges.get((ids[left], ids[right])) == merged:  # else one is part of another token now
+            ids[left], ids[right] = merged, None
+            push(neighbour(left, -1))
+            push(left)
+    return [i for i in ids[1:-1] if i is not None]
 
 
 @functools.lru_cache(maxsize=2**16)  # web captions never stop bringing new words
@@ -1002,22 +961,20 @@ def encode_run(run, vocab_size):
     """Token ids of one match of RUNS: a special, or words, of which each number is one."""
     if run in SPECIALS:
         return [vocab_size - 2 + SPECIALS.index(run)]
-    merges = load_merges(vocab_size - 514)
     chars = [f" {c} " if c.isnumeric() and not c.isalpha() else c for c in run]
     ids = []
     for word in "".join(chars).split():
-        ids += merge_bytes(word.encode(), merges)
+        ids += merge_bytes(word.encode(), load_merges(vocab_size - 514))
     return ids
 
 
 def token_rows(texts, encode, length, first, last):
     """Long tensor (B, length): first, the text's ids, last, zeros; a long text keeps its last."""
-    texts = [texts] if isinstance(texts, str) else texts
-    rows = torch.zeros(len(texts), length, dtype=torch.long)
-    for row, text in zip(rows, texts):
+    rows = []
+    for text in texts:
         ids = [first, *encode(text)[:length - 2], last]
-        row[:len(ids)] = torch.tensor(ids)
-    return rows
+        rows.append(ids + [0] * (length - len(ids)))
+    return torch.tensor(rows)
 
 
 class CLIPTokenizer:
@@ -1037,11 +994,11 @@ class CLIPTokenizer:
         if not 514 <= vocab_size <= 49408:
             raise UserError(f"a vocabulary of {vocab_size} tokens is not CLIP's: 514 to 49408")
         self.context_length, self.vocab_size = context_length, vocab_size
-        self.sot, self.eot = vocab_size - 2, vocab_size - 1
 
     def __call__(self, texts):
         """Long tensor (B, context_length): start, text, end, zeros. A long text keeps its end."""
-        return token_rows(texts, self.encode, self.context_length, self.sot, self.eot)
+        return token_rows(texts, self.encode, self.context_length,
+                          self.vocab_size - 2, self.vocab_size - 1)
 
     def encode(self, text):
         """Token ids of a text of any length, without start and end token."""
@@ -1050,15 +1007,13 @@ class CLIPTokenizer:
         text = " ".join(html.unescape(html.unescape(text)).split()).lower()
         ids = []
         for run in RUNS.findall(text):
-            cached = encode_run if len(run) <= 100 else encode_run.__wrapped__
-            ids += cached(run, self.vocab_size)
+            ids += encode_run(run, self.vocab_size)
         return ids
 
 
 # --------------------------------------------------------------------------------- BERT's tokenizer
 
 BERT_SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"]
-BERT_SPECIAL = re.compile(r"(\[(?:PAD|UNK|CLS|SEP|MASK|DEC|ENC)\])")
 IDEOGRAPH = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df"
                        "\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]")
 BLIP_SYMBOLS = r'[.!"()*#:;~]'  # what BLIP takes out of captions and questions
@@ -1071,18 +1026,15 @@ def split_words(text):
     """
     # One character at a time: a final Σ becomes σ and not ς, as in transformers, and the marks on
     # a letter, of which none is kept, are not sorted, which would take quadratic time.
-    chars = []
+    words = ""
     for c in "".join(unicodedata.normalize("NFD", c.lower()) for c in text):
         kind = unicodedata.category(c)
-        if c in "\t\n\r":
-            chars.append(" ")
-        elif kind[0] == "C" or kind == "Mn" or c == "\ufffd":  # Mn: an accent
-            continue
-        elif kind[0] == "P" or c in string.punctuation or IDEOGRAPH.match(c):
-            chars.append(f" {c} ")
-        else:
-            chars.append(c)
-    return "".join(chars).split()
+        if kind[0] == "P" or c in string.punctuation or IDEOGRAPH.match(c):
+            c = f" {c} "
+        elif kind == "Mn" or c == "\ufffd" or (kind[0] == "C" and c not in "\t\n\r"):
+            continue  # Mn: an accent
+        words += c
+    return words.split()
 
 
 class BertTokenizer:
@@ -1090,8 +1042,8 @@ class BertTokenizer:
 
     As in BLIP (Li et al. 2022), [DEC] and [ENC] follow the vocabulary as ids 30522 and 30523: the
     first token of a text that is decoded, or encoded with an image. What is punctuation or an
-    accent is what Python's Unicode tables say. A special token written in a text becomes that
-    token, as in transformers; lower case, as in clean_blip_caption, prevents it.
+    accent is what Python's Unicode tables say. Unlike in transformers, a special token written in a
+    text is text.
 
     context_length: tokens per text, first and [SEP] included. words: texts whose tokens and
     characters make up a small vocabulary, for a small embedding table: they are encoded as with the
@@ -1102,28 +1054,39 @@ class BertTokenizer:
         self.context_length = context_length
         tokens = read_lines("bert_base_uncased_vocab.txt.gz")[:30522] + ["[DEC]", "[ENC]"]
         if words is not None:
-            full, kept = BertTokenizer(), set(BERT_SPECIALS)
-            for word in split_words(" ".join(words)):
-                kept.update([word], word, ("##" + c for c in word))
-                kept.update(full._tokens[i] for i in full._pieces(word))
+            full, text = BertTokenizer(), " ".join(words)
+            kept = {*BERT_SPECIALS, *(full._tokens[i] for i in full.encode(text))}
+            for c in "".join(split_words(text)):
+                kept.update([c, "##" + c])
             tokens = [token for token in tokens if token in kept]
         self._tokens, self.vocab_size = tokens, len(tokens)
         self._ids = {token: i for i, token in enumerate(tokens)}
         specials = map(self._ids.get, BERT_SPECIALS)
         self.pad, self.unk, self.cls, self.sep, self.mask, self.dec, self.enc = specials
 
-    def __call__(self, texts, first="[CLS]"):
-        """Long tensor (B, context_length): first, text, [SEP], padding. A long text keeps [SEP]."""
-        return token_rows(texts, self.encode, self.context_length, self._ids[first], self.sep)
+    def __call__(self, texts):
+        """Long tensor (B, context_length): [CLS], text, [SEP], padding. A long text keeps [SEP]."""
+        return token_rows(texts, self.encode, self.context_length, self.cls, self.sep)
 
     def encode(self, text):
         """Token ids of a text of any length, without first token and [SEP]."""
         ids = []
-        for part in BERT_SPECIAL.split(text):
-            words = [part] if part in BERT_SPECIALS else split_words(part)
-            for word in words:
-                ids += self._pieces(word)
+        for word in split_words(text):
+            ids += self._pieces(word)
         return ids
+
+    def _pieces(self, word):
+        """Token ids of a word: the longest piece that fits, repeated; [UNK] if none or too long."""
+        ids, mark = [], ""
+        while 0 < len(word) <= 100:
+            for end in range(len(word), 0, -1):
+                if mark + word[:end] in self._ids:
+                    break
+            else:
+                return [self.unk]
+            ids.append(self._ids[mark + word[:end]])
+            word, mark = word[end:], "##"
+        return ids or [self.unk]
 
     def decode(self, ids):
         """Text without specials, as transformers' decode with clean_up_tokenization_spaces."""
@@ -1134,35 +1097,15 @@ class BertTokenizer:
             text = text.replace(spaced, spaced.strip())
         return text
 
-    def _pieces(self, word):
-        """Token ids of a word: the longest piece that fits, repeated; [UNK] if none or too long."""
-        ids, start = [], 0
-        while start < len(word) <= 100:
-            for end in range(len(word), start, -1):
-                piece = word[:end] if start == 0 else "##" + word[start:end]
-                if piece in self._ids:
-                    break
-            else:
-                return [self.unk]
-            ids.append(self._ids[piece])
-            start = end
-        return ids or [self.unk]
+
+def clean_blip_caption(text):
+    """A caption as BLIP reads it: lower case, a space for .!"()*#:;~, at most 30 words."""
+    return " ".join(re.sub(BLIP_SYMBOLS, " ", text.lower()).split()[:30])
 
 
-def clean_blip_caption(text, max_words=30):
-    """A caption as BLIP reads it: lower case, a space for .!"()*#:;~, at most max_words words."""
-    text = re.sub(BLIP_SYMBOLS, " ", text.lower())
-    text = re.sub(r"\s\s+", " ", text).rstrip("\n").strip(" ")
-    return " ".join(text.split(" ")[:max_words])
-
-
-def clean_blip_question(text, max_words=50):
-    """A question as BLIP reads it: lower case, .!"()*#:;~ removed, at most max_words words.
-
-    BLIP's own limit is 50 words, then 35 tokens.
-    """
-    text = re.sub(BLIP_SYMBOLS, "", text.lower()).rstrip(" ")
-    return " ".join(text.split(" ")[:max_words])
+def clean_blip_question(text):
+    """A question as BLIP reads it: lower case, .!"()*#:;~ removed, at most 50 words."""
+    return " ".join(re.sub(BLIP_SYMBOLS, "", text.lower()).split()[:50])
 
 
 # --------------------------------------------------------------------------------------- images
@@ -1188,94 +1131,89 @@ def open_image(source):
 def decode(image, shrink):
     """RGB pixels, and the factor by which a JPEG's decoder has reduced both sides.
 
-    The factor is 1, 2, 4 or 8, at most `shrink`. Transparency lies over white; of an animation the
-    first frame counts; EXIF orientation is ignored. BadSample for what PIL cannot decode.
+    The factor is 1, 2, 4 or 8, at most `shrink` (or 1). Transparency lies over white; of an
+    animation the first frame counts; EXIF orientation is ignored. BadSample for what PIL cannot
+    decode.
     """
     width, height = image.size
-    shrink = min(max(shrink, 1), 8)
-    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+    shrink = max(shrink, 1)
+    if image.mode in ("F", "I") and image.format == "TIFF":
         raise BadSample("image of 32 bits a pixel")
     try:
         draft = image.draft("RGB", (width // shrink, height // shrink))  # None: not a JPEG
         factor = width / draft[1][2] if draft else 1
         if image.mode.startswith("I"):  # 16 bits; PIL's own conversion clips at 255
-            pixels = np.asarray(image).astype(np.float32).clip(0, 65535) / 257
-            image = Image.fromarray(pixels.round().astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
-        image.load()
-        return image if image.mode == "RGB" else image.convert("RGB"), factor
+        return image.convert("RGB"), factor
     except Exception as error:
         raise BadSample("corrupt image") from error
 
 
-def random_resized_crop(source, size, rng, scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3)):
-    """uint8 (3, size, size): a random crop, resized (bicubic, antialiased).
-
-    Distributed as torchvision's RandomResizedCrop. The crop is drawn from the size in the header,
-    so that a JPEG need only be decoded as finely as this crop needs. BadSample as decode.
-    """
-    image = open_image(source)
-    left, top, width, height = random_crop_box(*image.size, rng, scale, ratio)
-    image, factor = decode(image, min(width, height) // size)
-    edges = left, top, left + width, top + height
-    left, top, right, bottom = (edge / factor for edge in edges)
-    # Cut out first, so that the filter sees no pixel beyond the crop. In a reduced JPEG the edges
-    # fall between pixels: rounding them would shift the crop and cost more than the reduction.
+def resize(image, sides, box, shrink):
+    """uint8 (3, H, W): what lies in the box, its edges left, top, right and bottom, at these sides
+    (W, H); bicubic, antialiased. A JPEG is decoded at a reduced size, at most by `shrink`."""
+    image, factor = decode(image, shrink)
+    left, top, right, bottom = (edge / factor for edge in box)
+    # Cut out first, so that the filter sees no pixel beyond the box, nor the padded last column
+    # and row of a reduced JPEG of odd size. In a reduced JPEG edges fall between pixels: rounding
+    # them would shift the image and cost more than the reduction.
     x, y = math.floor(left), math.floor(top)
     image = image.crop((x, y, math.ceil(right), math.ceil(bottom)))
     box = left - x, top - y, right - x, bottom - y
-    image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    image = image.resize(sides, Image.Resampling.BICUBIC, box=box)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
-def random_crop_box(width, height, rng, scale, ratio):
+def random_resized_crop(source, size, rng, scale=(0.5, 1.0)):
+    """uint8 (3, size, size): a random crop, distributed as torchvision's RandomResizedCrop.
+
+    It is drawn from the size in the header, so that a JPEG need only be decoded as finely as this
+    crop needs. BadSample as decode.
+    """
+    image = open_image(source)
+    left, top, width, height = random_crop_box(*image.size, rng, scale)
+    box = left, top, left + width, top + height
+    return resize(image, (size, size), box, min(width, height) // size)
+
+
+def random_crop_box(width, height, rng, scale):
     """(left, top, width, height) in pixels.
 
-    scale: range of the crop's share of the area (uniform); ratio: range of width / height
-    (log-uniform).
+    scale: range of the crop's share of the area (uniform). Its width / height is between 3/4 and
+    4/3 (log-uniform).
     """
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
+            return rng.integers(width - w + 1), rng.integers(height - h + 1), w, h
     # A very long or very tall image: its largest central crop of an allowed ratio.
-    w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
     return (width - w) // 2, (height - h) // 2, w, h
 
 
+# For evaluation a JPEG is decoded at a reduced size only while that leaves twice the pixels needed,
+# so that results stay those of the field's full-size transforms.
+
+
 def resize_center_crop(source, size):
-    """uint8 (3, size, size): shorter side to `size`, then the central square. For evaluation."""
+    """uint8 (3, size, size): shorter side to `size`, then the central square."""
     image = open_image(source)
     short = min(image.size)
-    width, height = (size if side == short else int(size * side / short) for side in image.size)
+    width, height = (size * side // short for side in image.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
-    image = resize(image, (width, height), short // (2 * size))
-    image = image.crop((left, top, left + size, top + size))
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    image = resize(image, (width, height), (0, 0, *image.size), short // (2 * size))
+    return image[:, top:top + size, left:left + size]
 
 
 def resize_whole(source, size):
     """uint8 (3, size, size): the whole image squeezed into a square, as BLIP evaluates."""
     image = open_image(source)
-    image = resize(image, (size, size), min(image.size) // (2 * size))
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
-
-
-def resize(image, sides, shrink):
-    """The whole image at these sides (bicubic, antialiased).
-
-    A JPEG is decoded at a reduced size only while that leaves twice the pixels needed, so that
-    results stay those of the field's full-size transform.
-    """
-    whole = image.size
-    image, factor = decode(image, shrink)
-    # a reduced JPEG of odd size has a padded last column or row
-    box = 0, 0, whole[0] / factor, whole[1] / factor
-    return image.resize(sides, Image.Resampling.BICUBIC, box=box)
+    return resize(image, (size, size), (0, 0, *image.size), min(image.size) // (2 * size))
 
 
 # ---------------------------------------------------------------------------------- sets on disk

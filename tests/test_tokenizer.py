@@ -8,20 +8,19 @@ import gzip
 import hashlib
 import importlib.util
 import json
-import pickle
 import random
 import re
 import string
 import types
 import unicodedata
-from pathlib import Path
 
 import common
 import pytest
 import torch
-from common import BERT_SPECIALS, BertTokenizer, CLIPTokenizer, UserError, clean_blip_caption, clean_blip_question
+from common import BertTokenizer, CLIPTokenizer, UserError, clean_blip_caption, clean_blip_question
 
-COCO = Path(__file__).resolve().parents[2] / "shared" / "data" / "coco_mini"
+from harness import COCO_MINI
+
 # In transformers 5 the tokenizer is the Rust one. Its Unicode tables are of about version 8, and it takes the first 256
 # ideographs of CJK extension E for letters (and U+166D for punctuation): where it may differ from Python's tables.
 RUST_MAY_DIFFER = {"Mn", "Mc", "Cf", "Po", "Ps", "Pe", "Pd"}
@@ -52,21 +51,21 @@ EDGE_CASES = (
 
 
 @pytest.fixture(scope="module")
-def captions() -> list[str]:
-    files = [COCO / "annotations" / f"captions_{split}2017.json" for split in ("train", "val")]
-    if not all(file.exists() for file in files):
-        pytest.skip("the COCO sample is not here")
-    return [a["caption"] for file in files for a in json.loads(file.read_text(encoding="utf-8"))["annotations"]]
+def captions():
+    if not COCO_MINI.is_dir():
+        pytest.skip("no COCO captions here")
+    files = (COCO_MINI / "annotations").glob("captions_*.json")
+    return [a["caption"] for file in files for a in json.loads(file.read_text("utf-8"))["annotations"]]
 
 
 @pytest.fixture(scope="module")
-def assigned() -> list[str]:
+def assigned():
     """Every character but surrogates; of the private ones, all alike, one in 97."""
     kinds = ((c, unicodedata.category(c)) for c in map(chr, range(0x110000)))
     return [c for c, kind in kinds if kind not in ("Cn", "Cs") and (kind != "Co" or ord(c) % 97 == 0)]
 
 
-def mixtures(n: int, alphabets: list) -> list[str]:
+def mixtures(n, alphabets):
     """n seeded texts, each of up to 40 entries of up to four of the alphabets, some with a space behind."""
     rng, texts = random.Random(0), []
     for _ in range(n):
@@ -79,13 +78,11 @@ def mixtures(n: int, alphabets: list) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------------- CLIP
 
 
-def load_open_clip_tokenizer() -> types.ModuleType:
-    """A private copy of open_clip/tokenizer.py, read by its path: the package itself would import torchvision."""
-    package = importlib.util.find_spec("open_clip")
-    if package is None or not all(importlib.util.find_spec(name) for name in ("ftfy", "regex")):
-        pytest.skip("open_clip is not installed")
-    path = Path(package.origin).with_name("tokenizer.py")
-    spec = importlib.util.spec_from_file_location("open_clip_tokenizer_copy", path)
+def load_open_clip_tokenizer():
+    """A private copy of its module: a change in it stays there."""
+    common.import_torchvision()  # open_clip imports it without the remedy for a CPU-only torch
+    pytest.importorskip("open_clip")
+    spec = importlib.util.find_spec("open_clip.tokenizer")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -113,7 +110,7 @@ def assert_same_ids(ours, theirs, texts):
 
 
 @pytest.fixture(scope="module")
-def clip_texts(assigned) -> list[str]:
+def clip_texts(assigned):
     return mixtures(10_000, [
         string.ascii_letters, [chr(i) for i in range(128)], [c for c in assigned if 0x80 <= ord(c) < 0x600], assigned,
         " \t\n\r\v\f\x1c\x1d\x1e\x1f\x85\xa0\u1680\u2000\u200b\u2028\u2029\u202f\u205f\u3000\ufeff",
@@ -126,21 +123,16 @@ def clip_texts(assigned) -> list[str]:
 def test_published_ids(clip):
     assert clip.encode("a photo of a cat") == [320, 1125, 539, 320, 2368]
     assert clip.encode("hello world!") == [3306, 1002, 256]
-    assert (clip.sot, clip.eot, clip.vocab_size, clip.context_length) == (49406, 49407, 49408, 77)
+    assert clip(["hello"])[0, :4].tolist() == [49406, 3306, 49407, 0]
 
 
 def test_clip_of_real_captions(clip, open_clip_with_ftfy, captions):
     """Here ftfy is on: it changes nothing that matters in them."""
-    assert len(captions) == 795
     assert torch.equal(clip(captions), open_clip_with_ftfy(captions))
 
 
-def test_clip_of_edge_cases(clip, open_clip):
-    assert_same_ids(clip, open_clip, EDGE_CASES)
-
-
-def test_clip_of_random_texts(clip, open_clip, clip_texts):
-    assert_same_ids(clip, open_clip, clip_texts)
+def test_clip_of_edge_cases_and_random_texts(clip, open_clip, clip_texts):
+    assert_same_ids(clip, open_clip, [*EDGE_CASES, *long_words(2000), *clip_texts])
 
 
 def test_clip_of_every_character_alone_and_within_a_word(clip, open_clip, assigned):
@@ -160,12 +152,10 @@ def test_what_ftfy_would_repair_stays_as_it_is(clip, open_clip, open_clip_with_f
 @pytest.mark.parametrize("context_length", [2, 3, 16, 77, 100])
 def test_context_length(open_clip, clip_texts, context_length):
     texts = [*EDGE_CASES, *clip_texts[:500]]
-    ours = CLIPTokenizer(context_length)(texts)
-    assert ours.shape == (len(texts), context_length) and ours.dtype == torch.long
-    assert torch.equal(ours, open_clip(texts, context_length=context_length))
+    assert torch.equal(CLIPTokenizer(context_length)(texts), open_clip(texts, context_length=context_length))
 
 
-def bpe_by_definition(word: str, n_merges: int) -> list[int]:
+def bpe_by_definition(word, n_merges):
     """Byte-pair encoding as it is defined: every merge of the list in turn, over the whole word."""
     symbol = load_open_clip_tokenizer().bytes_to_unicode()
     content = gzip.decompress((common.DATA / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode()
@@ -188,61 +178,40 @@ def test_small_vocabulary_of_clip(n_merges):
     assert tokenizer.encode("<start_of_text> <end_of_text>") == [512 + n_merges, 513 + n_merges]
 
 
-def long_words(length: int) -> list[str]:
+def long_words(length):
     rng = random.Random(0)
     return ["".join(rng.choices(letters, k=length)) for letters in (string.ascii_lowercase, "ab", "a", "é日")]
 
 
-def test_long_words_equal_open_clip(clip, open_clip):
-    assert_same_ids(clip, open_clip, long_words(2000))
+class Counting(dict):
+    looked_up = 0
+
+    def get(self, pair):
+        self.looked_up += 1
+        return super().get(pair)
 
 
-def test_work_on_a_long_word_grows_in_step_with_it(monkeypatch):
+def test_work_on_a_long_word_grows_in_step_with_it(clip, monkeypatch):
     """Look-ups of pairs, not seconds: a merge over the whole word per pair would take hundreds for each letter."""
-    class Counting(dict):
-        looked_up = 0
-
-        def __contains__(self, pair):
-            self.looked_up += 1
-            return super().__contains__(pair)
-
-        def get(self, pair):
-            self.looked_up += 1
-            return super().get(pair)
-
-    counting = Counting(common.load_merges(49408 - 514))
-    monkeypatch.setattr(common, "load_merges", lambda n_merges: counting)
-    cached = common.encode_run.cache_info().currsize
+    merges = Counting(common.load_merges(49408 - 514))
+    monkeypatch.setattr(common, "load_merges", lambda n_merges: merges)
     for word in long_words(40_000):
-        counting.looked_up = 0
-        row = CLIPTokenizer()(word)[0]
-        assert counting.looked_up < 6 * len(word.encode())
-        assert row.tolist() == CLIPTokenizer()(word[:2000])[0].tolist()
-    assert common.encode_run.cache_info().currsize == cached  # no such word is kept
+        merges.looked_up = 0
+        row = clip([word])
+        assert len(word) <= merges.looked_up < 6 * len(word.encode())
+        assert torch.equal(row, clip([word[:2000]]))
 
 
-def test_cache_is_bounded_and_not_handed_out(clip):
-    clip.encode("cat").append(-1)
-    assert clip.encode("cat") == [2368]
-    assert common.encode_run.cache_info().maxsize == 2**16
-
-
-@pytest.mark.parametrize("vocab_size", [513, 49409, 0, -1])
+@pytest.mark.parametrize("vocab_size", [513, 49409])
 def test_a_vocabulary_of_another_size(vocab_size):
     with pytest.raises(UserError, match=f"^[^\n]*{vocab_size}[^\n]*$"):
         CLIPTokenizer(vocab_size=vocab_size)
 
 
-@pytest.mark.parametrize("make", [CLIPTokenizer, BertTokenizer, lambda: BertTokenizer(words=["a dog runs"])])
-def test_pickle(make):
-    original = make()
-    assert torch.equal(pickle.loads(pickle.dumps(original))(EDGE_CASES), original(EDGE_CASES))
-
-
 # ----------------------------------------------------------------------------------------------------------------- BERT
 
 
-def load_reference(folder: Path, tokens: list[str]):
+def load_reference(folder, tokens):
     """transformers' BertTokenizer as BLIP sets it up, with the vocabulary `tokens` (without [DEC] and [ENC])."""
     common.import_torchvision()  # transformers imports it without the remedy for a CPU-only torch
     transformers = pytest.importorskip("transformers")
@@ -264,13 +233,13 @@ def bert():
     return BertTokenizer()
 
 
-def differing(bert, reference, texts: list[str]) -> list[int]:
+def differing(bert, reference, texts):
     theirs = reference(texts, add_special_tokens=False).input_ids
     return [i for i, (text, ids) in enumerate(zip(texts, theirs)) if bert.encode(text) != ids]
 
 
 @pytest.fixture(scope="module")
-def newer_than_rust(bert, reference, assigned) -> set[str]:
+def newer_than_rust(bert, reference, assigned):
     """The characters that the reference, alone or within a word, treats differently."""
     return {assigned[i] for i in differing(bert, reference, [f"{c} ab{c}cd" for c in assigned])}
 
@@ -281,10 +250,8 @@ def test_vocabulary_is_the_published_file():
 
 
 def test_published_ids_of_bert(bert):
-    assert bert.vocab_size == 30524
-    ids = bert.pad, bert.unk, bert.cls, bert.sep, bert.mask, bert.dec, bert.enc
-    assert ids == (0, 100, 101, 102, 103, 30522, 30523)
-    assert bert.encode("A picture of ") == [1037, 3861, 1997]
+    assert bert(["A picture of "])[0, :6].tolist() == [101, 1037, 3861, 1997, 102, 0]
+    assert (bert.dec, bert.enc, bert.vocab_size) == (30522, 30523, 30524)
 
 
 def test_bert_of_real_captions(bert, reference, captions):
@@ -292,19 +259,18 @@ def test_bert_of_real_captions(bert, reference, captions):
 
 
 def test_bert_of_every_character_alone_and_within_a_word(reference, assigned, newer_than_rust):
-    assert len(assigned) > 140_000
     assert len(newer_than_rust) < 1000 and all(c > "\u0600" for c in newer_than_rust)
     assert all(unicodedata.category(c) in RUST_MAY_DIFFER or ord(c) in LETTERS for c in newer_than_rust)
 
 
-def bert_alphabets(left_out: set[str]) -> list:
+def bert_alphabets(left_out):
     accents = [c for c in map(chr, [*range(0xc0, 0x250), *range(0x1e00, 0x2000)]) if c.isalpha()]
     alphabets = [string.ascii_letters, string.ascii_lowercase, string.digits, string.punctuation, " \t\n\r\v\f",
                  "\x00\x01\x1c\x7f\x85\xa0\xad\u1680\u2003\u2028\u2029\u200b\u200d\u3000\ufeff\ufffd", accents,
                  [chr(i) for i in range(0x300, 0x370)], "αβγΑΣσςабвЙй", "אבגשׁعربيةहिन्दीไทย한국어가",
                  "日本中文\u3400\uf900\uff21\uff01\U00020000\U0002f800\u3001\u3002",
                  "😀👍🏽❤\ufe0f👨\u200d👩\u200d👧©™×÷±¿¡«»…—–’“", "İıſKÅΩﬁǅẞ≠\u037e\u1fef",
-                 ["[SEP]", "[PAD]", "[MASK]", "[UNK]", "[CLS]", "[DEC]", "[ENC]", "[sep]", "##"],
+                 ["[sep]", "[dec]", "##"],
                  ["the", "dog", "unbelievably", "'s", "n't", "playing"], ["x" * 99, "y" * 100, "z" * 101, "é" * 100]]
     return [[c for c in alphabet if not left_out & set(c)] for alphabet in alphabets]
 
@@ -316,15 +282,9 @@ def test_bert_of_random_texts(bert, reference, newer_than_rust):
 
 @pytest.mark.parametrize("length", [3, 4, 8, 12, 30])
 def test_batch_is_truncated_and_padded_like_the_reference(reference, captions, length):
-    batch = BertTokenizer(length)(captions + [""])
+    ours = BertTokenizer(length)(captions + [""])
     theirs = reference(captions + [""], padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    assert batch.dtype == torch.long and torch.equal(batch, theirs.input_ids)
-
-
-def test_first_token_and_shapes(bert):
-    for first, start in (("[CLS]", 101), ("[DEC]", 30522), ("[ENC]", 30523)):
-        assert bert("a dog", first).tolist() == [[start, 1037, 3899, 102] + [0] * 26]
-    assert bert([]).shape == (0, 30)
+    assert torch.equal(ours, theirs.input_ids)
 
 
 def test_bert_decode(bert, reference, captions):
@@ -333,26 +293,24 @@ def test_bert_decode(bert, reference, captions):
         ids = [bert.dec, *bert.encode(text), bert.sep, bert.enc, bert.pad]
         theirs = reference.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=True)
         assert bert.decode(ids) == theirs
-    assert bert.decode(bert("A dog's bowl, isn't it?")[0]) == "a dog's bowl, isn't it?"
 
 
 def test_small_vocabulary_of_bert(bert, captions, tmp_path):
     """The texts that made it are encoded as with the full one, others as transformers does with these tokens."""
     small = BertTokenizer(words=captions[:400])
     tokens = [small._tokens[i] for i in range(small.vocab_size)]
-    assert tokens[:5] == list(BERT_SPECIALS[:5]) and tokens[-2:] == ["[DEC]", "[ENC]"] and small.vocab_size < 3000
+    assert len(tokens) < 3000
     for text in captions[:400]:
         assert [tokens[i] for i in small.encode(text)] == [bert._tokens[i] for i in bert.encode(text)]
     assert not differing(small, load_reference(tmp_path, tokens[:-2]), captions)
-    assert BertTokenizer(words=[]).vocab_size == 7
 
 
 def test_clean_caption():
     assert clean_blip_caption('  A "dog" (brown): #1*!~;  runs.\n') == "a dog brown 1 runs"
     assert clean_blip_caption("it's a well-known, t-shirt?one.two") == "it's a well-known, t-shirt?one two"
-    assert clean_blip_caption("a b c d", max_words=2) == "a b" and clean_blip_caption("..") == ""
+    assert clean_blip_caption("a " * 40) == " ".join("a" * 30) and clean_blip_caption("..") == ""
 
 
 def test_clean_question():
     assert clean_blip_question('What "color" is the dog(s)? one.two ') == "what color is the dogs? onetwo"
-    assert clean_blip_question(" ".join(["is"] * 60)) == " ".join(["is"] * 50)
+    assert clean_blip_question("a " * 60) == " ".join("a" * 50)
