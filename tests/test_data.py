@@ -188,12 +188,11 @@ def decoding_difference(encoded, size, seed):
     return np.abs(crop(encoded).astype(int) - crop(full)).mean()
 
 
-@pytest.mark.parametrize("seeds", [[None], [0, 1, 2]])
-def test_decoding_smaller_changes_little(seeds):
+def test_decoding_smaller_changes_little():
     # 1.1 (random) and 1.6 (central) grey levels; edges rounded to the reduced pixels would give 3.
-    differences = [decoding_difference(picture(index), 112, seed)
-                   for index in range(0, 160, 8) for seed in seeds]
-    assert 0 < np.mean(differences) < 2
+    for seed in (None, 0):
+        differences = [decoding_difference(picture(index), 112, seed) for index in range(0, 160, 8)]
+        assert 0 < np.mean(differences) < 2
 
 
 @pytest.mark.parametrize("size", [(641, 427), (1201, 803), (455, 901)])
@@ -347,10 +346,7 @@ def test_index_is_cached_and_follows_the_shards(tmp_path, monkeypatch):
 
 def test_folder_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     write_tar(tmp_path / "0.tar", pairs(1))
-
-    def refuse(*arguments):
-        raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr("os.replace", refuse)
+    monkeypatch.setattr("os.replace", lambda *paths: open(tmp_path))  # an OSError
     assert len(TarShards(tmp_path)) == 1 and [p.name for p in tmp_path.iterdir()] == ["0.tar"]
     assert "indexed again" in capsys.readouterr().out
 
@@ -636,14 +632,14 @@ def test_bad_samples_are_replaced_by_the_next():
     expected, expected_tokens, none = samples[7, 4]
     assert bad == 1 and none == 0
     assert (image == expected).all() and (tokens == expected_tokens).all()
-    assert sum(batch[2] for batch in loaded(Pictures(), 0)) == sum(
-        index == 3 for batch in StepSampler(10, 4, 5, 0, 5) for _, index in batch)
+    places = [index for batch in StepSampler(10, 4, 5, 0, 5) for _, index in batch]
+    assert sum(batch[2] for batch in loaded(Pictures(), 0)) == places.count(3)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_errors_in_workers_stay_one_line(workers):
     message = refusal(loaded, Pictures(corrupt=range(10)), workers)
-    assert message.startswith("100 samples in a row") and "corrupt image" in message
+    assert message.startswith("100 samples in a row") and message.endswith("(last: corrupt image)")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
