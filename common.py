@@ -21,7 +21,6 @@ import dataclasses
 import datetime
 import functools
 import gzip
-import hashlib
 import heapq
 import html
 import io
@@ -48,7 +47,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
+from torch.utils.data import ConcatDataset, DataLoader
 from tqdm import tqdm
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -1218,9 +1217,13 @@ def resize_whole(source, size):
 
 # ---------------------------------------------------------------------------------- sets on disk
 
-# Every set d: len(d); d[i] -> (encoded image or PIL image, target), or BadSample; d.key(i); d.bad,
-# unusable samples by reason; d.kind says what the target is: "captions" a list of strings,
-# "classes" the number of one of d.classes, "questions" (question, human answers).
+# Every set d: len(d); d[i] -> (encoded image or PIL image, target), or BadSample; d.kind says what
+# the target is: "captions" a list of strings, "classes" the number of one of d.classes (whose
+# prompts are d.templates), "questions" (question, human answers). Captions and questions have
+# d.key(i), questions d.question_kind(i), and what is read from lists or shards has d.bad, unusable
+# samples by reason.
+
+NOT_DOWNLOADED, HELD_BACK = "not downloaded", "in COCO's val or test"
 
 
 def read_bytes(path, start=0, size=-1):
@@ -1232,7 +1235,10 @@ def read_bytes(path, start=0, size=-1):
         raise BadSample("unreadable file") from error
 
 
-NOT_DOWNLOADED, HELD_BACK = "not downloaded", "in COCO's val or test"
+def stamp(path):
+    """[size, time of the last change] of a file."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def files_below(root, endings):
@@ -1240,16 +1246,19 @@ def files_below(root, endings):
     seen = set()
     for folder, inside, names in os.walk(root, followlinks=True):
         place = os.path.realpath(folder)
-        inside[:] = sorted(inside) if place not in seen else []  # a link may lead back up
-        for name in sorted(names) if place not in seen else []:
+        if place in seen:  # a link may lead back up
+            inside.clear()
+            continue
+        seen.add(place)
+        inside.sort()
+        for name in sorted(names):
             if name.lower().endswith(endings) and not name.startswith("."):
                 yield Path(folder, name)
-        seen.add(place)
 
 
 def is_held_out(path):
     """Whether a path says by itself that it is for validation or test."""
-    return re.search(r"(^|[^a-z])(val|valid|validation|test)($|[^a-z])", str(path).lower())
+    return re.search(r"(?i)(^|[^a-z])(val|valid|validation|test)($|[^a-z])", str(path))
 
 
 class TarShards:
@@ -1257,96 +1266,72 @@ class TarShards:
 
     A sample is `key.jpg` (jpeg, png, webp) with `key.txt`, or `key.json` with "caption". Samples
     are read by their offset, so any order is possible and workers share no open file. The offsets
-    are found once and kept beside the shards in `.index-*.npz`. What is named for validation or
-    test is left out. UserError when there is no shard, or one is compressed.
+    are found once and kept beside the shards in `.index.npz`. What is named for validation or test
+    is left out. UserError when a shard is compressed.
     """
 
     kind = "captions"
-    # Positions count tar blocks of 512 bytes. 25 bytes a sample, plus its key.
-    ROW = np.dtype([("shard", "u4"), ("image", "u4"), ("image_size", "u4"), ("caption", "u4"),
-                    ("caption_size", "u4"), ("json", "?"), ("key_end", "u4")])
 
     def __init__(self, root):
-        self.root = Path(root)
-        shards = sorted(files_below(root, (".tar", ".tar.gz", ".tgz")))
+        shards = sorted(files_below(root, ".tar"))
         train = [path for path in shards if not is_held_out(path.relative_to(root))]
         self.shards = train or shards
-        for path in self.shards:
-            if path.suffix != ".tar":
-                raise UserError(f"{path} is compressed: unpack it first (gzip -d)")
-        if not self.shards:
-            raise UserError(f"no *.tar shards in {root} (see data/README.md)")
-        self.rows, self.keys, self.bad = self._load_index()
-        if not len(self.rows):
-            raise UserError(f"no image with a caption in the {len(self.shards)} shards of {root}: "
-                            "key.jpg with key.txt, or key.json with \"caption\"")
+        self.rows, self.keys, self.bad = load_index(Path(root), self.shards)
 
     def __len__(self):
         return len(self.rows)
 
-    def __str__(self):
-        folders = sorted({str(path.parent.relative_to(self.root)) for path in self.shards})
-        return f"{len(self.shards)} shards in {self.root} (folders: {' '.join(folders)})"
-
     def key(self, i):
         """`<shard>/<key>`: keys need only be unique within a shard."""
-        start = self.rows[i - 1]["key_end"] if i else 0
-        key = self.keys[start:self.rows[i]["key_end"]].tobytes().decode(errors="surrogateescape")
-        shard = self.shards[self.rows[i]["shard"]].relative_to(self.root).with_suffix("")
-        return f"{shard.as_posix()}/{key}"
+        return self.keys[i].decode(errors="surrogateescape")
 
     def __getitem__(self, i):
-        row = self.rows[i]
-        text = self.read(row, "caption")
+        shard, image, image_size, caption, caption_size, is_json = self.rows[i].tolist()
+        text = read_bytes(self.shards[shard], caption, caption_size)
         try:
-            texts = json.loads(text).get("caption") if row["json"] else text.decode("utf-8-sig")
+            texts = json.loads(text).get("caption") if is_json else text.decode("utf-8-sig")
         except (ValueError, AttributeError, RecursionError) as error:
             raise BadSample("unreadable caption") from error
         captions = clean_captions(texts)
-        return self.read(row, "image"), captions
+        return read_bytes(self.shards[shard], image, image_size), captions
 
-    def read(self, row, part):
-        start = int(row[part]) * tarfile.BLOCKSIZE
-        return read_bytes(self.shards[row["shard"]], start, int(row[f"{part}_size"]))
 
-    def _load_index(self):
-        """Rows, all keys as one byte array, and the unusable samples, from the cache if it fits."""
-        # With the time: tar pads its files, so that a rewritten shard often keeps its size, and
-        # old offsets would then pair images with captions wrongly.
-        stats = [(str(path.relative_to(self.root)), path.stat()) for path in self.shards]
-        state = str([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
-        state += "keys end at the last dot"  # as an index of another rule must not be taken
-        digest = hashlib.sha256(state.encode(errors="surrogateescape")).hexdigest()[:16]
-        cache = self.root / f".index-{digest}.npz"
-        with contextlib.suppress(Exception):  # absent, or damaged in any way: build it again
-            with np.load(cache) as index:
+def load_index(root, shards):
+    """What can be read from tar shards, from the cache if they are as they were.
+
+    rows (N, 6): the number of the shard, and what scan_shard finds; keys (N,): as bytes; a Counter
+    of the unusable samples. 63 bytes a sample of CC3M.
+    """
+    # With the time: tar pads its files, so that a rewritten shard often keeps its size, and old
+    # offsets would then pair images with captions wrongly.
+    state = str([(path.relative_to(root), *stamp(path)) for path in shards])
+    cache = root / ".index.npz"
+    with contextlib.suppress(Exception):  # absent, or damaged in any way: build it again
+        with np.load(cache) as index:
+            if str(index["state"]) == state:
                 bad = collections.Counter(json.loads(str(index["bad"])))
                 return index["rows"], index["keys"], bad
-        rows, keys, bad = [], bytearray(), collections.Counter()
-        hidden = len(self.shards) < 20 or rank() != 0
-        for number, path in enumerate(tqdm(self.shards, "indexing shards", disable=hidden)):
-            for key, image, caption, is_json in scan_shard(path, bad):
-                keys += key.encode(errors="surrogateescape")
-                rows.append((number, *image, *caption, is_json, len(keys)))
-        rows, keys = np.array(rows, self.ROW), np.frombuffer(bytes(keys), np.uint8)
-        if rank() == 0:
-            try:
-                replace_file(cache, lambda new: save_arrays(new, rows=rows, keys=keys,
-                                                            bad=np.array(json.dumps(bad))))
-            except UserError as error:
-                print(f"{error}: the shards will be indexed again at the next start")
-        return rows, keys, bad
-
-
-def save_arrays(path, **arrays):
-    with open(path, "wb") as file:  # np.savez adds .npz to a name that lacks it
-        np.savez(file, **arrays)
+    rows, keys, bad = [], [], collections.Counter()
+    for number, path in enumerate(tqdm(shards, "indexing shards", disable=None)):
+        folder = path.relative_to(root).with_suffix("").as_posix()
+        for key, *places in scan_shard(path, bad):
+            rows.append((number, *places))
+            keys.append(f"{folder}/{key}".encode(errors="surrogateescape"))
+    rows, keys = np.array(rows, np.int64), np.array(keys)
+    if rank() == 0:
+        content = io.BytesIO()
+        np.savez(content, state=state, bad=json.dumps(bad), rows=rows, keys=keys)
+        try:
+            replace_file(cache, lambda new: new.write_bytes(content.getbuffer()))
+        except UserError as error:
+            print(f"{error}: the shards will be indexed again at the next start")
+    return rows, keys, bad
 
 
 def clean_captions(texts):
     """The captions of a sample, one text or a list, their white space tidied. BadSample if none."""
     texts = [texts] if isinstance(texts, str) else texts
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+    if not isinstance(texts, list) or set(map(type, texts)) - {str}:
         raise BadSample("caption is no text")
     captions = [" ".join(text.split()) for text in texts if text.strip()]
     if not captions:
@@ -1354,55 +1339,48 @@ def clean_captions(texts):
     return captions
 
 
+KINDS = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "txt": "txt",
+         "json": "json"}
+
+
 def scan_shard(path, bad):
-    """[(key, (block, size) of the image, (block, size) of the caption, caption is json)].
+    """[(key, start and size of the image, start and size of the caption, whether that is json)].
 
     Counts in `bad` what cannot be used. The key of a member ends at the last dot of its name.
     """
-    length, end = path.stat().st_size, 0
-    parts = collections.defaultdict(dict)  # key -> kind -> place; None: cut off
-    try:
-        with open(path, "rb") as file, tarfile.open(path, "r:", ignore_zeros=True) as tar:
-            for member in tar:  # ignore_zeros: also what `cat a.tar b.tar` appended
-                tar.members.clear()  # tarfile would keep all of them
-                file.seek(end)
-                bad["in a damaged shard"] += any(file.read(member.offset - end))
-                blocks = math.ceil(member.size / tarfile.BLOCKSIZE) if member.isreg() else 0
-                end = member.offset_data + blocks * tarfile.BLOCKSIZE
-                key, _, extension = member.name.rpartition(".")
-                kind = extension.lower()
-                kind = "image" if kind in ("jpg", "jpeg", "png", "webp") else kind
-                if member.isreg() and kind in ("image", "txt", "json"):
-                    bad["named twice"] += kind in parts[key]
-                    whole = member.offset_data + member.size <= length
-                    place = member.offset_data // tarfile.BLOCKSIZE, member.size
-                    parts[key].setdefault(kind, place if whole else None)
+    length, end, sound = path.stat().st_size, 0, False
+    parts = collections.defaultdict(dict)  # key -> kind -> (start, size), or None where cut off
+    with contextlib.suppress(tarfile.TarError, OSError, ValueError), open(path, "rb") as file:
+        if file.peek()[:2] == b"\x1f\x8b":
+            raise UserError(f"{path} is compressed: unpack it first (gzip -d)")
+        tar = tarfile.TarFile(fileobj=file, ignore_zeros=True)  # also what `cat a.tar b.tar` gives
+        for member in tar:
+            tar.members.clear()  # tarfile would keep all of them
             file.seek(end)
-            rest = file.read()
-    except (tarfile.TarError, OSError, ValueError) as error:
-        if read_bytes(path, size=2) == b"\x1f\x8b":
-            raise UserError(f"{path} is compressed: unpack it first (gzip -d)") from error
-        rest = b""
-    samples, cut_off = [], 0
+            bad["in a damaged shard"] += any(file.read(member.offset - end))
+            end = tar.offset
+            key, _, extension = member.name.rpartition(".")
+            kind = KINDS.get(extension.lower())
+            if kind and member.isreg():
+                bad["named twice"] += kind in parts[key]
+                whole = member.offset_data + member.size <= length
+                parts[key].setdefault(kind, (member.offset_data, member.size) if whole else None)
+        file.seek(end)
+        rest = file.read()
+        sound = rest and not any(rest)  # a sound archive ends with blocks of zeros
+    samples = []
     for key, places in parts.items():
         image, caption = places.get("image"), places.get("txt") or places.get("json")
         if image and caption:
-            samples.append((key, image, caption, not places.get("txt")))
+            samples.append((key, *image, *caption, not places.get("txt")))
         elif None in places.values():
-            cut_off += 1
-        elif len(parts.get(first_dot(key), ())) < 2:  # else a mask 1.seg.png beside 1.jpg, 1.txt
+            bad["cut off"] += 1
+            sound = True  # that has been said
+        elif len(parts.get(re.sub(r"\.[^/]*$", "", key), ())) < 2:
             bad["without caption" if image else "without image"] += 1
-    # a sound archive ends with blocks of zeros; how many samples lay behind damage is not known
-    if not cut_off and (not rest or any(rest)):
-        bad["in a damaged shard"] += 1
-    bad["cut off"] += cut_off
+        # else a mask 1.seg.png beside 1.jpg, 1.txt
+    bad["in a damaged shard"] += not sound  # how many samples lay behind is not known
     return samples
-
-
-def first_dot(name):
-    """The name of a tar's member up to the first dot of its last part."""
-    folder, slash, last = name.rpartition("/")
-    return folder + slash + last.partition(".")[0]
 
 
 class Listed:
@@ -1415,39 +1393,29 @@ class Listed:
     def __init__(self, path):
         self.path, folder = Path(path), Path(path).parent
         with open(path, "rb") as file:
-            lengths = np.fromiter((len(line) for line in file), np.int64)
-            file.seek(0)
-            try:
-                head = json.loads(file.readline())
-                self.name, self.kind, self.notes = head["name"], head["kind"], head["notes"]
-                self.bad = collections.Counter(head["unusable"])
-                self.command = prepare_command(self.name, folder / head["root"], folder)
-                sources = [(folder / source["file"], source["size"], source["time"])
-                           for source in head["made_from"]]
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{path} is no list of data/prepare.py") from None
-        self.starts = (np.cumsum(lengths) - lengths)[1:]
-        self.answers = head.get("answers")
-        for file, *before in sources:
-            stat = file.stat() if file.exists() else None
-            if stat and [stat.st_size, stat.st_mtime_ns] != before:
-                raise UserError(f"{file} has changed since {path} was made: {self.command}")
-        if not len(self):
-            raise UserError(f"{path} lists no sample: {self.command}")
+            self.ends = np.cumsum([len(line) for line in file])  # of the first line, then records
+        try:
+            head = json.loads(read_bytes(path, 0, self.ends[0]))
+            self.kind, self.answers = head["kind"], head.get("answers")
+            self.bad = collections.Counter(head["unusable"])
+            self.command = (f"run python data/prepare.py {head['name']} "
+                            f"{shlex.quote(os.path.normpath(folder / head['root']))} "
+                            f"--out {shlex.quote(str(folder))}")
+            for source in head["made_from"]:
+                file = folder / source["file"]
+                if file.exists() and stamp(file) != [source["size"], source["time"]]:
+                    raise UserError(f"{file} has changed since {path} was made: {self.command}")
+        except (ValueError, KeyError, TypeError, IndexError):
+            raise UserError(f"{path} is no list of data/prepare.py") from None
 
     def __len__(self):
-        return len(self.starts)
-
-    def __str__(self):
-        return "; ".join([str(self.path), *(f"{n:,} {what}" for what, n in self.notes.items())])
+        return len(self.ends) - 1
 
     def record(self, i):
         """What the list says of a sample, a dict."""
-        with open(self.path, "rb") as file:
-            file.seek(self.starts[i])
-            line = file.readline()
+        start, end = self.ends[i:i + 2]
         try:
-            return json.loads(line)
+            return json.loads(read_bytes(self.path, start, end - start))
         except ValueError:
             raise UserError(f"{self.path}, line {i + 2}, is damaged: {self.command}") from None
 
@@ -1461,13 +1429,8 @@ class Listed:
             return image, (record["question"], record["answers"])
         return image, record["captions"]
 
-    def column(self, name):
-        """[what the list says of every sample under this name, None where it says nothing]"""
-        return [self.record(i).get(name) for i in range(len(self))]
-
-    @functools.cached_property
-    def question_kinds(self):
-        return self.column("kind")
+    def question_kind(self, i):
+        return self.record(i).get("kind")
 
 
 class Mixture(ConcatDataset):
@@ -1481,13 +1444,12 @@ class Mixture(ConcatDataset):
     def __init__(self, names, parts):
         super().__init__(parts)
         self.names = names
-        self.bad = sum((part.bad for part in dict(zip(names, parts)).values()),
-                       collections.Counter())
 
     def key(self, i):
         part = bisect.bisect_right(self.cumulative_sizes, i)
-        start = self.cumulative_sizes[part - 1] if part else 0
-        return f"{self.names[part]}/{self.datasets[part].key(i - start)}"
+        data = self.datasets[part]
+        place = len(data) - (self.cumulative_sizes[part] - i)
+        return f"{self.names[part]}/{data.key(place)}"
 
 
 class Subset(torch.utils.data.Subset):
@@ -1495,63 +1457,47 @@ class Subset(torch.utils.data.Subset):
 
     def __init__(self, data, indices):
         super().__init__(data, indices)
-        self.kind, self.bad = data.kind, data.bad
-        self.answers = getattr(data, "answers", None)
+        self.kind, self.answers = data.kind, getattr(data, "answers", None)
 
     def key(self, i):
         return self.dataset.key(self.indices[i])
 
-    def column(self, name):
-        values = self.dataset.column(name)
-        return [values[i] for i in self.indices]
-
-    @property
-    def question_kinds(self):
-        kinds = self.dataset.question_kinds
-        return [kinds[i] for i in self.indices]
+    def question_kind(self, i):
+        return self.dataset.question_kind(self.indices[i])
 
 
 class ImageFolder:
     """Images in one folder per class: root/<class>/..., or root/<split>/<class>/...
 
     split "train", "val" or "test"; "test" falls back on val/, then on root itself. A class is
-    called as its folder, with spaces for _ and -. In ImageNet (or a part of it) folders are wnids
-    or class names, which with the templates come from data/. UserError when there are no images.
+    called as its folder, with spaces for _ and -. In a folder "imagenet" they are called by wnid;
+    names and templates come from data/. UserError when there are no images.
     """
 
-    kind, bad = "classes", collections.Counter()
+    kind, templates = "classes", ["a photo of a {}."]
 
-    def __init__(self, root, split, imagenet=False):
-        root = Path(root)
-        folders = {name: root / name for name in ("train", "val", "test")
-                   if (root / name).is_dir()}
-        folder = folders.get(split)
-        if folder is None and split == "test":
-            folder = folders.get("val", root)
-        if folder is None or (folder == root and folders):
-            raise UserError(f"no folder {root / split} with one folder of images per class")
+    def __init__(self, root, split):
+        splits = [root / name for name in ("train", "val", "test") if (root / name).is_dir()]
+        folder = root / split
+        if split == "test" and folder not in splits:
+            folder = root / "val" if splits else root
         # Labels must mean the same in each split, even if a class is absent from one.
-        parents = folders.values() or [root]
-        names = sorted({path.name for parent in parents for path in parent.iterdir()
+        names = sorted({path.name for parent in splits or [root] for path in parent.iterdir()
                         if path.is_dir() and not path.name.startswith(".")})
         self.images = []
         for label, name in enumerate(names):
-            files = files_below(folder / name, IMAGE_TYPES)
-            self.images += [(path, label) for path in files]
+            self.images += [(path, label) for path in files_below(folder / name, IMAGE_TYPES)]
         if not self.images:
-            raise UserError(f"no images in class folders of {folder}: one folder of images per "
-                            "class is needed (see data/README.md)")
+            raise UserError(f"{root} holds no list of data/prepare.py, no *.tar shard (unpack "
+                            f"compressed ones) and no image {folder}/<class>/* (see "
+                            "data/README.md)")
         self.classes = [name.replace("_", " ").replace("-", " ") for name in names]
-        self.templates = ["a photo of a {}."]
-        if imagenet:
+        if root.name == "imagenet":
             self.classes = imagenet_names(names)
             self.templates = read_text(DATA / "templates_imagenet.txt").splitlines()
 
     def __len__(self):
         return len(self.images)
-
-    def key(self, i):
-        return str(self.images[i][0])
 
     def __getitem__(self, i):
         path, label = self.images[i]
@@ -1559,136 +1505,125 @@ class ImageFolder:
 
 
 def imagenet_names(folders):
-    """The class names of folders that are called by wnid (n01440764) or by name."""
+    """The class names of folders that are called by wnid (n01440764)."""
     lines = read_text(DATA / "imagenet_classes.tsv").splitlines()
-    known = dict(line.split("\t") for line in lines)
-    for name in list(known.values()):
-        known[name] = known[name.replace(" ", "_")] = name
+    names = dict(line.split("\t") for line in lines)
     for folder in folders:
-        if folder not in known:
-            raise UserError(f"{folder} is no ImageNet class: folders are wnids (n01440764) or the "
-                            f"names in {DATA / 'imagenet_classes.tsv'}")
-    return [known[folder] for folder in folders]
+        if folder not in names:
+            raise UserError(f"{folder} is no ImageNet class, a wnid as in {DATA}/imagenet_classes"
+                            ".tsv: call the folder of another set differently")
+    return [names[folder] for folder in folders]
 
 
-# name -> torchvision class, the arguments of its parts for training (linear probe) and for testing
+# name -> torchvision class, its splits for training (a linear probe); for testing there is "test",
+# or in CIFAR's classes False, where the argument says whether it is the training split
 TORCHVISION = {
-    "cifar10": ("CIFAR10", [{"train": True}], [{"train": False}]),
-    "cifar100": ("CIFAR100", [{"train": True}], [{"train": False}]),
-    "flowers102": ("Flowers102", [{"split": "train"}, {"split": "val"}], [{"split": "test"}]),
-    "food101": ("Food101", [{"split": "train"}], [{"split": "test"}]),
-    "oxford_pets": ("OxfordIIITPet", [{"split": "trainval"}], [{"split": "test"}]),
-    "stl10": ("STL10", [{"split": "train"}], [{"split": "test"}]),
+    "cifar10": ("CIFAR10", True),
+    "cifar100": ("CIFAR100", True),
+    "flowers102": ("Flowers102", "train", "val"),
+    "food101": ("Food101", "train"),
+    "oxford_pets": ("OxfordIIITPet", "trainval"),
+    "stl10": ("STL10", "train"),
 }
 
 
-class TorchvisionSet:
+class TorchvisionSet(ConcatDataset):
     """A classification set of torchvision, downloaded beforehand into `root`; "train" or "test"."""
 
-    kind, bad = "classes", collections.Counter()
+    kind, templates = "classes", ["a photo of a {}."]
 
     def __init__(self, name, root, split):
-        (made, train, test), parts = TORCHVISION[name], []
+        made, *parts = TORCHVISION[name]
+        if split == "test":
+            parts = [False] if True in parts else ["test"]
         try:
             make = getattr(import_torchvision().datasets, made)
-            for arguments in train if split == "train" else test:
-                parts.append(make(str(root), **arguments))
-        except ImportError as error:
-            raise UserError(f"{name} needs the package {error.name or error}") from None
-        except (RuntimeError, OSError) as error:
-            words = "".join(f", {key}={value!r}" for key, value in arguments.items())
+            super().__init__([make(str(root), part) for part in parts])
+        except (ImportError, RuntimeError, OSError) as error:
+            reason = str(error).splitlines()[0]
             raise UserError(
-                f"{name} cannot be read from {root} ({str(error).splitlines()[0]}); get it with: "
-                f"python -c \"import torchvision; torchvision.datasets.{made}('{root}'{words}, "
-                "download=True)\"") from None
-        self.data = ConcatDataset(parts)
-        self.classes = [text.replace("_", " ") for text in parts[0].classes]
-        self.templates = ["a photo of a {}."]
-
-    def __len__(self):
-        return len(self.data)
-
-    def key(self, i):
-        return str(i)
+                f"{name} cannot be read from {root} ({reason}); get it with: python -c \"import "
+                f"torchvision; torchvision.datasets.{made}('{root}', {parts[0]!r}, download=True)\""
+            ) from None
+        self.classes = [text.replace("_", " ") for text in self.datasets[0].classes]
 
     def __getitem__(self, i):
         try:
-            return self.data[i]
+            return super().__getitem__(i)
         except (OSError, SyntaxError, ValueError) as error:
             raise BadSample("corrupt image") from error
 
 
 # ------------------------------------------------------------------------- what a Config names
 
-PREPARED = ("coco", "flickr30k", "vg", "sbu", "nocaps", "vqav2")
-HELD_OUT = 5000  # at most; the last 1 % of a set without validation split
-
-
-def prepare_command(name, root, out=None):
-    """What makes the lists of a set: what is no known set is taken for a table as CC3M's."""
-    name = name if name in PREPARED else "cc3m"
-    root, out = os.path.normpath(root), os.path.normpath(out or root)
-    elsewhere = f" --out {shlex.quote(out)}" if out != root else ""
-    return f"run python data/prepare.py {name} {shlex.quote(root)}{elsewhere}"
-
-
-def data_folder(name, root):
-    """The folder of a set: root, else data/NAME. UserError when there is none."""
-    folder = Path(root).expanduser() if root else DATA / name
-    if not folder.is_dir():
-        raise UserError(f"{name}: no folder {folder} (see data/README.md for how to get the data; "
-                        "any other place with --root FOLDER)")
-    return folder
-
-
-def open_captions(name, root, split):
-    """Captioned set in the folder of a set, or None if it has no such split.
-
-    Lists of data/prepare.py, else tar shards: in root/train, root/val, root/test, or root itself
-    for training. Without a validation split the last 1 % of the training set is held out for it.
-    """
-    root = data_folder(name, root)
-    lists = {part: root / f"{part}.jsonl" for part in ("train", "val", "test")}
-    lists = {part: path for part, path in lists.items() if path.is_file()}
-    official = name in PREPARED or any(root.glob("*.tsv"))
-    if official and not lists and not any(files_below(root, (".tar", ".tgz", ".tar.gz"))):
-        raise UserError(f"{name} in {root} is not prepared yet: {prepare_command(name, root)}")
-
-    def open_split(part):
-        if lists:
-            return Listed(lists[part]) if part in lists else None
-        if part == "train":
-            return TarShards(root / "train" if (root / "train").is_dir() else root)
-        return TarShards(root / part) if (root / part).is_dir() else None
-
-    data = open_split(split)
-    if split in ("train", "val") and "test" not in lists and open_split("val") is None:
-        whole = open_split("train")
-        cut = len(whole) - min(HELD_OUT, len(whole) // 100)
-        data = Subset(whole, range(cut) if split == "train" else range(cut, len(whole)))
-    if data is None or not len(data):
-        return None
-    check_bad(data.bad, len(data) + sum(data.bad.values()), str(root))
-    return data
+PREPARED = ("coco", "flickr30k", "vg", "sbu", "nocaps", "vqav2", "cc3m")
 
 
 def parts_of(data):
     """["coco", "coco", "cc3m"] of --data "coco*2+cc3m". UserError for what is none."""
     names = []
     for part in data.split("+"):
-        name, star, times = part.strip().partition("*")
-        if not name or (star and not (times.isdecimal() and int(times) > 0)):
-            raise UserError(f"--data {data}: {part!r} is no NAME, or NAME*2 (a whole number)")
-        if name in names or (name == "emoji" and data != "emoji"):
-            raise UserError(f"--data {data}: {name} cannot be mixed in (again)")
-        names += [name] * int(times or 1)
+        match = re.fullmatch(r"([^*]+)(?:\*([1-9]\d*))?", part.strip())
+        if not match or match[1] in names or (match[1] == "emoji" and data != "emoji"):
+            raise UserError(f"--data {data}: {part!r} is no NAME or NAME*2 (a whole number), or "
+                            "cannot be mixed in")
+        names += [match[1]] * int(match[2] or 1)
     return names
 
 
-def training_folder(cfg, name):
-    """--root, or FOLDER/NAME of several sets."""
-    several = len(set(parts_of(cfg.data))) > 1
-    return Path(cfg.root, name) if cfg.root and several else cfg.root
+def data_folder(cfg, name):
+    """data/NAME, or below --root for what --data names: FOLDER, or FOLDER/NAME of several sets.
+
+    What is no such set is a folder itself. UserError when there is none.
+    """
+    parts, folder = set(parts_of(cfg.data)), DATA / name
+    if cfg.root and name in parts:
+        folder = Path(cfg.root, name if len(parts) > 1 else "")
+    elif Path(name).name != name or not folder.is_dir():
+        folder = Path(name)
+    if not folder.is_dir():
+        raise UserError(f"{name}: no folder {folder} (a set NAME belongs into {DATA}/NAME, or "
+                        "anywhere with --root FOLDER: see data/README.md)")
+    return folder
+
+
+def open_set(name, root, split):
+    """What the folder of a set holds of a split: captions, questions or classes; None if nothing.
+
+    Lists of data/prepare.py, else tar shards, else one folder of images per class.
+    """
+    if name in TORCHVISION:
+        return TorchvisionSet(name, root, split) if split != "val" else None
+    if any(root.glob("*.jsonl")):
+        return open_captions(root, split, ".jsonl", Listed)
+    if name != "imagenet" and any(files_below(root, ".tar")):
+        return open_captions(root, split, "", TarShards)
+    if name in PREPARED:
+        command = f"run python data/prepare.py {name} {shlex.quote(str(root))}"
+        raise UserError(f"{name} in {root} is not prepared yet: {command} (see data/README.md)")
+    if split == "val" and not ((root / "val").is_dir() and (root / "test").is_dir()):
+        return None  # val/ serves as test
+    return ImageFolder(root, split)
+
+
+def open_captions(root, split, ending, reader):
+    """The list root/<split>.jsonl, or the shards in root/<split>/ or for training in root itself.
+
+    Without a validation split the last 1 % of the training set (5,000 at most) is held out for it.
+    """
+    held_out = not any((root / part).exists() for part in ("val", "val.jsonl", "test.jsonl"))
+    part = "train" if held_out and split == "val" else split
+    path = root / (part + ending)
+    if path.name == "train" and not path.exists():
+        path = root  # shards
+    if not path.exists():
+        return None
+    data = reader(path)
+    check_bad(data.bad, len(data), path)
+    if held_out and split in ("train", "val"):
+        cut = len(data) - min(5000, len(data) // 100)
+        data = Subset(data, range(cut) if split == "train" else range(cut, len(data)))
+    return data if len(data) else None
 
 
 def training_set(cfg, image_size, long_tail=0.0, duplicates=0.0):
@@ -1698,15 +1633,17 @@ def training_set(cfg, image_size, long_tail=0.0, duplicates=0.0):
         data = scenes.EmojiScenes("train", cfg.scenes, image_size, cfg.seed, cfg.concepts,
                                   cfg.difficulty, cfg.noise, long_tail, duplicates)
     else:
-        names = parts_of(cfg.data)
-        parts = {name: open_captions(name, training_folder(cfg, name), "train") for name in names}
-        for name, part in parts.items():
-            if part is None:
-                raise UserError(f"{name} has no captions to train on")
+        names, parts = parts_of(cfg.data), {}
+        for name in dict.fromkeys(names):
+            folder = data_folder(cfg, name)
+            parts[name] = data = open_set(name, folder, "train")
+            if data is None or data.kind != "captions":
+                raise UserError(f"{name}: no captioned images to train on in {folder} (see "
+                                "data/README.md)")
             if rank() == 0:
-                whole = getattr(part, "dataset", part)
-                print(f"{name}: {len(part):,} training images from {whole}")
-        data = parts[names[0]] if len(names) == 1 else Mixture(names, [parts[n] for n in names])
+                print(f"{name}: {len(data):,} training images in {folder}")
+        if len(names) > 1:
+            data = Mixture(names, [parts[name] for name in names])
     if not cfg.keep:
         return data
     return Subset(data, listed([data.key(i) for i in range(len(data))], cfg.keep))
@@ -1726,68 +1663,49 @@ def evaluation_sets(cfg, image_size, split):
     """{name: set} of --eval-data (default: what belongs to --data); split "val", "test" or, for
     a linear probe, "train".
 
-    Where no set has a validation split, what is held out of the training set serves.
+    "val" validates by the first of them: the last, what is held out of the training set, serves
+    where no other has such a split.
     """
     parts = list(dict.fromkeys(parts_of(cfg.data)))
-    names = cfg.eval_data or [name for name in parts if name in ("coco", "flickr30k")] or parts
+    captioned = [name for name in parts if name in ("coco", "flickr30k")]
+    names = list(cfg.eval_data or captioned or parts)
+    if split == "val" and cfg.data != "emoji":
+        names.append(parts[0])
     found = {}
-    for name in names:
+    for name in dict.fromkeys(names):
         if name == "emoji":
             found.update(emoji_sets(cfg, image_size, split))
-        else:
-            label = Path(name).name
-            folder = training_folder(cfg, name) if name in parts else None
-            if label != name or (Path(name).is_dir() and not (DATA / name).is_dir()):
-                folder = name
-            found[label] = open_evaluation(label, folder, split)
-            if found[label] is None and folder == name and split == "test":
-                raise UserError(f"--eval-data {name} has no test split: a list test.jsonl, or "
-                                "shards in test/ (see data/README.md)")
-    found = {name: data for name, data in found.items() if data is not None}
-    if split == "val" and not found and cfg.data != "emoji":
-        data = open_captions(parts[0], training_folder(cfg, parts[0]), "val")
-        return {parts[0]: data} if data is not None else {}
+            continue
+        label = Path(name).name
+        data = open_set(label, data_folder(cfg, name), split)
+        if data is not None:
+            found[label] = data
+        elif split == "test" and name not in parts:
+            raise UserError(f"--eval-data {name} has no test split: a list test.jsonl, or shards "
+                            "in test/ (see data/README.md)")
     return found
 
 
 def emoji_sets(cfg, image_size, split):
     """Zero-shot by concept; in the test also by group, and retrieval of whole scenes."""
     from data.emoji import scenes
-    looks = {"concepts": cfg.concepts, "difficulty": cfg.difficulty}
-    found = {"concept": scenes.EmojiClasses(split, image_size, "concept", **looks)}
+    looks = cfg.concepts, cfg.difficulty
+    found = {"concept": scenes.EmojiClasses(split, image_size, "concept", *looks)}
     if split == "test":
-        found["group"] = scenes.EmojiClasses(split, image_size, "group", **looks)
-        found["retrieval"] = scenes.EmojiScenes(split, 1000, image_size, **looks)
+        found["group"] = scenes.EmojiClasses(split, image_size, "group", *looks)
+        found["retrieval"] = scenes.EmojiScenes(split, 1000, image_size, 0, *looks)
     return found
-
-
-def open_evaluation(name, root, split):
-    """A set of classes or of captions in a split, None if it has no such split."""
-    root = data_folder(name, root)
-    if name in TORCHVISION:
-        return TorchvisionSet(name, root, split) if split != "val" else None
-    if name in PREPARED or any(root.glob("*.jsonl")) or any(files_below(root, ".tar")):
-        return open_captions(name, root, split) if split != "train" else None
-    if split == "val" and not ((root / "val").is_dir() and (root / "test").is_dir()):
-        return None  # val/ serves as test
-    return ImageFolder(root, split, imagenet=name == "imagenet")
 
 
 def question_set(cfg, image_size, split):
     """The questions a Config names: about emoji scenes, 500 for "val" and "test", or on disk."""
     if cfg.data == "emoji":
         from data.emoji import scenes
-        training = split == "train"
-        return scenes.EmojiQuestions(split, cfg.scenes if training else 500, image_size,
-                                     cfg.seed if training else 0, cfg.concepts, cfg.difficulty)
-    root = data_folder(cfg.data, cfg.root)
-    path = root / f"{split}.jsonl"
-    if not path.is_file():
-        raise UserError(f"{cfg.data}: no {path}: {prepare_command('vqav2', root)}")
-    data = Listed(path)
-    if data.kind != "questions":
-        raise UserError(f"{path} holds no questions")
-    check_bad(data.bad, len(data) + sum(data.bad.values()), str(root))
+        count, seed = (cfg.scenes, cfg.seed) if split == "train" else (500, 0)
+        return scenes.EmojiQuestions(split, count, image_size, seed, cfg.concepts, cfg.difficulty)
+    data = open_set(cfg.data, data_folder(cfg, cfg.data), split)
+    if data is None or data.kind != "questions":
+        raise UserError(f"{cfg.data} has no questions in {split}.jsonl (see data/README.md)")
     return data
 
 
@@ -1802,39 +1720,17 @@ def loader_workers(cfg):
 def example_images(sets, image_size, count, resize=resize_center_crop):
     """(up to count, 3, S, S) uint8 and a caption each, of the first captioned set; else None."""
     for data in sets.values():
-        images, captions = [], []
-        for i in range(len(data) if data.kind == "captions" else 0):
-            with contextlib.suppress(BadSample):
-                source, texts = data[i]
-                images.append(torch.from_numpy(resize(source, image_size)))
-                captions.append(texts[0])
-            if len(images) == count:
-                break
-        if images:
-            return torch.stack(images), captions
+        if data.kind == "captions":
+            for images, _, captions in eval_loader(data, image_size, count, 0, resize):
+                return images, [texts[0] for texts in captions]
     return None
 
 
 # -------------------------------------------------------------------------------------- loading
 
 
-class Samples(Dataset):
-    """A data set from which a whole batch is fetched at once, or a UserError in its place.
-
-    Raised in a worker process, the error would come back as the text of a traceback.
-    """
-
-    def __getitems__(self, places):
-        try:
-            return [self[place] for place in places]
-        except UserError as error:
-            return error
-
-    def __len__(self):
-        return len(self.data)
-
-
-class TrainSamples(Samples):
+@dataclass
+class TrainSamples:
     """samples[(epoch, index)] -> image uint8 (3, S, S), tokens (context,), 1 if replaced, else 0.
 
     The crop and the choice among several captions depend on (seed, epoch, index) alone, not on
@@ -1843,9 +1739,15 @@ class TrainSamples(Samples):
     function of (uint8 (3, S, S), rng).
     """
 
-    def __init__(self, data, tokenizer, image_size, crop_scale, seed, augment=None):
-        self.data, self.tokenizer, self.seed = data, tokenizer, seed
-        self.image_size, self.crop_scale, self.augment = image_size, crop_scale, augment
+    data: object
+    tokenizer: object
+    image_size: int
+    crop_scale: tuple
+    seed: int
+    augment: object = None
+
+    def __len__(self):
+        return len(self.data)
 
     def __getitem__(self, place):
         return self.draw(place)[:3]
@@ -1865,16 +1767,16 @@ class TrainSamples(Samples):
             except BadSample as error:
                 reason = error
                 continue
-            caption = int(rng.integers(len(texts[:captions])))
-            image = torch.from_numpy(image)
-            if self.augment is not None:
+            image, caption = torch.from_numpy(image), int(rng.integers(len(texts[:captions])))
+            if self.augment:
                 image = self.augment(image, rng)
             return image, self.tokenizer([texts[caption]])[0], int(bad > 0), index, caption
         raise UserError(f"100 samples in a row cannot be used, from {self.data.key(first)!r} on "
                         f"(last: {reason})")
 
 
-class StepSampler(Sampler):
+@dataclass
+class StepSampler:
     """This rank's share of the global batches of steps start..steps - 1, lists of (epoch, index).
 
     Every epoch is a new permutation of the n samples, cut into global batches; the rest is
@@ -1882,54 +1784,40 @@ class StepSampler(Sampler):
     number of ranks. UserError when a batch is larger than the set or cannot be shared evenly.
     """
 
-    def __init__(self, n, batch, steps, start, seed):
-        if batch < 1 or batch % world_size():
-            raise UserError(f"--batch-size {batch} cannot be shared evenly by {world_size()} "
-                            "processes")
-        if n < batch:
-            raise UserError(f"the training set has {n} samples, fewer than one batch of {batch}: "
-                            "lower --batch-size")
-        self.n, self.batch, self.steps, self.start, self.seed = n, batch, steps, start, seed
+    n: int
+    batch: int
+    steps: int
+    start: int
+    seed: int
 
-    def __len__(self):
-        return max(0, self.steps - self.start)
+    def __post_init__(self):
+        if self.batch % world_size():
+            raise UserError(f"--batch-size {self.batch} cannot be shared evenly by {world_size()} "
+                            "processes")
+        if self.n < self.batch:
+            raise UserError(f"the training set has {self.n} samples, fewer than one batch of "
+                            f"{self.batch}: lower --batch-size")
 
     def __iter__(self):
-        current = None
         for step in range(self.start, self.steps):
             epoch, position = divmod(step, self.n // self.batch)
-            if epoch != current:
+            if position == 0 or step == self.start:
                 sequence = np.random.SeedSequence((self.seed, epoch))
                 seed = int(sequence.generate_state(1, np.uint64)[0])
                 generator = torch.Generator().manual_seed(seed)
-                order, current = torch.randperm(self.n, generator=generator), epoch
-            batch = order[position * self.batch:(position + 1) * self.batch]
-            yield [(epoch, index) for index in batch[rank()::world_size()].tolist()]
-
-
-class EvalSamples(Samples):
-    """samples[i] -> (image uint8 (3, S, S), i, target), or None when it cannot be used."""
-
-    def __init__(self, data, image_size, resize):
-        self.data, self.image_size, self.resize = data, image_size, resize
-
-    def __getitem__(self, i):
-        try:
-            source, target = self.data[i]
-            return torch.from_numpy(self.resize(source, self.image_size)), i, target
-        except BadSample:
-            return None
+                batches = torch.randperm(self.n, generator=generator).split(self.batch)
+            share = batches[position][rank()::world_size()]
+            yield [(epoch, index) for index in share.tolist()]
 
 
 class Loader(DataLoader):
-    """A DataLoader that raises the UserErrors of its workers and leaves out empty batches."""
+    """A DataLoader whose workers' UserErrors stay one line, and that leaves out empty batches."""
 
     def __iter__(self):
-        for batch in super().__iter__():
-            if isinstance(batch, UserError):
-                raise batch
-            if len(batch[0]):
-                yield batch
+        try:
+            yield from filter(None, super().__iter__())
+        except UserError as error:  # a worker's has become the text of its traceback
+            raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
 
 
 def train_loader(samples, sampler, workers, device):
@@ -1938,8 +1826,7 @@ def train_loader(samples, sampler, workers, device):
     What `samples` returns beyond these three follows, stacked.
     """
     return Loader(samples, batch_sampler=sampler, num_workers=workers, collate_fn=collate_train,
-                  worker_init_fn=ignore_ctrl_c, pin_memory=torch.device(device).type == "cuda",
-                  persistent_workers=workers > 0)
+                  worker_init_fn=ignore_ctrl_c, pin_memory=torch.device(device).type == "cuda")
 
 
 def eval_loader(data, image_size, batch_size, workers, resize=resize_center_crop):
@@ -1947,9 +1834,21 @@ def eval_loader(data, image_size, batch_size, workers, resize=resize_center_crop
 
     Unusable samples are left out: the evaluation sees which indices are missing.
     """
-    samples = EvalSamples(data, image_size, resize)
-    return Loader(samples, batch_size=batch_size, num_workers=workers, collate_fn=collate_eval,
+    load = functools.partial(load_images, data, image_size, resize)
+    return Loader(range(len(data)), batch_size=batch_size, num_workers=workers, collate_fn=load,
                   worker_init_fn=ignore_ctrl_c)
+
+
+def load_images(data, image_size, resize, indices):
+    """A batch of eval_loader, of those of these samples that can be used; None if none can."""
+    good = []
+    for i in indices:
+        with contextlib.suppress(BadSample):
+            source, target = data[i]
+            good.append((torch.from_numpy(resize(source, image_size)), i, target))
+    if good:
+        images, places, targets = zip(*good)
+        return torch.stack(images), places, targets
 
 
 def ignore_ctrl_c(worker):
@@ -1958,21 +1857,9 @@ def ignore_ctrl_c(worker):
 
 
 def collate_train(batch):
-    if isinstance(batch, UserError):
-        return batch
     images, tokens, bad, *more = zip(*batch)
     tokens = trim_padding(torch.stack(tokens))
     return torch.stack(images), tokens, sum(bad), *map(torch.stack, more)
-
-
-def collate_eval(batch):
-    if isinstance(batch, UserError):
-        return batch
-    good = [sample for sample in batch if sample is not None]
-    if not good:
-        return (), (), ()
-    images, indices, targets = zip(*good)
-    return torch.stack(images), list(indices), list(targets)
 
 
 def trim_padding(tokens, multiple=16):
@@ -1985,27 +1872,27 @@ def trim_padding(tokens, multiple=16):
     return tokens[:, :math.ceil(longest / multiple) * multiple]
 
 
-def check_bad(bad, seen, where):
-    """Report unusable samples in one line. UserError when they are more than 10 % of those seen.
+def check_bad(bad, good, where):
+    """Report unusable samples in one line. UserError when they are more than 10 % of all.
 
-    bad: Counter by reason. What the web no longer has, or is left out on purpose, is only reported.
+    bad: Counter by reason; good: how many samples can be used. What the web no longer has, or is
+    left out on purpose, is only reported.
     """
-    reasons = +bad
-    lost = reasons[NOT_DOWNLOADED] + reasons[HELD_BACK]
-    count = sum(reasons.values())
-    if not count:
-        return
-    words = ", ".join(f"{number:,} {reason}" for reason, number in reasons.most_common())
-    line = f"{where}: {count:,} of {seen:,} samples cannot be used: {words}"
-    if count - lost > 0.1 * (seen - lost):
-        raise UserError(f"{line}; more than 10 % is too many (see data/README.md)")
-    if rank() == 0:
-        print(line)
+    lost = bad[NOT_DOWNLOADED] + bad[HELD_BACK]
+    count = bad.total() - lost
+    if bad.total():
+        words = ", ".join(f"{number:,} {reason}" for reason, number in (+bad).most_common())
+        line = f"{where}: {bad.total():,} of {good + bad.total():,} samples cannot be used: {words}"
+        if count > 0.1 * (good + count):
+            raise UserError(f"{line}; more than 10 % is too many (see data/README.md)")
+        if rank() == 0:
+            print(line)
 
 
 def check_epoch(state, samples, name):
     """check_bad of what the processes met in an epoch; the count starts anew."""
-    check_bad(collections.Counter(unreadable=sum(gather_objects(state["bad"]))), samples, name)
+    bad = collections.Counter(unreadable=sum(gather_objects(state["bad"])))
+    check_bad(bad, samples - bad.total(), name)
     state["bad"] = 0
 
 
@@ -2572,9 +2459,9 @@ def caption_scores(references, captions, domains=None):
 def answer_questions(data, image_size, answer, workers=0):
     """([{"question_id", "answer"}] in order, as VQA's server takes them, {"accuracy": percent}).
 
-    data: a set of questions; with question_kinds also {"accuracy_<kind>"}. Questions without human
-    answers (a test split) are not scored. answer: (B, 3, S, S) uint8, list of B questions -> list
-    of B strings. Questions whose image cannot be read are left out and counted as "unreadable".
+    data: a set of questions; of those that have a kind also {"accuracy_<kind>"}. Questions without
+    human answers (a test split) are not scored. answer: (B, 3, S, S) uint8, list of B questions ->
+    list of B strings. Questions whose image cannot be read are left out, counted as "unreadable".
     """
     results, accuracies = [], collections.defaultdict(list)
     for images, places, targets in batches(data, image_size, workers, "answering"):
@@ -2582,7 +2469,7 @@ def answer_questions(data, image_size, answer, workers=0):
         for i, text, (_, humans) in zip(places, answers, targets, strict=True):
             results.append({"question_id": data.key(i), "answer": text})
             if humans:
-                kind, accuracy = data.question_kinds[i], 100 * vqa_accuracy(text, humans)
+                kind, accuracy = data.question_kind(i), 100 * vqa_accuracy(text, humans)
                 accuracies["accuracy"].append(accuracy)
                 if kind:
                     accuracies[f"accuracy_{kind}"].append(accuracy)

@@ -1565,8 +1565,8 @@ def scores_of(asked, data, rerank_k, answers=None):
         data, cfg.image_size, asked.caption, workers)
     domains = None
     if isinstance(data, common.Listed):  # nocaps tells domains
-        listed = data.column("domain")
-        domains = [listed[i] for i in places] if all(listed) else None
+        domains = [data.record(i).get("domain") for i in places]
+        domains = domains if all(domains) else None
     return common.caption_scores(references, captions, domains)
 
 

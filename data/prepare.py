@@ -37,11 +37,9 @@ from common import (
     read_json,
     read_text,
     run_main,
+    stamp,
     write_text,
 )
-
-MISSING = "missing image file"
-FEW_ANSWERS = "with fewer than ten answers: the official accuracy cannot reach 100"
 
 
 class Lists:
@@ -57,9 +55,7 @@ class Lists:
 
     def source(self, path):
         """Note a file that the lists are made from. One that is absent counts, it may come."""
-        size = time = None
-        if path.is_file():
-            size, time = path.stat().st_size, path.stat().st_mtime_ns
+        size, time = stamp(path) if path.is_file() else (None, None)
         file = self.place(path)
         self.sources[file] = {"file": file, "size": size, "time": time}
         self.latest = path
@@ -69,15 +65,9 @@ class Lists:
         """A path as the lists hold it."""
         return os.path.relpath(path, self.out) if self.out == self.root else str(path)
 
-    def read(self, path, name=None, **options):
-        """The list under a name, or at the top, of a json file."""
-        found, where = read_json(self.source(path), **options), "at the top"
-        if name:
-            found, where = isinstance(found, dict) and found.get(name), f'under "{name}"'
-        if not isinstance(found, list):
-            raise UserError(f"{path} holds no list {where}: is it the right file? "
-                            "(see data/README.md)")
-        return found
+    def read(self, path, **options):
+        """What a json file holds."""
+        return read_json(self.source(path), **options)
 
     @contextlib.contextmanager
     def entry(self, counter, split, where):
@@ -91,7 +81,7 @@ class Lists:
     def add(self, split, key, image, **record):
         """One sample. BadSample if its image (a path or None) is missing, or its key is not new."""
         if image is None:
-            raise BadSample(MISSING)
+            raise BadSample("missing image file")
         if key in self.lines[split]:
             raise BadSample("listed twice")
         self.lines[split][key] = json.dumps({"key": key, "image": self.place(image), **record})
@@ -102,7 +92,7 @@ class Lists:
             first = next(iter(self.first.values()), "they list nothing")
             raise UserError(f"nothing can be used of {', '.join(self.sources)} in {self.root}: "
                             f"{first} (see data/README.md)")
-        kind, what = ("questions", "questions") if self.answers else ("captions", "images")
+        kind = "questions" if self.answers else "captions"
         head = {"name": name, "kind": kind, "made_from": list(self.sources.values()),
                 "root": os.path.relpath(self.root, self.out), "answers": self.answers}
         for split in self.lines | self.bad:
@@ -110,42 +100,26 @@ class Lists:
             if not lines:
                 print(f"{path} is not written: {self.first[split]}")
                 continue
-            check_bad(bad, len(lines) + bad.total(), str(path))
+            check_bad(bad, len(lines), path)
             notes = +self.notes[split]
             head |= {"unusable": bad, "notes": notes}
             text = "\n".join([json.dumps(head), *lines.values()]) + "\n"
             write_text(path, text)
-            for found, number in {what: len(lines), **notes}.items():
+            for found, number in {"samples": len(lines), **notes}.items():
                 print(f"{path}: {number:,} {found}")
 
 
-KINDS = {str: "text", int: "number", list: "list"}
-
-
 def take(entry, name, kind=str):
-    """entry[name], which must be a text, a number or a list that is not empty; else BadSample."""
-    value = entry.get(name) if isinstance(entry, dict) else None
+    """entry[name], which must be of this type and not empty, else BadSample."""
+    value = entry.get(name)
     if not isinstance(value, kind) or value in ("", []):
-        raise BadSample(f'no {KINDS[kind]} under "{name}"')
+        raise BadSample(f'no {kind.__name__} under "{name}"')
     return value
 
 
 def first_file(*paths):
     """The first of these files that is there, else None."""
     return next(filter(os.path.isfile, paths), None)
-
-
-def named_file(root, name):
-    """The file that a list calls `name`, at its own place or below root, images/ or val/.
-
-    An absolute path of another machine, "/there/vg/VG_100K/1.jpg", means the file below root with
-    the longest such ending.
-    """
-    parts = re.split(r"[/\\]+", name)
-    absolute = re.match(r"[/\\]|\w:", name)
-    endings = ["/".join(parts[start:]) for start in range(len(parts) if absolute else 1)]
-    places = root, root / "images", root / "val"
-    return first_file(*(place / ending for ending in endings for place in places))
 
 
 def image_file(root, folders, name):
@@ -162,64 +136,36 @@ def image_file(root, folders, name):
 
 def read_captions(lists, split, path, find, digits=0):
     """A json in COCO's form: images with id and file_name, annotations with image_id, caption."""
-    captions = defaultdict(list)
-    for i, annotation in enumerate(lists.read(path, "annotations")):
+    content, captions = lists.read(path), defaultdict(list)
+    for i, annotation in enumerate(content["annotations"]):
         with lists.entry(lists.notes, split, f"{path}, annotation {i}"):
             caption = take(annotation, "caption")
             captions[take(annotation, "image_id", int)] += clean_captions(caption)
-    images = lists.read(path, "images")
-    ids = Counter(str(image.get("id")) for image in images if isinstance(image, dict))
-    for i, image in enumerate(images):
+    ids = Counter(image["id"] for image in content["images"])
+    for i, image in enumerate(content["images"]):
         with lists.entry(lists.bad, split, f"{path}, image {i}"):
             number, file = take(image, "id", int), take(image, "file_name")
-            if ids[str(number)] > 1:
+            if ids[number] > 1:
                 raise BadSample("with an id that another image has too")
             if not captions[number]:
                 raise BadSample("without caption")
             lists.add(split, str(number).zfill(digits), find(file), captions=captions[number],
                       domain=image.get("domain"))
-    unlisted = sum(len(texts) for number, texts in captions.items() if not ids[str(number)])
+    unlisted = sum(len(texts) for number, texts in captions.items() if number not in ids)
     lists.notes[split]["captions of images that are not listed"] += unlisted
 
 
-def karpathy_split(path, image):
-    """Karpathy's split of an image, restval for training. UserError if it has none."""
-    split = str(image.get("split") if isinstance(image, dict) else None)
-    if split not in ("train", "restval", "val", "test"):
-        raise UserError(f'{path}: an image has no "split" of train, restval, val, test')
-    return split.replace("restval", "train")
+# restval: what COCO's official validation part leaves after Karpathy's val and test
+KARPATHY = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 
 
 def read_karpathy(lists, path, key_of, find):
-    for i, image in enumerate(lists.read(path, "images")):
-        split = karpathy_split(path, image)
+    for i, image in enumerate(lists.read(path)["images"]):
+        split = KARPATHY[image["split"]]
         with lists.entry(lists.bad, split, f"{path}, image {i}"):
             captions = [take(sentence, "raw") for sentence in take(image, "sentences", list)]
             lists.add(split, key_of(image), find(take(image, "filename")),
                       captions=clean_captions(captions))
-
-
-def official_or_list(lists, split, official, blips):
-    """The official file of a set; or None when root has a list as BLIP's, which is read.
-
-    That is a file of this name, or the only json (img2dataset's reports aside):
-    [{"image": path, "caption": text or texts}]; the key is the path.
-    """
-    path = first_file(lists.root / official, lists.root / blips)
-    if path is None:
-        files = [file for file in lists.root.glob("*.json") if not file.match("*_stats.json")]
-        if len(files) != 1:
-            raise UserError(f"no {official} or {blips} in {lists.root} (see data/README.md)")
-        path = files[0]
-    if path.name == official:
-        return path
-    captions = defaultdict(list)
-    for i, entry in enumerate(lists.read(path)):
-        with lists.entry(lists.bad, split, f"{path}, entry {i}"):
-            captions[take(entry, "image")] += clean_captions(entry.get("caption"))
-    for image, texts in captions.items():
-        with lists.entry(lists.bad, split, f"{path}, image {image!r}"):
-            lists.add(split, image, named_file(lists.root, image), captions=texts)
 
 
 def coco_splits(lists, folder):
@@ -249,9 +195,7 @@ def flickr30k(lists):
 
 
 def vg(lists):
-    path = official_or_list(lists, "train", "region_descriptions.json", "vg_caption.json")
-    if not path:
-        return
+    path = lists.root / "region_descriptions.json"
     held_back = held_back_by_coco(lists)
 
     def phrase_only(entry):  # 5.4 million regions: keep no more of them, from the start
@@ -276,15 +220,14 @@ def held_back_by_coco(lists):
         print(f"no {path} or no dataset_coco.json in {folder}: images that COCO is tested on stay "
               "in, do not test on COCO what is trained on this list")
         return set()
-    images = lists.read(splits, "images")
-    coco = {image["cocoid"] for image in images if karpathy_split(splits, image) != "train"}
+    images = lists.read(splits)["images"]
+    coco = {image["cocoid"] for image in images if KARPATHY[image["split"]] != "train"}
     return {image["image_id"] for image in lists.read(path) if image["coco_id"] in coco}
 
 
 def sbu(lists):
-    path = official_or_list(lists, "train", "sbu-captions-all.json", "sbu.json")
-    if path:
-        add_rows(lists, "train", path, lists.read(path, "captions"), lists.root)
+    path = lists.root / "sbu-captions-all.json"
+    add_rows(lists, "train", path, lists.read(path)["captions"], lists.root)
 
 
 def cc3m(lists):
@@ -333,15 +276,14 @@ def add_rows(lists, split, path, captions, folder):
 
 
 def nocaps(lists):
-    path = official_or_list(lists, "test", "nocaps_val_4500_captions.json", "nocaps_val.json")
-    if path:
-        read_captions(lists, "test", path, lambda name: named_file(lists.root, name))
+    read_captions(lists, "test", lists.root / "nocaps_val_4500_captions.json",
+                  lambda name: image_file(lists.root, ("", "val"), name))
 
 
 def vqav2(lists):
     path = lists.root / "answer_list.json"
     lists.answers = lists.read(path)
-    if not lists.answers or not all(isinstance(answer, str) for answer in lists.answers):
+    if not isinstance(lists.answers, list) or set(map(type, lists.answers)) != {str}:
         raise UserError(f'{path} is no list of texts, ["yes", "no", ...]')
     for split, part in (("train", "train2014"), ("val", "val2014"), ("test", "test2015"),
                         ("test-dev", "test-dev2015")):
@@ -355,12 +297,12 @@ def read_questions(lists, split, part, path):
     given, answered = {}, split in ("train", "val")
     if answered:
         annotations = lists.root / f"v2_mscoco_{part}_annotations.json"
-        for i, annotation in enumerate(lists.read(annotations, "annotations")):
+        for i, annotation in enumerate(lists.read(annotations)["annotations"]):
             with lists.entry(lists.notes, split, f"{annotations}, annotation {i}"):
                 answers = [take(answer, "answer") for answer in take(annotation, "answers", list)]
                 kind = annotation.get("answer_type")
                 given[take(annotation, "question_id", int)] = answers, kind
-    for i, entry in enumerate(lists.read(path, "questions")):
+    for i, entry in enumerate(lists.read(path)["questions"]):
         with lists.entry(lists.bad, split, f"{path}, question {i}"):
             number, question = take(entry, "question_id", int), take(entry, "question")
             answers, kind = given.get(number, ([], None))
@@ -369,7 +311,7 @@ def read_questions(lists, split, part, path):
             image = image_file(lists.root, folders, f"{take(entry, 'image_id', int):012d}.jpg")
             lists.add(split, str(number), image, question_id=number, question=question,
                       answers=answers, kind=kind)
-            lists.notes[split][FEW_ANSWERS] += 0 < len(answers) < 10
+            lists.notes[split]["with fewer than ten answers"] += 0 < len(answers) < 10
 
 
 SETS = {"coco": coco, "flickr30k": flickr30k, "vg": vg, "sbu": sbu, "nocaps": nocaps,

@@ -113,7 +113,7 @@ def test_stages_one_by_one(photos, whole, tmp_path):
 def test_what_the_stages_leave(whole, root):
     """Each file against the others and brute force."""
     embedded, keys = np.load(whole / "image.npy"), common.read_keys(whole / "keys.txt")
-    data = common.open_captions("photos", root, "train")
+    data = common.open_set("photos", root, "train")
     assert keys == [data.key(i) for i in range(128)] and embedded.dtype == np.float16
     report = json.loads((whole / "balance.json").read_text())
     kept = [keys.index(key) for key in common.read_keys(whole / "kept.txt")]
@@ -193,7 +193,7 @@ def test_coco_mini_has_captions_of_different_number(teacher, tmp_path):
     run("data.prepare", "coco", tmp_path / "coco")
     run("clip_cid", *TINY, "--epochs", 1, "--data", "coco", "--root", tmp_path / "coco", "--teacher",
         teacher, "--out", tmp_path / "run")
-    data = common.open_captions("coco", tmp_path / "coco", "train")
+    data = common.open_set("coco", tmp_path / "coco", "train")
     text = np.load(tmp_path / "run" / "text.npy")
     for i in range(len(data)):
         written = np.linalg.norm(text[:, i].astype(np.float32), axis=1)

@@ -158,7 +158,7 @@ def test_questions_are_true(difficulty, split):
         image, (question, answers) = data[i]
         known = truths(data.scenes.scene(i // 6))[1]
         assert answers == [known[question]] * 10 and answers[0] in data.answers
-        assert re.match(ASKED[data.question_kinds[i]], question)
+        assert re.match(ASKED[data.question_kind(i)], question)
 
 
 def test_backgrounds_look_as_they_are_called():

@@ -286,7 +286,7 @@ def test_answers_are_scored_as_one_by_one():
     humans[8] = []
     kinds = [("yes/no", "other", None)[i % 3] for i in range(70)]
     questions = [(f"question {i}", humans[i]) for i in range(70)]
-    data = Samples("questions", questions, (3, 69), question_kinds=kinds)
+    data = Samples("questions", questions, (3, 69), question_kind=kinds.__getitem__)
 
     def answer(images, asked):
         return ["no" if text.endswith("1") else "yes" for text in asked]

@@ -324,11 +324,10 @@ class EmojiQuestions:
         _, question, answer = self.scenes.questions(scene)[number]
         return self.scenes[scene][0], (question, [answer] * 10)
 
-    @functools.cached_property
-    def question_kinds(self):
-        """What each question is about."""
-        asked = [self.scenes.questions(scene) for scene in range(len(self.scenes))]
-        return [kind for questions in asked for kind, _, _ in questions]
+    def question_kind(self, index):
+        """What a question is about."""
+        scene, number = divmod(index, QUESTIONS)
+        return self.scenes.questions(scene)[number][0]
 
 
 def emoji_answers(concepts, difficulty):
