@@ -1504,8 +1504,7 @@ def finish(run, cfg, student, state):
         student = copy.deepcopy(student).half()
     run.save("blip.pt", common.checkpoint(student, cfg, student.size))
     run.write_json("results.json", {"seed": cfg.seed, **state})
-    rows = common.read_csv(run.path("log.csv"))
-    common.plot_curves(run.path("curves.png"), rows, None, f"{cfg.stage} on {cfg.data}")
+    common.plot_curves(run.path("curves.png"), f"{cfg.stage} on {cfg.data}")
 
 
 def prepare_encoders(model, teacher, cfg):
@@ -1609,13 +1608,7 @@ def scores_of(asked, task, data):
         given, scores = common.answer_questions(
             data, cfg.image_size, partial(answer, asked, data.answers), workers)
         return scores, given
-    captions, references, places = common.caption_images(
-        data, cfg.image_size, partial(caption, asked), workers)
-    domains = None
-    if isinstance(data, common.Listed):  # nocaps tells domains
-        listed = data.column("domain")
-        domains = [listed[i] for i in places] if all(listed) else None
-    return common.caption_scores(references, captions, domains), None
+    return common.caption_scores(data, cfg.image_size, partial(caption, asked), workers), None
 
 
 @torch.inference_mode()
