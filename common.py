@@ -2747,9 +2747,9 @@ def caption_scores(data, image_size, generate, workers=0):
         return {}
     scores = {f"bleu{n}": 100 * value for n, value in enumerate(bleu(references, captions), 1)}
     scores["cider"] = 100 * cider_d(references, captions).mean()
-    domains = data.column("domain") if isinstance(data, Listed) else []
+    domains = [data.record(i).get("domain") for i in places] if isinstance(data, Listed) else []
     for domain in sorted(set(domains) - {None}):
-        part = [n for n, i in enumerate(places) if domains[i] == domain]
+        part = [n for n, d in enumerate(domains) if d == domain]
         found = cider_d([references[n] for n in part], [captions[n] for n in part])
         scores["cider_" + domain.removesuffix("-domain")] = 100 * found.mean()
     return scores
@@ -2764,9 +2764,9 @@ def answer_questions(data, image_size, answer, workers=0):
     of B strings. Questions whose image cannot be read are left out and counted as "unreadable".
     """
     results, accuracies = [], collections.defaultdict(list)
-    for images, indices, targets in batches(data, image_size, workers, "answering"):
+    for images, places, targets in batches(data, image_size, workers, "answering"):
         answers = answer(images, [question for question, _ in targets])
-        for i, text, (_, humans) in zip(indices, answers, targets):
+        for i, text, (_, humans) in zip(places, answers, targets, strict=True):
             results.append({"question_id": data.key(i), "answer": text})
             if humans:
                 kind, accuracy = data.question_kinds[i], 100 * vqa_accuracy(text, humans)
@@ -2807,9 +2807,10 @@ def mean_std(runs):
     table = {}
     for metric in runs[0]:
         values = np.array([run[metric] for run in runs], float)
-        table[metric] = shown(values.mean())
+        digits = 4 if 0 < abs(values).max() < 0.1 else 1
+        table[metric] = f"{values.mean():.{digits}f}"
         if len(runs) > 1:
-            table[metric] += f" ± {shown(values.std(ddof=1))}"
+            table[metric] += f" ± {values.std(ddof=1):.{digits}f}"
     return table
 
 

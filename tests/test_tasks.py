@@ -94,6 +94,8 @@ def test_a_collapsed_or_broken_model_retrieves_nothing():
     nan = torch.full((20, 48), math.nan)
     for images, texts in ((one, one), (nan, nan), (nan, many), (many, nan)):
         assert set(common.retrieval(images, texts, own).values()) == {0.0}
+    assert common.retrieval(many, one, own)["i2t_r10"] == 0
+    assert common.retrieval(one, many, own)["t2i_r10"] == 0
     broken = common.rerank(many, many, own, lambda i, t: torch.full((len(t),), math.nan), 20)
     assert set(broken.values()) == {0.0}
 
@@ -164,7 +166,7 @@ def test_zero_shot_equals_top_k_accuracy():
     found = common.zero_shot(features, labels, classifier)
     for k in (1, 5):
         wanted = metrics.top_k_accuracy_score(labels.numpy(), scores, k=k, labels=range(12))
-        assert found[f"top{k}"] == pytest.approx(100 * wanted) and 5 < wanted * 100 < 99.9
+        assert found[f"top{k}"] == pytest.approx(100 * wanted)
 
 
 def test_two_classes_of_one_name_are_not_both_lost():
@@ -189,44 +191,31 @@ def test_zero_shot_classifier_equals_a_loop():
         torch.testing.assert_close(row, mean / mean.norm())
 
 
-def negative(images):
-    return colours(255 - images)
-
-
-def test_evaluate_leaves_out_and_counts_unreadable_images():
+def test_sets_are_scored_without_their_unreadable_images():
     tokenizer, kept = common.CLIPTokenizer(20), [0, 1, 3, 4, 5]
     captions = [["a", "b c"], ["d"], ["never seen"], ["e", "f", "g"], ["h"], ["i"]]
-    data = Samples("captions", captions, (2,))
-    encoders = {("online", 1 / 3): (colours, by_tokens), "negative": (negative, by_tokens)}
-    found = common.evaluate(encoders, tokenizer, data, 16, 0)
-    images = [common.resize_center_crop(data[i][0], 16) for i in kept]
-    images = torch.from_numpy(np.stack(images))
-    texts = by_tokens(tokenizer([text for i in kept for text in captions[i]]))
-    for key, (encode, _) in encoders.items():
-        wanted = brute_force((encode(images) @ texts.T).numpy(), [0, 0, 1, 2, 2, 2, 3, 4])
-        assert found[key] == pytest.approx({**wanted, "unreadable": 1})
-
     names = {"classes": ["x", "y", "z"], "templates": ["{}", "the {}"]}
-    sets = {"toy": Samples("classes", [0, 1, 1, 1, 0, 2], (2,), **names)}
-    found = common.score_sets(encoders, tokenizer, sets, 16, 0, training=sets)["negative"]
-    split = negative(images), torch.tensor([0, 1, 1, 0, 2])
-    texts = common.zero_shot_classifier(by_tokens, tokenizer, *names.values())
-    wanted = {"unreadable": 1, **common.zero_shot(*split, texts), **common.linear_probe(split, split, 3)}
-    assert found == {f"toy_{name}": value for name, value in wanted.items()}
+    sets = {"a": Samples("captions", captions, (2,)), "b": Samples("classes", [0, 1, 1, 1, 0, 2], (2,), **names)}
+    encoders = {("online", 1 / 3): (colours, by_tokens), "inverted": (lambda x: colours(255 - x), by_tokens)}
+    found = common.score_sets(encoders, tokenizer, sets, 16, 0, training={"b": sets["b"]})
+    images = torch.from_numpy(np.stack([common.resize_center_crop(sets["a"][i][0], 16) for i in kept]))
+    texts = by_tokens(tokenizer([text for i in kept for text in captions[i]]))
+    classes = common.zero_shot_classifier(by_tokens, tokenizer, *names.values())
+    for key, (encode, _) in encoders.items():
+        split = encode(images), torch.tensor([0, 1, 1, 0, 2])
+        wanted = common.prefixed("a", brute_force((split[0] @ texts.T).numpy(), [0, 0, 1, 2, 2, 2, 3, 4]))
+        wanted |= common.prefixed("b", common.zero_shot(*split, classes) | common.linear_probe(split, split, 3))
+        assert found[key] == pytest.approx(wanted | {"a_unreadable": 1, "b_unreadable": 1})
 
 
 def test_evaluate_names_what_it_cannot_use():
     data = Samples("classes", [0, 1] * 5, (2,), classes=["x", "y"], templates=["{}"])
-    tokenizer = common.CLIPTokenizer(20)
-
-    def broken(images):
-        return torch.where(images[:, :1, 0, 0] == 3 * 4, math.nan, colours(images))
-
+    encoders = {"broken": (lambda x: colours(x) / (x[:, :1, 0, 0] != 3 * 4), by_tokens)}
     with pytest.raises(UserError, match="image 4 are no finite numbers"):
-        common.evaluate({"a": (broken, by_tokens)}, tokenizer, data, 16, 0, data)
+        common.evaluate(encoders, common.CLIPTokenizer(20), data, 16, 0, data)
     data.lost = range(10)
     with pytest.raises(UserError, match="no readable image"):
-        common.evaluate({"a": (colours, by_tokens)}, tokenizer, data, 16, 0)
+        common.evaluate(encoders, common.CLIPTokenizer(20), data, 16, 0)
 
 
 def probe_data(count, seed):
@@ -243,12 +232,9 @@ def scikit_learn(x, y, strength):
 @pytest.mark.parametrize("strength", [0.1, 1.0, 100.0])
 def test_logistic_regression_equals_scikit_learn(strength):
     x, y = probe_data(400, 1)
-    wanted = scikit_learn(x, y, strength)
-    found = common.fit_logistic(x, y, 5, strength)
-    found = torch.cat([found.weight.T, found.bias[None]]).detach().double()
-    wanted = torch.cat([torch.tensor(wanted.coef_.T), torch.tensor(wanted.intercept_)[None]])
-    found[-1], wanted[-1] = found[-1] - found[-1].mean(), wanted[-1] - wanted[-1].mean()
-    assert (found - wanted).norm() < 0.01 * wanted.norm()
+    wanted = scikit_learn(x, y, strength).predict_proba(x.double().numpy())
+    found = common.fit_logistic(x, y, 5, strength)(x).softmax(1).detach()
+    np.testing.assert_allclose(found, wanted, atol=3e-4)
 
 
 def test_linear_probe_chooses_on_every_fifth_image_and_refits_on_all():
@@ -266,26 +252,23 @@ def test_linear_probe_chooses_on_every_fifth_image_and_refits_on_all():
 
 
 def test_captions_are_scored_beside_their_references(monkeypatch):
-    """Of several batches, without the unreadable; each domain as a set of its own."""
-    references = [[f"thing {i}, of {i % 9}", f"number {i % 7}"] for i in range(70)]
+    """Of two batches, without the unreadable; each domain as a set of its own."""
+    references = [[f"thing {i} of {i % 9}", f"number {i % 7}"] for i in range(70)]
+    given = [f"number {i % 8} of {i % 9}" for i in range(70)]
     domains = ["in-domain", "out-domain"] * 35
-    data = Samples("captions", references, (1, 68), column=lambda name: domains)
+    data = Samples("captions", references, (2, 68), record=lambda i: {"domain": domains[i]})
     monkeypatch.setattr(common, "Listed", Samples)
 
     def generate(images):
-        return [f"Number {int(red) // 3 % 8} of {int(red) // 3 % 9}." for red in images[:, 0, 0, 0]]
+        return [given[int(red) // 3].upper() for red in images[:, 0, 0, 0]]
 
-    kept = [i for i in range(70) if i not in (1, 68)]
-    parts = {"cider": kept, "cider_in": [i for i in kept if i % 2 == 0], "cider_out": range(3, 70, 2)}
-    wanted = {}
-    for name, part in parts.items():
-        tokens = [[f"thing {i} of {i % 9}", f"number {i % 7}"] for i in part]
-        captions = [f"number {i % 8} of {i % 9}" for i in part]
-        wanted[name] = 100 * common.cider_d(tokens, captions).mean()
-        if name == "cider":
-            for n, value in enumerate(common.bleu(tokens, captions), 1):
-                wanted[f"bleu{n}"] = 100 * value
-    assert common.caption_scores(data, 16, generate) == pytest.approx(wanted)
+    found = common.caption_scores(data, 16, generate)
+    even, odd = [i for i in range(0, 70, 2) if i not in data.lost], [*range(1, 70, 2)]
+    for name, places in ("cider_in", even), ("cider_out", odd), ("cider", even + odd):
+        pairs = [references[i] for i in places], [given[i] for i in places]
+        assert found[name] == pytest.approx(100 * common.cider_d(*pairs).mean())
+    bleu = [found[f"bleu{n}"] for n in (1, 2, 3, 4)]
+    assert bleu == pytest.approx(100 * common.bleu(*pairs))
     assert common.caption_scores(Samples("captions", [[]] * 3), 16, generate) == {}
 
 
@@ -301,59 +284,47 @@ def test_answers_are_scored_as_one_by_one():
 
     results, scores = common.answer_questions(data, 16, answer)
     given = {i: "no" if i % 10 == 1 else "yes" for i in range(70) if i not in (3, 69)}
-    wanted = [{"question_id": f"image {i}", "answer": text} for i, text in given.items()]
-    assert results == wanted and scores.pop("unreadable") == 2
-    for name, asked in (("accuracy", {*kinds}), ("accuracy_yes/no", {"yes/no"}), ("accuracy_other", {"other"})):
-        accuracies = [common.vqa_accuracy(text, humans[i]) for i, text in given.items()
-                      if humans[i] and kinds[i] in asked]
-        assert scores.pop(name) == pytest.approx(100 * np.mean(accuracies))
-    assert not scores
+    assert results == [{"question_id": f"image {i}", "answer": text} for i, text in given.items()]
+    accuracy = {i: 100 * common.vqa_accuracy(text, humans[i]) for i, text in given.items() if humans[i]}
+    wanted = {"unreadable": 2, "accuracy": np.mean(list(accuracy.values()))}
+    for kind in ("yes/no", "other"):
+        wanted[f"accuracy_{kind}"] = np.mean([value for i, value in accuracy.items() if kinds[i] == kind])
+    assert scores == pytest.approx(wanted)
 
 
 # ------------------------------------------------------------------------- latency
 
 
 def test_latency_is_the_median_of_rounds_in_turn(monkeypatch):
-    clock, calls = [0.0], []
+    clock = [0.0]
+    seconds = iter([9, 9, 9, 9, 0.03, 0.005, 0.04, 0.005, 5, 0.005, 0.03, 0.005, 0.05, 0.005])
     monkeypatch.setattr(common.time, "perf_counter", lambda: clock[0])
-    seconds = {"slow": iter([9, 9, 0.03, 0.04, 5, 0.03, 0.05]), "fast": iter([0.005] * 7)}
 
-    def call(name):
-        assert torch.is_inference_mode_enabled()
-        calls.append(name)
-        clock[0] += next(seconds[name])
+    def call():
+        clock[0] += next(seconds)
 
-    functions = {name: lambda name=name: call(name) for name in seconds}
-    found = common.compare_latency(functions, "cpu", rounds=5)
+    found = common.compare_latency({"slow": call, "fast": call}, "cpu", rounds=5)
     assert found == pytest.approx({"slow": 40, "fast": 5})
-    assert calls[-10:] == ["slow", "fast"] * 5
 
 
 # ------------------------------------------------------------------------- pictures
 
-HARD = ["", "$$", "$50% off$ x_1^2 \\frac{a}{b", "寿司 and 😀", "x" * 300, "on and on " * 50]
-
-
 def test_pictures_with_hard_texts_are_drawn(tmp_path, capsys):
+    hard = ["", "$$", "$50% off$ x_1^2 \\frac{a}{b", "寿司 and 😀", "x" * 300, "on and on " * 50]
     images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
     series = {"$clip$": [(1.0, 1.0, [50.0])], "full": [(1.0, 1.0, [50.0]), (0.5, 1.0, [4.0, 5.0])]}
-    sets = {"$": Samples("captions", [[text] for text in HARD])}
+    sets = {"$": Samples("captions", [[text] for text in hard])}
     log = "step,epoch,lr,loss,kd,logit_scale,val_$\n1,0.5,1,2,,3,\n2,1,1,2,,3,4\n"
     (tmp_path / "log.csv").write_text(log)
-    common.plot_grid(tmp_path / "0.png", [images, images[:2]], HARD[:2], HARD, HARD[5])
-    common.plot_captions(tmp_path / "1.png", images, {"a": HARD, "$b$": HARD[::-1]}, HARD[2])
-    common.draw_retrieval(tmp_path / "2.png", (colours, by_tokens), common.CLIPTokenizer(20), sets, 16)
-    common.plot_curves(tmp_path / "3.png", HARD[2])
-    common.plot_sweet_spot(tmp_path / "4.png", series)
-    for number in range(5):
-        assert np.asarray(Image.open(tmp_path / f"{number}.png")).std() > 5
-    assert not capsys.readouterr().out
-
-
-def test_a_picture_never_ends_a_run(tmp_path, capsys):
-    common.plot_grid(tmp_path / "no folder" / "b.png", [torch.zeros(1, 3, 4, 4)], ["a"], [], "")
-    line, = capsys.readouterr().out.splitlines()
-    assert line.startswith("could not draw b.png: FileNotFoundError(")
+    paths = [tmp_path / f"{number}.png" for number in range(5)]
+    common.plot_grid(paths[0], [images, images[:2]], hard[:2], hard, hard[5])
+    common.plot_captions(paths[1], images, {"a": hard, "$b$": hard[::-1]}, hard[2])
+    common.draw_retrieval(paths[2], (colours, by_tokens), common.CLIPTokenizer(20), sets, 16)
+    common.plot_curves(paths[3], hard[2])
+    common.plot_sweet_spot(paths[4], series)
+    assert all(np.asarray(Image.open(path)).std() > 5 for path in paths)
+    common.plot_curves(tmp_path / "no folder" / "b.png", "")
+    assert capsys.readouterr().out.startswith("could not draw b.png: ")
 
 
 def test_light_falls_where_the_attention_is():
@@ -361,6 +332,5 @@ def test_light_falls_where_the_attention_is():
     attention = torch.zeros(2, 6, 6)
     attention[0, 1, 4] = 1e-3
     found = common.overlay(images, attention)
-    row, column = divmod(int(found[0, 0].argmax()), 48)
-    assert (row // 8, column // 8) == (1, 4) and found[0].max() == 200
+    assert found[0].max() == found[0, :, 8:16, 32:40].max() == 200
     assert found[1].max() == found[0].min() == 30  # even attention lights nothing
