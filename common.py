@@ -2356,14 +2356,13 @@ def retrieval(image_features, text_features, image_of_text, block=1024):
     is conservative: ties count against the model, so one that maps everything to a point scores 0
     and not 100, and so does NaN. Memory is block x T, never N x T.
     """
-    device = image_features.device
-    images = image_features, torch.arange(len(image_features), device=device)
-    texts = text_features, image_of_text.to(device)
+    image = torch.arange(len(image_features), device=image_features.device)
+    sides = [(image_features, image), (text_features, image_of_text.to(image.device))]
     found = []
-    for (queries, query_image), (keys, key_image) in ((images, texts), (texts, images)):
+    for (queries, query_image), (keys, key_image) in (sides, sides[::-1]):
         parts = []
-        for features, image in zip(queries.split(block), query_image.split(block)):
-            parts.append(ranks(features @ keys.T, image[:, None] == key_image))
+        for features, i in zip(queries.split(block), query_image.split(block)):
+            parts.append(ranks(features @ keys.T, i[:, None] == key_image))
         found.append(torch.cat(parts))
     return recalls(*found)
 
@@ -2668,17 +2667,18 @@ def cider_d(references, hypotheses):
             weights[len(gram) - 1][gram] = count * rarity
         return weights
 
-    scores = np.zeros(len(references))
-    for i, (refs, hypothesis) in enumerate(zip(references, hypotheses)):
+    scores = []
+    for refs, hypothesis in zip(references, hypotheses):
+        score = 0
         for ref in refs:
             difference = len(hypothesis.split()) - len(ref.split())
             penalty = math.exp(-difference ** 2 / 72)
             for h, r in zip(weigh(hypothesis), weigh(ref)):
                 dot = sum(min(h[gram], r[gram]) * r[gram] for gram in h if gram in r)
                 norms = math.hypot(*h.values()) * math.hypot(*r.values())
-                scores[i] += penalty * dot / (norms or 1)
-        scores[i] *= 10 / (4 * len(refs))
-    return scores
+                score += penalty * dot / (norms or 1)
+        scores.append(score * (10 / (4 * len(refs))))
+    return np.array(scores)
 
 
 # VQA answers in which an apostrophe is missing get it back: each of these words is found with any
@@ -2830,7 +2830,7 @@ def picture(draw):
                 warnings.simplefilter("ignore")  # letters that the font lacks
                 draw(path, *args)
         except Exception as error:
-            print(f"could not draw {path.name}: {error!r}")
+            print(f"could not draw {path}: {error!r}")
     return guarded
 
 
