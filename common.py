@@ -630,10 +630,6 @@ def over_seeds(found, baseline=()):
     return table
 
 
-# how the columns of log.csv that hold losses begin
-LOSSES = ("loss", "nce", "kd", "cluster", "instance", "mimicry", "itc", "itm", "lm", "hr", "at_")
-
-
 # ---------------------------------------------------------------------------------- checkpoints
 
 @dataclass(frozen=True)
@@ -1901,56 +1897,65 @@ def check_epoch(state, samples, name):
 
 def batches(data, image_size, workers, doing, resize=resize_whole, batch_size=64):
     """eval_loader's batches, with a bar on a terminal. UserError when no image can be read."""
-    loader = eval_loader(data, image_size, batch_size, workers, resize)
-    empty = True
+    batch, loader = None, eval_loader(data, image_size, batch_size, workers, resize)
     for batch in tqdm(loader, desc=doing, leave=False, disable=None):
         yield batch
-        empty = False
-    if empty:
+    if batch is None:
         raise UserError("the evaluation set holds no readable image")
 
 
 @torch.no_grad()
-def embed_images(encoders, data, image_size, workers):
-    """One pass over a set: ({key: (N, D) float32}, its N targets).
+def embed_images(encoders, data, image_size, workers, probed=False):
+    """One pass over a set: the features (E, N, D) float32 by E encoders, and N targets.
 
-    encoders as in evaluate(). Images that cannot be read are left out; UserError if all are.
+    encoders as in evaluate(). Images that cannot be read are left out; UserError if all are, and
+    where features that a linear probe is to learn from are no numbers.
     """
-    features, targets = {key: [] for key in encoders}, []
+    features, targets = [], []
     loader = batches(data, image_size, workers, "embedding", resize_center_crop, 128)
-    for images, _, batch_targets in loader:
-        for key, (encode_image, _) in encoders.items():
-            features[key].append(encode_image(images).float())
+    for images, indices, batch_targets in loader:
+        batch = torch.stack([encode(images).float() for encode, _ in encoders.values()])
+        for i, finite in zip(indices, batch.isfinite().all(2).all(0).tolist()):
+            if probed and not finite:
+                raise UserError(f"linear probe: the features of image {data.key(i)} are no finite "
+                                "numbers")
+        features.append(batch)
         targets += batch_targets
-    return {key: torch.cat(parts) for key, parts in features.items()}, targets
+    return torch.cat(features, 1), targets
 
 
 @torch.no_grad()
 def embed_texts(encode_text, tokenizer, texts):
     """(T, D) float32 features of a list of strings."""
-    features = []
-    for tokens in tokenizer(texts).split(512):
-        features.append(encode_text(trim_padding(tokens)).float())
-    return torch.cat(features)
+    parts = tokenizer(texts).split(512)
+    return torch.cat([encode_text(trim_padding(tokens)).float() for tokens in parts])
 
 
-def evaluate(encoders, tokenizer, data, image_size, workers):
+def evaluate(encoders, tokenizer, data, image_size, workers, train=None):
     """Zero-shot classification of a set of classes, retrieval on a set of captions, in percent.
 
     encoders: {key: (image encoder, text encoder)}, (B, 3, S, S) uint8 -> (B, D) and (T, context)
-    token ids -> (T, D), of unit length; a key is any hashable. Returns {key: {metric: percent}}.
-    Images that could not be read are left out and counted as "unreadable".
+    token ids -> (T, D), of unit length, one D for all. Returns {key: {metric: percent}}. train: the
+    images that a linear probe of the classes learns from. Images that could not be read are left
+    out and counted as "unreadable".
     """
-    features, targets = embed_images(encoders, data, image_size, workers)
+    probed = train is not None
+    features, targets = embed_images(encoders, data, image_size, workers, probed)
     scores = {}
-    for key, (_, encode_text) in encoders.items():
+    for x, (key, (_, encode_text)) in zip(features, encoders.items()):
         if data.kind == "classes":
             texts = zero_shot_classifier(encode_text, tokenizer, data.classes, data.templates)
-            found = zero_shot(features[key], torch.tensor(targets), texts)
+            found = zero_shot(x, torch.tensor(targets, device=x.device), texts)
         else:
             texts = embed_texts(encode_text, tokenizer, list(itertools.chain(*targets)))
-            found = retrieval(features[key], texts, owners(targets))
+            found = retrieval(x, texts, owners(targets))
         scores[key] = found | unreadable(data, targets)
+    if probed:
+        test = features, targets
+        train = embed_images(encoders, train, image_size, workers, probed)
+        for i, key in enumerate(encoders):
+            splits = [(x[i], torch.tensor(y, device=x.device)) for x, y in (train, test)]
+            scores[key] |= linear_probe(*splits, len(data.classes))
     return scores
 
 
@@ -1960,12 +1965,16 @@ def unreadable(data, read):
     return {"unreadable": lost} if lost else {}
 
 
-def score_sets(encoders, tokenizer, sets, image_size, workers):
-    """evaluate() on each of {name: set}, as {key: {"<name>_<metric>": percent}}."""
+def score_sets(encoders, tokenizer, sets, image_size, workers, training={}):
+    """evaluate() on each of {name: set}, as {key: {"<name>_<metric>": percent}}.
+
+    training: {name: the training split of a set of classes}, for a linear probe.
+    """
     scores = {key: {} for key in encoders}
     for name, data in sets.items():
-        for key, found in evaluate(encoders, tokenizer, data, image_size, workers).items():
-            scores[key].update(prefixed(name, found))
+        train = training.get(name)
+        for key, found in evaluate(encoders, tokenizer, data, image_size, workers, train).items():
+            scores[key] |= prefixed(name, found)
     return scores
 
 
@@ -1995,8 +2004,8 @@ def zero_shot(features, labels, classifier):
     (ImageNet has two such pairs) are not both lost. A score that is not a number is wrong.
     """
     scores = features @ classifier.T  # (N, K)
-    labels = labels.to(scores.device)[:, None]
     best = scores.argsort(dim=1, descending=True, stable=True)
+    labels = labels[:, None]
     right = (best == labels) & ~scores.gather(1, labels).isnan()
     return {"top1": percent(right[:, 0]), "top5": percent(right[:, :5].any(1))}
 
@@ -2018,14 +2027,15 @@ def retrieval(image_features, text_features, image_of_text, block=1024):
     is conservative: ties count against the model, so one that maps everything to a point scores 0
     and not 100, and so does NaN. Memory is block x T, never N x T.
     """
-    image_of_text = image_of_text.to(image_features.device)
     image = torch.arange(len(image_features), device=image_features.device)
-    to_text, to_image = [], []
-    for features, i in zip(image_features.split(block), image.split(block)):
-        to_text.append(ranks(features @ text_features.T, image_of_text == i[:, None]))
-    for features, i in zip(text_features.split(block), image_of_text.split(block)):
-        to_image.append(ranks(features @ image_features.T, image == i[:, None]))
-    return recalls(torch.cat(to_text), torch.cat(to_image))
+    sides = [(image_features, image), (text_features, image_of_text.to(image.device))]
+    found = []
+    for (queries, query_image), (keys, key_image) in (sides, sides[::-1]):
+        parts = []
+        for features, i in zip(queries.split(block), query_image.split(block)):
+            parts.append(ranks(features @ keys.T, i[:, None] == key_image))
+        found.append(torch.cat(parts))
+    return recalls(*found)
 
 
 def ranks(scores, own):
@@ -2103,31 +2113,26 @@ def rerank_retrieval(data, image_size, encode_image, encode_text, match, k, work
 STRENGTHS = tuple(10.0 ** exponent for exponent in range(-2, 7))
 
 
-def linear_probe(train, test, classes, strengths=STRENGTHS):
-    """{"top1" in percent, "C"} of L-BFGS logistic regression on frozen features.
+def linear_probe(train, test, classes):
+    """{"probe_top1" in percent, "probe_C"} of L-BFGS logistic regression on frozen features.
 
     A split is (features (N, D), labels (N,)). The inverse regularisation (scikit-learn's C:
     minimise C * sum of losses + |W|^2 / 2) is chosen on every fifth training image, then all are
-    fitted anew. UserError where features are no numbers.
+    fitted anew.
     """
-    def accuracy(model, x, y):
-        return percent(model(x).argmax(1).cpu() == y)
+    def accuracy(train, test, c):
+        x, y = test
+        return percent(fit_logistic(*train, classes, c)(x).argmax(1) == y)
 
     x, y = train
-    if not x.isfinite().all():
-        raise UserError("linear probe: an image has features that are no finite numbers")
     held = torch.arange(len(y)) % 5 == 4
-    scores = {}
-    for c in strengths:
-        model = fit_logistic(x[~held], y[~held], classes, c)
-        scores[c] = accuracy(model, x[held], y[held])
+    scores = {c: accuracy((x[~held], y[~held]), (x[held], y[held]), c) for c in STRENGTHS}
     best = max(scores, key=scores.get)
-    return {"top1": accuracy(fit_logistic(x, y, classes, best), *test), "C": best}
+    return {"probe_top1": accuracy(train, test, best), "probe_C": best}
 
 
 def fit_logistic(x, y, classes, c):
     """Multinomial logistic regression, a torch.nn.Linear; the bias is not regularised."""
-    y = y.to(x.device)
     model = torch.nn.Linear(x.shape[1], classes, device=x.device)
     model.weight.data.zero_()
     model.bias.data.zero_()
@@ -2145,86 +2150,63 @@ def fit_logistic(x, y, classes, c):
     return model
 
 
-def probe(encoders, cfg, image_size):
-    """--linear-probe: {key: {"<set>_probe_top1", "<set>_probe_C"}} on each set of classes."""
-    workers = loader_workers(cfg)
-    scores = {key: {} for key in encoders}
-    tests = evaluation_sets(cfg, image_size, "test")
-    for name, data in evaluation_sets(cfg, image_size, "train").items():
-        if data.kind == "classes":
-            x, y = embed_images(encoders, data, image_size, workers)
-            test_x, test_y = embed_images(encoders, tests[name], image_size, workers)
-            for key in encoders:
-                train = x[key], torch.tensor(y)
-                test = test_x[key], torch.tensor(test_y)
-                found = linear_probe(train, test, len(data.classes))
-                scores[key].update(prefixed(f"{name}_probe", found))
-    return scores
-
-
 def test_checkpoint(cfg, size, encoders):
-    """--evaluate: {key: {"<set>_<metric>": value}} of the test sets, with --linear-probe.
+    """--evaluate, --linear-probe: {key: {"<set>_<metric>": value}} of the test sets.
 
     The mean of several sets' zero-shot top-1 accuracies is added.
     """
     sets = evaluation_sets(cfg, size.image_size, "test")
-    tokenizer = CLIPTokenizer(size.context_length, size.vocab_size)
-    cells = score_sets(encoders, tokenizer, sets, size.image_size, loader_workers(cfg))
+    training = evaluation_sets(cfg, size.image_size, "train") if cfg.linear_probe else {}
+    tokenizer, workers = CLIPTokenizer(size.context_length, size.vocab_size), loader_workers(cfg)
+    cells = score_sets(encoders, tokenizer, sets, size.image_size, workers, training)
     for cell in cells.values():
-        top1 = [value for name, value in cell.items() if name.endswith("_top1")]
+        top1 = [cell[f"{name}_top1"] for name, data in sets.items() if data.kind == "classes"]
         if len(top1) > 1:
             cell["mean_top1"] = sum(top1) / len(top1)
-    if cfg.linear_probe:
-        for key, found in probe(encoders, cfg, size.image_size).items():
-            cells[key].update(found)
     return cells
 
 
 def write_results(run, cfg, cells, state):
-    """results.json, the table on stdout and curves.png; returns what results.json holds.
+    """results.json, the table on stdout and curves.png.
 
     cells: {label: {metric: value}}; state: the training loop's counters.
     """
-    rows = read_csv(run.path("log.csv"))
-    results = {
+    write_json(run.path("results.json"), {
         "cells": cells,
         "seed": cfg.seed,
         "steps": state["step"],
         "best_step": state["best_step"],
         "best_validation": state["best"],
-    }
-    write_json(run.path("results.json"), results)
+    })
     print_table(cells)
-    plot_curves(run.path("curves.png"), rows, math.log(cfg.batch_size),
-                f"{cfg.method} on {cfg.data}")
-    return results
+    plot_curves(run.path("curves.png"), f"{cfg.method} on {cfg.data}")
 
 
-def throughput(encoders, image_size, device):
-    """{key: images/s} of image encoders on 256 images of noise; encoders as in evaluate()."""
-    shape = (256, 3, image_size, image_size)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
-    functions = {key: encode_image for key, (encode_image, _) in encoders.items()}
-    latency = compare_latency(functions, device, 5, images)
-    return {key: 1000 * len(images) / milliseconds for key, milliseconds in latency.items()}
+def throughput(encoders, image_size, device, count=256):
+    """{key: images/s} of image encoders on images of noise; encoders as in evaluate()."""
+    shape = (count, 3, image_size, image_size)
+    images = torch.randint(256, shape, dtype=torch.uint8, device=device)
+    calls = {key: functools.partial(encode, images) for key, (encode, _) in encoders.items()}
+    times = compare_latency(calls, device, 5)
+    return {key: 1000 * count / milliseconds for key, milliseconds in times.items()}
 
 
-def compare_latency(functions, device, rounds=15, *inputs):
-    """{key: milliseconds} of functions of the inputs: the median over the rounds.
+def compare_latency(functions, device, rounds=15):
+    """{key: milliseconds} of functions without arguments: the median over the rounds.
 
     They take turns, so that a slow moment meets all; each is warmed up first; the device is
     synchronised before every reading of the clock.
     """
     device = getattr(torch, torch.device(device).type)  # torch.cuda, torch.mps or torch.cpu
-    times = {key: [] for key in functions}
+    times = collections.defaultdict(list)
     with torch.inference_mode():
         for _ in range(2 + rounds):
             for key, function in functions.items():
                 start = time.perf_counter()
-                function(*inputs)
+                function()
                 device.synchronize()
-                times[key].append(1000 * (time.perf_counter() - start))
-    return {key: float(np.median(found[2:])) for key, found in times.items()}
+                times[key].append(time.perf_counter() - start)
+    return {key: 1000 * np.median(found[2:]) for key, found in times.items()}
 
 
 def multiply_adds(function, *inputs):
@@ -2244,20 +2226,18 @@ def multiply_adds(function, *inputs):
 
 # What COCO's tokenizer (Stanford's PTBTokenizer 3.4.1, then a list of punctuation to drop) does,
 # found by trying it.
-ABBREVIATIONS = """adm adv al ala alex apr ariz assn assoc asst atty aug ave bancorp bhd bldg blvd
-    brig bros calif capt cf cie cmdr co col colo comdr conn corp cos cpl ct dak dec dept det dr drs
-    elec ens esq est etc ext feb fla fri ft ga gen gov govs hon inc ind insp intl invt jan jos jr
-    jul jun kan kans ky lieut lt ltd maj mar md messrs mfg mich minn mlle mme mo mon mont mr mrs ms
-    msgr mt mtg natl neb nev nov oct okla penn pfc ph plc pres prof profs pte pty pvt rd rep reps
-    rev rt sen sens sep sept seq sfc sgt spc sq sr st ste supt sys tel tenn thu thurs treas tue tues
-    univ va vs vt wed wis wisc wm wyo"""
-ABBREVIATION = "|".join(ABBREVIATIONS.split())
+ABBREVIATION = """adm|adv|al|ala|alex|apr|ariz|assn|assoc|asst|atty|aug|ave|bancorp|bhd|bldg|blvd
+    |brig|bros|calif|capt|cf|cie|cmdr|co|col|colo|comdr|conn|corp|cos|cpl|ct|dak|dec|dept|det|dr|drs
+    |elec|ens|esq|est|etc|ext|feb|fla|fri|ft|ga|gen|gov|govs|hon|inc|ind|insp|intl|invt|jan|jos|jr
+    |jul|jun|kan|kans|ky|lieut|lt|ltd|maj|mar|md|messrs|mfg|mich|minn|mlle|mme|mo|mon|mont|mr|mrs|ms
+    |msgr|mt|mtg|natl|neb|nev|nov|oct|okla|penn|pfc|ph|plc|pres|prof|profs|pte|pty|pvt|rd|rep|reps
+    |rev|rt|sen|sens|sep|sept|seq|sfc|sgt|spc|sq|sr|st|ste|supt|sys|tel|tenn|thu|thurs|treas|tue
+    |tues|univ|va|vs|vt|wed|wis|wisc|wm|wyo"""
 # After these, and at the end of a caption, since the next one mostly begins with "A" or "The", the
 # period behind a single letter ends the sentence and goes: "the letter A."
-BEGINNINGS = """A About According Additionally After An As At But Earlier He Her Here However If In
-    It Last Many More Mr Ms Now Once One Other Our She Since So Some Such That The Their Then There
-    These They This We When While What Yet You"""
-BEGINNING = "|".join(BEGINNINGS.split())
+BEGINNING = """A|About|According|Additionally|After|An|As|At|But|Earlier|He|Her|Here|However|If|In
+    |It|Last|Many|More|Mr|Ms|Now|Once|One|Other|Our|She|Since|So|Some|Such|That|The|Their|Then|There
+    |These|They|This|We|When|While|What|Yet|You"""
 ALNUM, LETTER, CLITIC = "[^\\W_½¼¾⅓⅔]", r"[^\W\d_]", r"(?:s|m|d|re|ve|ll)\b"
 WORD = rf"(?:[dlo]['’](?!{CLITIC})(?={ALNUM}{{2}}))?{ALNUM}+"
 PTB_TOKEN = re.compile(rf"""
@@ -2285,11 +2265,8 @@ PTB_TOKEN = re.compile(rf"""
     | [:;=][-o]?[()] | [!?]{{2,}} | \*+ | _+                                # emoticons, runs
     | [^\w\s.?!,:;'`"“”‘’«»‹›—–―…\u200b-\u200d\ufe0f\U00010000-\U0010ffff-]
     """, re.VERBOSE | re.IGNORECASE)
-SPELLED = str.maketrans({
-    "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-",
-    "½": "1/2", "¼": "1/4", "¾": "3/4", "⅓": "1/3", "⅔": "2/3",
-    "€": "$", "£": "#", "¢": "cents", " ": "\xa0",
-})
+SPELLED = str.maketrans(dict(zip("()[]{}½¼¾⅓⅔€£¢ ", [
+    *"-lrb- -rrb- -lsb- -rsb- -lcb- -rcb- 1/2 1/4 3/4 1/3 2/3 $ # cents".split(), "\xa0"])))
 
 
 def ptb_tokenize(text):
@@ -2305,10 +2282,11 @@ def ptb_tokenize(text):
 
 
 def count_ngrams(sentence):
-    """How often each n-gram occurs in a sentence, for n = 1, 2, 3, 4: a list of four Counters."""
-    words = sentence.split()
-    shifted = [words[i:] for i in range(4)]
-    return [collections.Counter(zip(*shifted[:n])) for n in (1, 2, 3, 4)]
+    """How often each n-gram, n = 1 to 4, occurs in a sentence."""
+    words, counts = sentence.split(), collections.Counter()
+    for n in range(1, 5):
+        counts.update(zip(*(words[i:] for i in range(n))))
+    return counts
 
 
 def bleu(references, hypotheses):
@@ -2319,17 +2297,17 @@ def bleu(references, hypotheses):
     hypotheses. c: words of the hypotheses; r: words of the references closest in length, the
     shorter one of two. references: N lists of R strings; hypotheses: N strings.
     """
-    matched, total = np.zeros(4), np.zeros(4)
-    closest = 0
-    for refs, hypothesis in zip(references, hypotheses, strict=True):
+    matched, total, closest = np.zeros(4), np.zeros(4), 0
+    for refs, hypothesis in zip(references, hypotheses):
         words = len(hypothesis.split())
-        distances = [(abs(len(ref.split()) - words), len(ref.split())) for ref in refs]
-        closest += min(distances)[1]
-        ref_counts = [count_ngrams(ref) for ref in refs]
-        for n, counts in enumerate(count_ngrams(hypothesis)):
-            total[n] += counts.total()
-            for gram, count in counts.items():
-                matched[n] += min(count, max(c[n][gram] for c in ref_counts))
+        lengths = [len(ref.split()) for ref in refs]
+        closest += min(lengths, key=lambda length: (abs(length - words), length))
+        most = collections.Counter()
+        for ref in refs:
+            most |= count_ngrams(ref)  # the larger of two counts
+        for gram, count in count_ngrams(hypothesis).items():
+            total[len(gram) - 1] += count
+            matched[len(gram) - 1] += min(count, most[gram])
 
     # pycocoevalcap's 1e-15 and 1e-9 stand for zeros: nothing matched gives a score close to 0.
     precisions = (matched + 1e-15) / (total + 1e-9)
@@ -2339,35 +2317,37 @@ def bleu(references, hypotheses):
 
 
 def cider_d(references, hypotheses):
-    """CIDEr-D (Vedantam et al. 2015, section 6) as in pycocoevalcap: mean over images, and (N,).
+    """(N,): CIDEr-D (Vedantam et al. 2015, section 6) of each image, in 0..10, as in pycocoevalcap.
 
-    In 0..10. Mean over n = 1..4 and the references of
+    Mean over n = 1..4 and the references of
     10 exp(-(difference in words)^2 / 2 sigma^2) min(h, r).r / (|h||r|), sigma = 6, where h and r
     weigh each n-gram by its count times log(N / images with the n-gram in a reference, at least 1).
     An n-gram in every image's references weighs nothing, so a single image scores 0.
     references: N lists of R strings; hypotheses: N strings.
     """
-    images = [[count_ngrams(ref) for ref in refs] for refs in references]
     frequency = collections.Counter()  # images with the n-gram in a reference
-    for refs in images:
-        frequency.update(set().union(*itertools.chain(*refs)))
+    for refs in references:
+        frequency.update(set().union(*map(count_ngrams, refs)))
 
-    def weigh(counts):
-        rarity = {gram: math.log(len(images) / max(1, frequency[gram])) for gram in counts}
-        return {gram: count * rarity[gram] for gram, count in counts.items()}
+    def weigh(sentence):
+        weights = [{}, {}, {}, {}]
+        for gram, count in count_ngrams(sentence).items():
+            rarity = math.log(len(references) / max(1, frequency[gram]))
+            weights[len(gram) - 1][gram] = count * rarity
+        return weights
 
-    scores = np.zeros(len(images))
-    for i, (refs, hypothesis) in enumerate(zip(images, hypotheses, strict=True)):
-        counts = count_ngrams(hypothesis)
+    scores = []
+    for refs, hypothesis in zip(references, hypotheses):
+        score = 0
         for ref in refs:
-            difference = counts[0].total() - ref[0].total()
+            difference = len(hypothesis.split()) - len(ref.split())
             penalty = math.exp(-difference ** 2 / 72)
-            for h, r in zip(map(weigh, counts), map(weigh, ref)):
+            for h, r in zip(weigh(hypothesis), weigh(ref)):
                 dot = sum(min(h[gram], r[gram]) * r[gram] for gram in h if gram in r)
                 norms = math.hypot(*h.values()) * math.hypot(*r.values())
-                scores[i] += penalty * dot / (norms or 1)
-        scores[i] *= 10 / (4 * len(refs))
-    return float(scores.mean()), scores
+                score += penalty * dot / (norms or 1)
+        scores.append(score * (10 / (4 * len(refs))))
+    return np.array(scores)
 
 
 # VQA answers in which an apostrophe is missing get it back: each of these words is found with any
@@ -2382,13 +2362,12 @@ CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn'
     weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll
     who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've
     you'd you'd've you'll you're you've"""
-RESTORED = {"somebody'd": "somebodyd"}  # the wrong way round in the official table
+REPLACED = dict(zip("none zero one two three four five six seven eight nine ten".split(),
+                    "0 0 1 2 3 4 5 6 7 8 9 10".split()))
 for word in CONTRACTIONS.split():
-    for i, char in enumerate(word):
-        if char == "'":
-            RESTORED[word[:i] + word[i + 1:]] = word
-NUMBER_WORDS = "zero one two three four five six seven eight nine ten".split()
-NUMBERS = {"none": "0"} | {word: str(i) for i, word in enumerate(NUMBER_WORDS)}
+    for mark in re.finditer("'", word):
+        REPLACED[word[:mark.start()] + word[mark.end():]] = word
+REPLACED["somebody'd"] = "somebodyd"  # the wrong way round in the official table
 
 
 def normalize_answer(answer):
@@ -2403,8 +2382,7 @@ def normalize_answer(answer):
         beside_space = mark + " " in answer or " " + mark in answer
         text = text.replace(mark, "" if thousands or beside_space else " ")
     words = re.sub(r"\.(?!\d)", "", text).lower().split()
-    words = [NUMBERS.get(word, word) for word in words if word not in ("a", "an", "the")]
-    return " ".join(RESTORED.get(word, word) for word in words)
+    return " ".join(REPLACED.get(word, word) for word in words if word not in ("a", "an", "the"))
 
 
 def vqa_accuracy(answer, human_answers):
@@ -2421,37 +2399,28 @@ def vqa_accuracy(answer, human_answers):
 
 
 @torch.no_grad()
-def caption_images(data, image_size, generate, workers=0):
-    """(captions, references, indices): what generate says of each image, its captions, its place.
+def caption_scores(data, image_size, generate, workers=0):
+    """{"bleu1" ... "bleu4" in percent, "cider": 100 x CIDEr-D} of a set, by COCO's formulas.
 
-    generate: (B, 3, S, S) uint8 -> list of B strings. Images that cannot be read are left out.
-    """
-    captions, references, indices = [], [], []
-    for images, places, targets in batches(data, image_size, workers, "captioning"):
-        captions += generate(images)
-        references += targets
-        indices += places
-    return captions, references, indices
-
-
-def caption_scores(references, captions, domains=None):
-    """{"bleu1" ... "bleu4" in percent, "cider": 100 x CIDEr-D} of N captions, by COCO's formulas.
-
-    references: N lists of R strings; without any (a test split) nothing is scored: {}. Both are
-    tokenised here. domains (nocaps): N of "in-domain", "near-domain" and "out-domain", which adds
+    generate: (B, 3, S, S) uint8 -> list of B captions. Images that cannot be read are left out.
+    Without references (a test split) nothing is scored: {}. The domains of a list (nocaps') add
     "cider_in", "cider_near" and "cider_out": each is scored as a set of its own, with its own
     document frequencies, as is usual for nocaps. So "cider" is not their mean.
     """
+    captions, references, places = [], [], []
+    for images, indices, targets in batches(data, image_size, workers, "captioning"):
+        captions += map(ptb_tokenize, generate(images))
+        references += [list(map(ptb_tokenize, texts)) for texts in targets]
+        places += indices
     if not any(references):
         return {}
-    references = [[ptb_tokenize(text) for text in texts] for texts in references]
-    captions = [ptb_tokenize(text) for text in captions]
     scores = {f"bleu{n}": 100 * value for n, value in enumerate(bleu(references, captions), 1)}
-    scores["cider"] = 100 * cider_d(references, captions)[0]
-    for domain in sorted(set(domains or [])):
-        part = [i for i, d in enumerate(domains) if d == domain]
-        mean, _ = cider_d([references[i] for i in part], [captions[i] for i in part])
-        scores["cider_" + domain.removesuffix("-domain")] = 100 * mean
+    scores["cider"] = 100 * cider_d(references, captions).mean()
+    domains = [data.record(i).get("domain") for i in places] if isinstance(data, Listed) else []
+    for domain in sorted(set(domains) - {None}):
+        part = [n for n, d in enumerate(domains) if d == domain]
+        found = cider_d([references[n] for n in part], [captions[n] for n in part])
+        scores["cider_" + domain.removesuffix("-domain")] = 100 * found.mean()
     return scores
 
 
@@ -2480,27 +2449,26 @@ def answer_questions(data, image_size, answer, workers=0):
 # --------------------------------------------------------------------------------------- pictures
 
 
-def print_table(cells, markdown=None):
-    """{row: {column: number or text}} as a table on stdout, and as markdown in a file."""
+def print_table(cells, path=None):
+    """{row: {column: number or text}} as a markdown table on stdout, and in a file."""
     columns = list(dict.fromkeys(itertools.chain(*cells.values())))
     rows = [["", *columns]]
     for name, cell in cells.items():
-        rows.append([name, *(shown(cell.get(column)) for column in columns)])
-    if len(columns) > 7:  # too wide for a terminal: turn it
+        rows.append([name, *(shown(cell.get(column, "")) for column in columns)])
+    if len(columns) > len(rows):  # wider than long: turn it
         rows = list(zip(*rows))
+    rows.insert(1, ["---"] * len(rows[0]))
     widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        print(*map(str.rjust, row, widths), sep="  ")
-    if markdown:
-        rows.insert(1, ["---"] * len(widths))
-        text = "".join("| " + " | ".join(row) + " |\n" for row in rows)
-        write_text(markdown, text)
+    text = "".join("| " + " | ".join(map(str.rjust, row, widths)) + " |\n" for row in rows)
+    print(text, end="")
+    if path:
+        write_text(path, text)
 
 
 def shown(value):
-    if value is None or isinstance(value, str):
-        return value or ""
-    return f"{value:.3g}" if abs(value) < 10 else f"{value:.{int(abs(value) < 1000)}f}"
+    if isinstance(value, str):
+        return value
+    return f"{value:.3g}" if abs(value) < 10 else f"{value:.1f}"
 
 
 # a `$` in a caption is no formula
@@ -2511,17 +2479,15 @@ STYLE = {"text.parse_math": False, "axes.grid": True, "grid.alpha": 0.3, "savefi
 def picture(draw):
     """Guards a function that draws into `path`: what goes wrong is a line, never a run's end."""
     @functools.wraps(draw)
-    def guarded(path, *args, **kwargs):
-        os.environ.pop("MPLBACKEND", None)  # a notebook's may be missing here; all are files
+    def guarded(path, *args):
         try:
             import matplotlib
 
             with matplotlib.rc_context(STYLE), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # letters that the font lacks
-                draw(path, *args, **kwargs)
+                draw(path, *args)
         except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            print(f"could not draw {Path(path).name}: {reason}")
+            print(f"could not draw {path}: {error!r}")
     return guarded
 
 
@@ -2534,9 +2500,9 @@ def new_figure(rows, columns, size, title):
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def fold(text, width):
-    """The lines of a text, each over at most four lines of `width` letters."""
-    lines = [textwrap.fill(line, width, max_lines=4, placeholder=" …") for line in text.split("\n")]
+def fold(text):
+    """The lines of a text, each over at most four lines of 26 letters."""
+    lines = [textwrap.fill(line, 26, max_lines=4) for line in text.split("\n")]
     return "\n".join(lines)
 
 
@@ -2546,23 +2512,19 @@ def plot_grid(path, rows, names, captions, title):
 
     The captions follow the rows, one an image; a line that is broken in a caption stays so.
     """
-    captions = [fold(caption, 26) for caption in captions]
-    above = max((caption.count("\n") + 1 for caption in captions), default=0)
-    columns = max(map(len, rows))
-    size = 2 * columns + 2, (2 + 0.15 * above) * len(rows) + 1
-    figure, axes = new_figure(len(rows), columns, size, title)
+    columns = max(map(len, rows))  # below, what captions leave of the figure's height is cut off
+    figure, axes = new_figure(len(rows), columns, (2 * columns + 2, 3 * len(rows)), title)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[], frame_on=False)
     for line, images, name in zip(axes, rows, names):
-        line[0].set_ylabel(fold(name, 24), rotation=0, ha="right", va="center", fontsize=12)
+        line[0].set_ylabel(fold(name), rotation=0, ha="right", va="center", fontsize=12)
         for axis, image in zip(line, images):
-            axis.imshow(image.permute(1, 2, 0).cpu())
+            axis.imshow(image.permute(1, 2, 0))
     for axis, caption in zip(axes.flat, captions):
-        axis.set_title(caption, loc="left", fontsize=9)
+        axis.set_title(fold(caption), loc="left", fontsize=9)
     figure.savefig(path)
 
 
-@picture
 def plot_captions(path, images, captions, title):
     """Images (n, 3, S, S) uint8; above each its captions, of {who: n strings}."""
     above = []
@@ -2574,13 +2536,14 @@ def plot_captions(path, images, captions, title):
 
 def overlay(images, attention):
     """Images (n, 3, S, S) uint8, dark but where attention (n, g, g) is, on a scale of its own."""
-    light = F.interpolate(attention[:, None].float().cpu(), images.shape[-2:], mode="bicubic")
+    light = F.interpolate(attention[:, None], images.shape[-2:], mode="bicubic")
     light = light - light.amin((2, 3), keepdim=True)
     light = light / light.amax((2, 3), keepdim=True).clamp(min=1e-12)
-    return (images.cpu() * (0.15 + 0.85 * light)).to(torch.uint8)
+    return (images * (0.15 + 0.85 * light)).to(torch.uint8)
 
 
 @picture
+@torch.no_grad()
 def draw_retrieval(path, encoders, tokenizer, sets, image_size):
     """For six captions of the first captioned set, if any, the five best of 64 images.
 
@@ -2590,29 +2553,26 @@ def draw_retrieval(path, encoders, tokenizer, sets, image_size):
     if examples:
         images, captions = examples
         encode_image, encode_text = encoders
-        with torch.no_grad():
-            scores = encode_text(tokenizer(captions)) @ encode_image(images).T
-        rows, marks = [], []
-        for text, best in enumerate(scores.topk(min(5, len(images))).indices.tolist()):
-            rows.append(images[best])
-            marks += ["✓ its own" if image == text else "" for image in best]
+        scores = encode_text(tokenizer(captions[:6])) @ encode_image(images).T
+        best = scores.topk(min(5, len(images))).indices.cpu()
+        own = best == torch.arange(len(best))[:, None]
+        marks = ["✓ its own" if its else "" for its in own.flatten()]
         title = f"the best of {len(images)} images for each caption"
-        plot_grid(path, rows[:6], captions, marks, title)
+        plot_grid(path, images[best], captions, marks, title)
 
 
 @picture
-def plot_curves(path, rows, chance, title):
-    """Losses (with ln(batch), chance, if given) and validation metrics of log.csv, by epoch."""
-    figure, (axes,) = new_figure(1, 2, (11, 4.5), title)
-    if chance:
-        axes[0].axhline(chance, color="grey", ls=":", label="chance of one NCE, ln(batch)")
-    for axis, wanted, ylabel in zip(axes, (LOSSES, "val_"), ("loss", "validation, %")):
-        for column in rows[0]:
-            logged = [row for row in rows if row[column]]
-            if logged and column.startswith(wanted) and column != "kd_weight":
-                epochs = [float(row["epoch"]) for row in logged]
-                values = [float(row[column]) for row in logged]
-                axis.plot(epochs, values, ".-", ms=2, label=column)
-        axis.set(xlabel="epoch", ylabel=ylabel)
+def plot_curves(path, title):
+    """The losses and the validation metrics of the log.csv beside it, by epoch."""
+    rows = read_csv(path.with_name("log.csv"))
+    names = list(rows[0])
+    figure, ((losses, scores),) = new_figure(1, 2, (11, 4.5), title)
+    for name in names[names.index("loss"):]:
+        logged = [(float(row["epoch"]), float(row[name])) for row in rows if row[name]]
+        if logged and not name.endswith("_scale"):
+            axis = scores if name.startswith("val_") else losses
+            axis.plot(*zip(*logged), ".-", ms=2, label=name)
+    for axis in (losses, scores):
+        axis.set_xlabel("epoch")
         axis.legend(fontsize=9)
     figure.savefig(path)

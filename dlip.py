@@ -1459,8 +1459,7 @@ def finish(run, cfg, student, state):
         student = student.half()
     run.save("blip.pt", common.checkpoint(student, cfg, student.size))
     common.write_json(run.path("results.json"), {"seed": cfg.seed, **state})
-    rows = common.read_csv(run.path("log.csv"))
-    common.plot_curves(run.path("curves.png"), rows, None, f"{cfg.stage} on {cfg.data}")
+    common.plot_curves(run.path("curves.png"), f"{cfg.stage} on {cfg.data}")
 
 
 def prepare_encoders(model, teacher, cfg):
@@ -1561,13 +1560,7 @@ def scores_of(asked, data, rerank_k, answers=None):
             given = [{**each, "question_id": int(each["question_id"])} for each in given]
             common.write_json(answers, given)
         return common.prefixed("vqa", scores)
-    captions, references, places = common.caption_images(
-        data, cfg.image_size, asked.caption, workers)
-    domains = None
-    if isinstance(data, common.Listed):  # nocaps tells domains
-        domains = [data.record(i).get("domain") for i in places]
-        domains = domains if all(domains) else None
-    return common.caption_scores(references, captions, domains)
+    return common.caption_scores(data, cfg.image_size, asked.caption, workers)
 
 
 def validate(run, asked, data, state):

@@ -373,7 +373,6 @@ def test_help_names_every_field():
         assert f"\n  --{field.name.replace('_', '-')}" in out, field.name
 
 
-@posix
 def test_ablation_can_be_interrupted(tmp_path):
     """Ctrl-C in the second arm; the same command goes on there; a third call trains nothing. Each
     printed command, typed alone, gives the arm's digits."""
