@@ -88,13 +88,10 @@ def begin(ids, token):
     ("tiny", 5_524_416, 8_333_184), ("small", 21_665_664, 26_118_144),
     ("middle", 48_423_744, 60_432_768), ("base", 85_798_656, 137_258_496)])
 def test_parameter_counts(name, vision, text):
-    D, layers = BERT[name].width, BERT[name].layers
     for shared in (True, False):
         with torch.device("meta"):
             counts = dlip.count_parameters(BLIP(BLIPSize(VIT[name], BERT[name]), shared))
         assert (counts["visual_encoder"], counts["text_encoder"]) == (vision, text)
-        own = layers * (4 * D * D + 6 * D) + D * D + 3 * D + 30524
-        assert (counts["text_decoder"] == own) == shared
 
 
 def assert_maps(encoded, found, mask):
@@ -122,7 +119,6 @@ def test_retriever_equals_transformers():
         encoded = model.fuse(ids, states, with_scores=True)
         found = theirs.text_encoder(begin(ids, 63), mask.long(), encoder_hidden_states=states, output_attentions=True)
     assert_maps(encoded, found, mask)
-    assert itm.itm_score.std() > 1e-2 and (text - fused)[mask].abs().max() > 0.1
     with pytest.raises(UserError, match="lacks text_decoder"):
         load(theirs.state_dict(), need=("text_decoder.",))
 
@@ -350,17 +346,6 @@ def test_names_are_blips_own(shared):
     assert {name: w.shape for name, w in found.items()} == wanted | {"temp": ()}
 
 
-def salesforce_file(model):
-    """A pre-training checkpoint as BLIP's code saves it: momentum copies and queues too."""
-    weights = {name: w.clone() for name, w in model.state_dict().items()}
-    for name, w in model.state_dict().items():
-        module, _, rest = name.partition(".")
-        if module in ("visual_encoder", "text_encoder", "vision_proj", "text_proj"):
-            weights[f"{module}_m.{rest}"] = torch.randn(w.shape)
-    return weights | {"image_queue": torch.randn(256, 8), "text_queue": torch.randn(256, 8),
-                      "queue_ptr": torch.zeros(1, dtype=torch.long)}
-
-
 def test_sizes_of_published_checkpoints():
     """BLIP's two at any resolution; whether the LM head is tied is seen from the weights."""
     kernel, words = "visual_encoder.patch_embed.proj.weight", torch.randn(5, 4)
@@ -398,7 +383,9 @@ def test_pretraining_checkpoints_come_back_whole(tmp_path, tied, shared):
     """Through a file, with a tied LM head or one of its own, and shares what it should."""
     size = resized(tied_head=tied)
     model = ours(size=size, shared=shared)
-    torch.save({"model": salesforce_file(model), "epoch": 19}, tmp_path / "blip.pth")
+    beside = {"visual_encoder_m.cls_token": torch.randn(1, 1, 32), "image_queue": torch.randn(256, 8),
+              "queue_ptr": torch.zeros(1, dtype=torch.long)}  # momentum copies and queues
+    torch.save({"model": model.state_dict() | beside, "epoch": 19}, tmp_path / "blip.pth")
     again = load(common.read_checkpoint(tmp_path / "blip.pth").weights, size)
     assert again.shared == shared
     assert all(torch.equal(w, again.state_dict()[n]) for n, w in model.state_dict().items())
