@@ -855,14 +855,23 @@ def clip_size(cfg, loaded=None):
 
 
 def resize_positions(weights, tower, size):
-    """Bicubically resize an image tower's position embeddings, a square grid with CLS, in place."""
-    positions = weights[f"{tower}.positional_embedding"]  # (1 + g*g, D)
-    old, new = math.isqrt(len(positions) - 1), size.image_size // size.patch_size
-    if old != new:
-        grid = positions[1:].T.unflatten(1, (old, old))[None]  # (1, D, g, g)
-        grid = F.interpolate(grid, (new, new), mode="bicubic", antialias=True)
-        positions = torch.cat([positions[:1], grid[0].flatten(1).T])
-    weights[f"{tower}.positional_embedding"] = positions
+    """Resize an image tower's position embeddings to a size, in place."""
+    name, count = f"{tower}.positional_embedding", 1 + (size.image_size // size.patch_size) ** 2
+    weights[name] = resize_grid(weights[name], count, antialias=True)
+
+
+def resize_grid(positions, count, antialias):
+    """Position embeddings of CLS and a square grid, (1 + g*g, D) -> (count, D), bicubic.
+
+    No square, as of a distilled DeiT: unchanged, so that load_weights refuses them, with both
+    shapes.
+    """
+    old, new = math.isqrt(len(positions) - 1), math.isqrt(count - 1)
+    if old == new or len(positions) != 1 + old ** 2:
+        return positions
+    grid = positions[1:].float().T.unflatten(1, (old, old))[None]  # (1, D, g, g)
+    grid = F.interpolate(grid, (new, new), mode="bicubic", antialias=antialias)
+    return torch.cat([positions[:1], grid[0].flatten(1).T])
 
 
 def load_weights(module, weights, path):

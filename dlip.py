@@ -63,7 +63,7 @@ import copy
 import math
 import re
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -133,8 +133,7 @@ class Config:
     bert: str = option("small", "size of the text network", ["tiny", "small", "middle", "base"])
     fusion_layers: int = option(12, "cross-attention in the top k layers, at most in all", (1, 12))
     image_size: int = option(40, "image side in pixels")
-    vision_init: str | None = option(None, "start from this ImageNet ViT (timm, DeiT, torchvision)")
-    text_init: str | None = option(None, "start the text network from this BERT")
+    vision_init: str | None = option(None, "start from this ImageNet ViT (timm, DeiT)")
 
     epochs: float = option(6.0, "passes over the training set", section="optimisation")
     batch_size: int = option(64, "pairs per step, over all processes")
@@ -263,15 +262,21 @@ class BLIPSize:
 
 
 # DLIP's Table 1. Every BERT keeps 12 heads, so that text maps match the teacher's head for head.
-VIT = {"tiny": VisionSize(192, 12, 3), "small": VisionSize(384, 12, 6),
-       "middle": VisionSize(576, 12, 9), "base": VisionSize(768, 12, 12)}
-BERT = {"tiny": TextSize(192, 4, 4), "small": TextSize(384, 6, 6),
-        "middle": TextSize(576, 8, 8), "base": TextSize(768, 12, 12)}
+VIT = {"tiny": VisionSize(192, 12, 3),
+       "small": VisionSize(384, 12, 6),
+       "middle": VisionSize(576, 12, 9),
+       "base": VisionSize(768, 12, 12)}
+BERT = {"tiny": TextSize(192, 4, 4),
+        "small": TextSize(384, 6, 6),
+        "middle": TextSize(576, 8, 8),
+        "base": TextSize(768, 12, 12)}
 
 
 # The same for the emoji scenes: small + small, the student, has 22.6 % of base + base.
-DEMO_VIT = {"tiny": VisionSize(32, 4, 2, 8, 40), "small": VisionSize(64, 4, 2, 8, 40),
-            "middle": VisionSize(96, 4, 3, 8, 40), "base": VisionSize(128, 4, 4, 8, 40)}
+DEMO_VIT = {"tiny": VisionSize(32, 4, 2, 8, 40),
+            "small": VisionSize(64, 4, 2, 8, 40),
+            "middle": VisionSize(96, 4, 3, 8, 40),
+            "base": VisionSize(128, 4, 4, 8, 40)}
 DEMO_BERT = {"tiny": TextSize(32, 2, 2, 4, positions=32),
              "small": TextSize(64, 3, 3, 4, positions=32),
              "middle": TextSize(96, 3, 3, 4, positions=32),
@@ -286,26 +291,21 @@ def sizes(cfg):
 # ---------------------------------------------------------------------------------------- model
 
 
-def attend(q, k, v, mask=None, dropout=0.0, with_scores=False):
-    """softmax(scores) v, and if wanted the scores q k^T / sqrt(D/H) themselves.
-
-    q (B, H, N, D/H), k and v (B, H, M, D/H); mask True where attention is allowed, broadcast to
-    (B, H, N, M). Scores are float32, the least number where it is not allowed; the fused kernel,
-    which keeps them to itself, runs where nobody asks for them.
-    """
-    if not with_scores:
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout), None
-    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, H, N, M)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    scores = scores.float()
-    weights = F.dropout(scores.softmax(-1), dropout)
-    return weights.to(v.dtype) @ v, scores
+PAD = 0  # [PAD], in BERT's vocabulary and in the small one of the emoji scenes
 
 
 def sequence(**layers):
     """nn.Sequential whose layers have names, those of published weights."""
     return nn.Sequential(OrderedDict(layers))
+
+
+def initialise(module, draw):
+    """N(0, 0.02) for matrices, zero for biases."""
+    for name, parameter in module.named_parameters():  # each once
+        if parameter.ndim == 2:
+            draw(parameter, std=0.02)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
 
 
 class Block(nn.Module):
@@ -336,7 +336,8 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, size):
         super().__init__()
-        width, patch = size.width, size.patch
+        width = size.width
+        patch = size.patch
         if size.image_size % patch:
             raise UserError(f"image size {size.image_size} is no multiple of the patch's {patch}")
         self.patch_embed = sequence(proj=nn.Conv2d(3, width, patch, patch))
@@ -348,10 +349,7 @@ class VisionTransformer(nn.Module):
         self.grad_checkpoint = False
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        initialise(self.blocks, nn.init.trunc_normal_)
 
     def forward(self, image):
         """(B, 3, S, S) normalised pixels -> (B, N, D)"""
@@ -369,11 +367,11 @@ class VisionTransformer(nn.Module):
 class AddNorm(nn.Module):
     """How every BERT sublayer ends (post-norm): linear, dropout, add the residual, LayerNorm."""
 
-    def __init__(self, inner, width, dropout):
+    def __init__(self, size, inner):
         super().__init__()
-        self.dense = nn.Linear(inner, width)
-        self.dropout = nn.Dropout(dropout)
-        self.LayerNorm = nn.LayerNorm(width, eps=1e-12)
+        self.dense = nn.Linear(inner, size.width)
+        self.dropout = nn.Dropout(size.dropout)
+        self.LayerNorm = nn.LayerNorm(size.width, eps=1e-12)
 
     def forward(self, x, residual):
         return self.LayerNorm(self.dropout(self.dense(x)) + residual)
@@ -382,65 +380,82 @@ class AddNorm(nn.Module):
 class Attention(nn.Module):
     """BERT's attention sublayer; keys and values come from the tokens or from a source."""
 
-    def __init__(self, width, heads, source_width, dropout):
+    def __init__(self, size, source_width):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.self = nn.ModuleDict(dict(  # BERT's name: attention.self.query
-            query=nn.Linear(width, width), key=nn.Linear(source_width, width),
-            value=nn.Linear(source_width, width)))
-        self.output = AddNorm(width, width, dropout)
+        self.heads = size.heads
+        self.dropout = size.dropout
+        self.self = nn.ModuleDict({  # BERT's name: attention.self.query
+            "query": nn.Linear(size.width, size.width),
+            "key": nn.Linear(source_width, size.width),
+            "value": nn.Linear(source_width, size.width),
+        })
+        self.output = AddNorm(size, size.width)
 
-    def split(self, x):
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, N, D) -> (B, H, N, D/H)
+    def project(self, name, x):
+        """(B, N, width of x) -> (B, H, N, D/H)"""
+        return self.self[name](x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def keys_values(self, source):
-        """(B, M, source width) -> keys and values, each (B, H, M, D/H)."""
-        return self.split(self.self.key(source)), self.split(self.self.value(source))
+    def keys_values(self, source, mask=None):
+        """(B, M, source width) -> keys and values, each (B, H, M, D/H), and the mask.
 
-    def forward(self, x, keys_values, mask=None, with_scores=False):
-        """(B, N, D) -> (B, N, D), and the scores (B, H, N, M) or None."""
-        q = self.split(self.self.query(x))
+        mask: True where attention is allowed, broadcast to (B, H, N, M); None: everywhere.
+        """
+        return self.project("key", source), self.project("value", source), mask
+
+    def forward(self, x, keys_values, with_scores=False):
+        """(B, N, D) -> (B, N, D), and the scores q k^T / sqrt(D/H) (B, H, N, M) or None.
+
+        Scores are float32, the least number where attention is not allowed; the fused kernel,
+        which keeps them to itself, runs where nobody asks for them.
+        """
+        q, (k, v, mask) = self.project("query", x), keys_values
         dropout = self.dropout if self.training else 0.0
-        out, scores = attend(q, *keys_values, mask, dropout, with_scores)
+        if with_scores:
+            scores = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).float()
+            if mask is not None:
+                scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+            weights = F.dropout(scores.softmax(-1), dropout)
+            out = weights.to(v.dtype) @ v
+        else:
+            scores = None
+            out = F.scaled_dot_product_attention(q, k, v, mask, dropout)
         return self.output(out.transpose(1, 2).flatten(2), x), scores
 
 
 class TextLayer(nn.Module):
     """Self-attention, cross-attention to a source, feed-forward.
 
-    In pre-training a layer of the decoder shares all but self-attention with its `twin`, the
-    encoder's layer. fuses: whether there is cross-attention.
+    source_width: None where there is no cross-attention. In pre-training a layer of the decoder
+    shares all but self-attention with its `twin`, the encoder's layer.
     """
 
-    def __init__(self, size, source_width, fuses, twin=None):
+    def __init__(self, size, source_width, twin=None):
         super().__init__()
-        width, heads, dropout = size.width, size.heads, size.dropout
-        self.attention = Attention(width, heads, width, dropout)
-        if twin is not None:
+        self.attention = Attention(size, size.width)
+        if twin:
             self.crossattention = twin.crossattention
             self.intermediate = twin.intermediate
             self.output = twin.output
             return
-        self.crossattention = None
-        if fuses:
-            self.crossattention = Attention(width, heads, source_width, dropout)
-        self.intermediate = sequence(dense=nn.Linear(width, 4 * width), act=nn.GELU())
-        self.output = AddNorm(4 * width, width, dropout)
+        self.crossattention = Attention(size, source_width) if source_width else None
+        inner = 4 * size.width
+        self.intermediate = sequence(dense=nn.Linear(size.width, inner), act=nn.GELU())
+        self.output = AddNorm(size, inner)
 
-    def forward(self, x, mask=None, source=None, source_mask=None, with_scores=False):
+    def forward(self, x, mask, source, with_scores):
         """x (R, N, D) -> x, and the scores (R, H, N, N) of self- and (B, H, R/B * N, M) of
         cross-attention, or None.
 
         source: the source's keys and values, from crossattention; None: no cross-attention.
         """
-        keys_values = self.attention.keys_values(x)
-        x, self_scores = self.attention(x, keys_values, mask, with_scores)
+        keys_values = self.attention.keys_values(x, mask)
+        x, self_scores = self.attention(x, keys_values, with_scores)
         cross_scores = None
-        if source is not None:
+        if source:
             # Several beams or answers to one image: their queries stand side by side, so that the
             # image's keys are not copied.
             queries = x.reshape(len(source[0]), -1, x.shape[-1])  # (B, R/B * N, D)
-            out, cross_scores = self.crossattention(queries, source, source_mask, with_scores)
+            out, cross_scores = self.crossattention(queries, source, with_scores)
             x = out.view_as(x)
         return self.output(self.intermediate(x), x), self_scores, cross_scores
 
@@ -473,43 +488,41 @@ class Encoded(NamedTuple):
 
 
 class TextModel(nn.Module):
-    """BERT with cross-attention to a source of width source_width; `twin`: see TextLayer."""
+    """BERT with cross-attention, in the top layers, to a source; `twin`: see TextLayer."""
 
-    def __init__(self, size, source_width, twin=None):
+    def __init__(self, size, source_width, causal=False, twin=None):
         super().__init__()
-        self.embeddings = Embeddings(size) if twin is None else twin.embeddings
-        twins = [None] * size.layers if twin is None else twin.encoder.layer
-        first = size.layers - size.fusion_layers
-        layers = [TextLayer(size, source_width, i >= first, twins[i]) for i in range(size.layers)]
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
+        self.causal = causal
+        self.embeddings = twin.embeddings if twin else Embeddings(size)
+        layers = nn.ModuleList()
+        for i in range(size.layers):
+            fuses = i >= size.layers - size.fusion_layers
+            twin_layer = twin.encoder.layer[i] if twin else None
+            layers.append(TextLayer(size, source_width if fuses else None, twin_layer))
+        self.encoder = nn.ModuleDict({"layer": layers})
 
-    def read(self, source):
+    def read(self, source, mask=None):
         """What the layers attend to in a source (B, M, its width): the keys and values of each, or
-        None where a layer has no cross-attention."""
-        layers = self.encoder.layer
-        return [layer.crossattention and layer.crossattention.keys_values(source)
-                for layer in layers]
+        None where a layer has no cross-attention. mask (B, M): True at tokens, False at padding."""
+        if mask is not None:
+            mask = mask[:, None, None]  # (B, 1, 1, M)
+        crossing = [layer.crossattention for layer in self.encoder.layer]
+        return [attention and attention.keys_values(source, mask) for attention in crossing]
 
-    def forward(self, ids, mask=None, source=None, source_mask=None, causal=False,
-                with_scores=False):
+    def forward(self, ids, source=None, with_scores=False):
         """ids (R, N) -> Encoded.
 
-        mask (R, N) and source_mask (B, M) are True at tokens, False at padding; None: no padding.
         source: what read() gives of B images; row r of R attends to image r // (R/B).
         """
-        N, layers = ids.shape[1], self.encoder.layer
-        source = source or [None] * len(layers)
-        if mask is not None:
-            mask = mask[:, None, None]  # (R, 1, 1, N)
-        if causal:
-            seen = torch.ones(N, N, dtype=torch.bool, device=ids.device).tril()
-            mask = seen if mask is None else seen & mask  # (R, 1, N, N)
-        if source_mask is not None:
-            source_mask = source_mask[:, None, None]  # (B, 1, 1, M)
+        if self.causal:  # padding comes last, where no token looks
+            N = ids.shape[1]
+            mask = torch.ones(N, N, dtype=torch.bool, device=ids.device).tril()
+        else:
+            mask = (ids != PAD)[:, None, None]  # (R, 1, 1, N)
         x = self.embeddings(ids)
-        for layer, keys_values in zip(layers, source):
-            wanted = with_scores and layer is layers[-1]
-            x, *scores = layer(x, mask, keys_values, source_mask, wanted)
+        layers = self.encoder.layer
+        for layer, keys_values in zip(layers, source or [None] * len(layers)):
+            x, *scores = layer(x, mask, keys_values, with_scores and layer is layers[-1])
         return Encoded(x, *scores)
 
 
@@ -519,12 +532,12 @@ class PredictionHead(nn.Module):
 
     def __init__(self, size, words):
         super().__init__()
-        dense, norm = nn.Linear(size.width, size.width), nn.LayerNorm(size.width, eps=1e-12)
+        dense = nn.Linear(size.width, size.width)
+        norm = nn.LayerNorm(size.width, eps=1e-12)
         self.transform = sequence(dense=dense, act=nn.GELU(), LayerNorm=norm)
-        self.bias = nn.Parameter(torch.zeros(size.vocab))
         self.decoder = nn.Linear(size.width, size.vocab, device="meta")  # draws nothing
-        self.decoder.weight = words if size.tied_head else nn.Parameter(torch.zeros_like(words))
-        self.decoder.bias = self.bias
+        self.decoder.weight = words if size.tied_head else copy.deepcopy(words)
+        self.decoder.bias = self.bias = nn.Parameter(torch.zeros(size.vocab))
 
     def forward(self, states):
         return self.decoder(self.transform(states))
@@ -533,30 +546,20 @@ class PredictionHead(nn.Module):
 def exactly(head, states):
     """head(states) in fp32 also under autocast: what is sorted or compared would lose digits."""
     with torch.autocast(states.device.type, enabled=False):
-        return head(states.to(next(head.parameters()).dtype))
+        return head(states.float())
 
 
 def init_text(encoder, decoder, head):
-    """N(0, 0.02) for matrices, zero for biases, as in BERT; what the two share is drawn once."""
+    """As in BERT; what the two share is drawn once."""
     order = [encoder.embeddings]
     for layer, twin in zip(encoder.encoder.layer, decoder.encoder.layer):
         order += [layer.attention, twin, layer]
-    order += [decoder, head.transform]
-    for module in nn.ModuleList(order).modules():  # each once
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
-
-
-def unit(x):
-    """float32 rows of length one."""
-    return F.normalize(x.float(), dim=-1)
+    initialise(nn.ModuleList([*order, decoder, head.transform]), nn.init.normal_)
 
 
 def begin(ids, token):
     """ids (R, N) with another first token: the one of the mode."""
-    return torch.cat([torch.full_like(ids[:, :1], token), ids[:, 1:]], 1)
+    return F.pad(ids[:, 1:], (1, 0), value=token)
 
 
 class BLIP(nn.Module):
@@ -571,15 +574,17 @@ class BLIP(nn.Module):
     def __init__(self, size, shared=True):
         super().__init__()
         self.size, self.shared = size, shared
-        vision, text, E = size.vision, size.text, size.embed_dim
+        vision = size.vision
+        text = size.text
+        E = size.embed_dim
         self.visual_encoder = VisionTransformer(vision)
-        self.text_encoder = TextModel(text, vision.width)
-        bert = TextModel(text, vision.width if shared else text.width,
-                         self.text_encoder if shared else None)
-        head = PredictionHead(text, bert.embeddings.word_embeddings.weight)
-        self.text_decoder = nn.ModuleDict({"bert": bert})
-        self.text_decoder["cls"] = nn.ModuleDict({"predictions": head})
-        init_text(self.text_encoder, bert, head)
+        self.text_encoder = encoder = TextModel(text, vision.width)
+        decoder = TextModel(text, vision.width if shared else text.width, causal=True,
+                            twin=encoder if shared else None)
+        head = PredictionHead(text, decoder.embeddings.word_embeddings.weight)
+        cls = nn.ModuleDict({"predictions": head})
+        self.text_decoder = nn.ModuleDict({"bert": decoder, "cls": cls})
+        init_text(encoder, decoder, head)
         self.vision_proj = nn.Linear(vision.width, E)
         self.text_proj = nn.Linear(text.width, E)
         self.itm_head = nn.Linear(text.width, 2)  # class 1: the text matches the image
@@ -589,28 +594,28 @@ class BLIP(nn.Module):
         """(B, 3, S, S) normalised pixels -> states (B, M, vision width), CLS first."""
         return self.visual_encoder(image)
 
-    def encode_text(self, ids, mask=None):
+    def encode_text(self, ids):
         """Unimodal: ids (B, N) -> states (B, N, D). The first token becomes [CLS]."""
-        return self.text_encoder(begin(ids, self.size.text.cls), mask).states
+        return self.text_encoder(begin(ids, self.size.text.cls)).states
 
-    def fuse(self, ids, mask, image_states, with_scores=False):
+    def fuse(self, ids, image_states, with_scores=False):
         """Multimodal: ids (B, N), image states -> Encoded. The first token becomes [ENC]."""
-        ids = begin(ids, self.size.text.enc)
         source = self.text_encoder.read(image_states)
-        return self.text_encoder(ids, mask, source, with_scores=with_scores)
+        return self.text_encoder(begin(ids, self.size.text.enc), source, with_scores)
 
-    def decoder_states(self, ids, mask, source, source_mask=None, with_scores=False):
+    def decoder_states(self, ids, source, source_mask=None, with_scores=False):
         """Causal: ids (R, N) -> Encoded. The first token becomes [DEC].
 
         source (B, M, its width): image states (captions), or states of fused questions, with their
         mask (answers).
         """
-        ids, decoder = begin(ids, self.size.text.dec), self.text_decoder.bert
-        return decoder(ids, mask, decoder.read(source), source_mask, True, with_scores)
+        decoder = self.text_decoder.bert
+        source = decoder.read(source, source_mask)
+        return decoder(begin(ids, self.size.text.dec), source, with_scores)
 
-    def decode(self, ids, mask, source, source_mask=None):
+    def decode(self, ids, source, source_mask=None):
         """As decoder_states -> logits (R, N, V) of the token that follows each."""
-        return self.logits(self.decoder_states(ids, mask, source, source_mask).states)
+        return self.logits(self.decoder_states(ids, source, source_mask).states)
 
     def logits(self, states):
         """Decoder states (R, N, D) -> (R, N, V); follows autocast in training only."""
@@ -619,36 +624,34 @@ class BLIP(nn.Module):
 
     def image_feature(self, states):
         """Image states -> (B, E) of unit length, for ITC."""
-        return unit(exactly(self.vision_proj, states[:, 0]))
+        return F.normalize(exactly(self.vision_proj, states[:, 0]), dim=1)
 
     def text_feature(self, states):
         """Text states -> (B, E) of unit length, for ITC."""
-        return unit(exactly(self.text_proj, states[:, 0]))
+        return F.normalize(exactly(self.text_proj, states[:, 0]), dim=1)
 
     def match(self, states):
         """Fused states -> (B, 2) logits of no match and match."""
         return exactly(self.itm_head, states[:, 0])
 
     @torch.no_grad()
-    def generate(self, source, prompt=(), num_beams=3, min_length=5, max_length=20, released=True):
+    def generate(self, source, prompt=(), **setting):
         """A caption of each source (B, M, its width): token ids from [DEC] to [SEP], B lists.
 
-        prompt: token ids that follow [DEC]. Both lengths count [DEC] and prompt. released: see
-        beam_search.
+        prompt: token ids that follow [DEC]. setting: of beam_search.
         """
+        text = self.size.text
         decoder = self.text_decoder.bert
         read = decoder.read(source)  # once; the few tokens of a text are computed anew
 
         def next_log_p(texts):
             """R lists of N ids -> log-probabilities (R, V) of the token that follows."""
             ids = torch.tensor(texts, device=source.device)
-            states = decoder(ids, None, read, causal=True).states
-            return self.logits(states[:, -1]).float().log_softmax(1)
+            states = decoder(ids, read).states
+            return self.logits(states[:, -1]).log_softmax(1)
 
-        text = self.size.text
         prompts = [[text.dec, *prompt]] * len(source)
-        return beam_search(next_log_p, prompts, text.sep, num_beams, min_length, max_length,
-                           released)
+        return beam_search(next_log_p, prompts, text.sep, **setting)
 
     @torch.no_grad()
     def rank_answers(self, question, question_mask, answers, top=128):
@@ -658,16 +661,14 @@ class BLIP(nn.Module):
         token are scored whole by the training loss, with its label smoothing [BLIP's code].
         """
         first = answers[:1, :1].expand(len(question), 1)
-        logits = self.decode(first, None, question, question_mask)[:, 0]  # (B, V)
-        top = min(top, len(answers))
-        likeliest = logits[:, answers[:, 1]].topk(top).indices  # (B, top) of A
-        losses, pad = [], self.size.text.pad
+        logits = self.decode(first, question, question_mask)[:, 0]  # (B, V)
+        likeliest = logits[:, answers[:, 1]].topk(min(top, len(answers))).indices  # (B, top) of A
+        best = []
         for chosen, states, mask in zip(likeliest, question, question_mask):
             ids = answers[chosen]  # (top, L)
-            logits = self.decode(ids, ids != pad, states[None], mask[None])
-            losses.append(lm_loss(logits, ids, pad, reduction="none"))
-        best = torch.stack(losses).argmin(1, keepdim=True)
-        return likeliest.gather(1, best)[:, 0]
+            logits = self.decode(ids, states[None], mask[None])
+            best.append(chosen[lm_loss(logits, ids, per_text=True).argmin()])
+        return torch.stack(best)
 
 
 def untied(blip):
@@ -676,9 +677,9 @@ def untied(blip):
     Its decoder reads text states instead of image states: where the widths differ, keys and values
     of its cross-attention start afresh (A7).
     """
-    size, other = blip.size, BLIP(blip.size, shared=False)
+    other = BLIP(blip.size, shared=False)
     weights = blip.state_dict()
-    if size.vision.width != size.text.width:
+    if blip.size.vision.width != blip.size.text.width:
         fresh = re.compile(r"text_decoder\..*crossattention\.self\.(key|value)")
         weights = {name: w for name, w in weights.items() if not fresh.match(name)}
     other.load_state_dict(weights, strict=False)
@@ -686,52 +687,54 @@ def untied(blip):
 
 
 def count_parameters(blip):
-    """{"vision", "text", "decoder", "heads"}: the paper counts the first two; text has its
-    cross-attention, decoder only what it does not share."""
-    part_of = {"visual_encoder": "vision", "text_encoder": "text", "text_decoder": "decoder"}
-    counts = dict(vision=0, text=0, decoder=0, heads=0)
+    """{module: number}. The paper counts visual_encoder and text_encoder, with cross-attention;
+    text_decoder has only what it does not share."""
+    counts = Counter()
     for name, parameter in blip.named_parameters():  # what is shared once, in text_encoder
-        counts[part_of.get(name.split(".")[0], "heads")] += parameter.numel()
+        counts[name.split(".")[0]] += parameter.numel()
     return counts
 
 
 # ----------------------------------------------------------------------------------- generation
 
 
-def beam_search(next_log_p, prompts, sep, num_beams, min_length, max_length, released):
+def beam_search(next_log_p, prompts, sep, num_beams=3, min_length=5, max_length=20, released=True):
     """B prompts of P ids -> B texts: each the one with the best log-probability / length.
 
     Each step extends the K running beams to their 2K best continuations. Those of the first K that
     end, with [SEP], compete for the K places of finished texts; the K best that do not end run on,
     and compete too when they have max_length tokens. An image is done once the best that is left
-    scores no better than the worst of K finished texts. One beam is greedy search.
+    scores no better than the worst of K finished texts. One beam is greedy search. Both lengths
+    count [DEC] and prompt.
 
     released: as in BLIP's release, the length counts [DEC] and prompt and not [SEP], and the best
     that is left is that of all 2K continuations. False: as in transformers 5, the length counts
     the new tokens with [SEP], and the best that is left is a running one.
     """
-    B, P, K = len(prompts), len(prompts[0]), num_beams
+    B = len(prompts)
+    P = len(prompts[0])
+    K = num_beams
     running = [[(0.0, prompt)] for prompt in prompts]  # log-probability and ids of each beam
-    finished = [[] for _ in range(B)]  # log-probability / length and ids, the best first
+    finished = [[] for _ in prompts]  # log-probability / length and ids of each text
     done = [False] * B
     for n in range(P + 1, max_length + 1):  # n tokens after this step
-        log_p = next_log_p([ids for beams in running for _, ids in beams])  # (R, V)
+        scores, texts = zip(*sum(running, []))  # of R beams
+        log_p = next_log_p(texts)  # (R, V)
         if n <= min_length:
             log_p[:, sep] = -math.inf
-        V, length = log_p.shape[1], n - 1 if released else n - P
-        before = torch.tensor([[score for score, _ in beams] for beams in running])
-        total = before.to(log_p.device)[:, :, None] + log_p.view(B, -1, V)
-        scores, places = total.flatten(1).topk(2 * K)  # (B, 2K)
-        for image, found in enumerate(zip(scores.tolist(), places.tolist())):
+        log_p = log_p + log_p.new_tensor(scores)[:, None]
+        scores, places = log_p.view(B, -1).topk(2 * K)  # (B, 2K)
+        V = log_p.shape[1]
+        length = n - 1 if released else n - P
+        for image, best in enumerate(zip(scores.tolist(), places.tolist())):
             beams = running[image]
-            longer = [(score, [*beams[place // V][1], place % V]) for score, place in zip(*found)]
+            texts = finished[image]
+            longer = [(score, [*beams[place // V][1], place % V]) for score, place in zip(*best)]
             running[image] = [beam for beam in longer if beam[1][-1] != sep][:K]
             if not done[image]:
-                ended = [(score / length, ids) for score, ids in longer[:K] if ids[-1] == sep]
-                finished[image] = sorted(finished[image] + ended, reverse=True)[:K]
+                texts += [(score / length, ids) for score, ids in longer[:K] if ids[-1] == sep]
                 left = longer if released else running[image]
-                full = len(finished[image]) == K
-                done[image] = full and finished[image][-1][0] >= left[0][0] / length
+                done[image] = len(texts) >= K and sorted(texts)[-K][0] >= left[0][0] / length
         if all(done):
             break
 
@@ -752,7 +755,7 @@ def mean_where(x, where):
     one process.
     """
     where = where.to(x.dtype)
-    count = common.sum_over_processes(where.sum().detach().clone()) / world_size()
+    count = common.sum_over_processes(where.sum()) / world_size()
     return (x * where).sum() / count.clamp_min(1)
 
 
@@ -762,22 +765,19 @@ def scaled_cosines(queries, keys, temp):
         return queries @ keys.T / temp
 
 
-def itc_loss(u, v, u_m, v_m, image_keys, text_keys, same, temp, alpha):
-    """Image-text contrast with momentum targets [BLIP, after ALBEF], the mean of both directions.
+def itc_loss(query, query_m, keys, same, temp, alpha):
+    """Image-text contrast with momentum targets [BLIP, after ALBEF], of images or of texts.
 
-    u, v (b, E): unit features of this process's images and texts, with gradient; u_m, v_m (b, E)
-    those of the momentum encoders; keys (B + Q, E): momentum features of all processes' batches,
+    query (b, E): this process's unit features, with gradient; query_m (b, E): those of the momentum
+    encoders; keys (B + Q, E): momentum features of the other modality, of all processes' batches,
     then of the queue. same (b, B + Q): which keys are of the same image.
-    Target: alpha softmax(u_m keys^T / temp) + (1 - alpha) same, each row of which sums to one.
+    Target: alpha softmax(query_m keys^T / temp) + (1 - alpha) same, each row of which sums to one.
     """
-    hard, loss = same.to(u.dtype), 0.0
-    hard = hard / hard.sum(1, keepdim=True)
-    for query, query_m, keys in ((u, u_m, text_keys), (v, v_m, image_keys)):
-        soft = scaled_cosines(query_m, keys, temp.detach()).softmax(1)
-        target = alpha * soft + (1 - alpha) * hard  # (b, B + Q)
-        log_p = scaled_cosines(query, keys, temp).log_softmax(1)
-        loss = loss - (target * log_p).sum(1).mean() / 2
-    return loss
+    hard = F.normalize(same.to(query.dtype), p=1, dim=1)
+    soft = scaled_cosines(query_m, keys, temp.detach()).softmax(1)
+    target = alpha * soft + (1 - alpha) * hard  # (b, B + Q)
+    log_p = scaled_cosines(query, keys, temp).log_softmax(1)
+    return -(target * log_p).sum(1).mean()
 
 
 @torch.no_grad()
@@ -796,19 +796,19 @@ def draw_negatives(scores, same, floor=0.0):
     return drawn.masked_fill(same.all(1), -1)
 
 
-def lm_loss(logits, ids, pad=0, label_smoothing=0.1, prompt=1, reduction="mean"):
-    """Cross-entropy of each token given those before it [BLIP], label smoothing 0.1.
+def lm_loss(logits, ids, prompt=1, per_text=False):
+    """Cross-entropy of each token given those before it, label smoothing 0.1 [BLIP].
 
     logits (R, N, V) and the ids (R, N) they were computed from. Not predicted are padding and the
-    first `prompt` tokens, [DEC] included. reduction "mean": over the tokens of all processes;
-    "none": the sum over each text, (R,).
+    first `prompt` tokens, [DEC] included. The mean over the tokens of all processes; per_text: the
+    sum over each text, (R,).
     """
-    target = ids.masked_fill(ids == pad, -100)
-    target[:, :prompt] = -100
+    target = ids.clone()
+    target[:, :prompt] = PAD
     target = target[:, 1:]  # (R, N-1)
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), target.flatten(), reduction="none",
-                           label_smoothing=label_smoothing).view(target.shape)
-    return mean_where(loss, target != -100) if reduction == "mean" else loss.sum(1)
+                           ignore_index=PAD, label_smoothing=0.1).view(target.shape)
+    return loss.sum(1) if per_text else mean_where(loss, target != PAD)
 
 
 def representation_loss(student, teacher):
@@ -842,7 +842,6 @@ class Forward:
     blip: BLIP
     image: torch.Tensor
     ids: torch.Tensor
-    mask: torch.Tensor
     with_scores: bool = False
 
     @cached_property
@@ -850,21 +849,20 @@ class Forward:
         return self.blip.encode_image(self.image)  # (b, M, D)
 
     @cached_property
+    def fused(self):
+        return self.blip.fuse(self.ids, self.image_states, self.with_scores)
+
+    @cached_property
+    def decoded(self):
+        return self.blip.decoder_states(self.ids, self.image_states, None, self.with_scores)
+
+    @cached_property
     def img(self):
         return self.blip.image_feature(self.image_states)
 
     @cached_property
     def text(self):
-        return self.blip.text_feature(self.blip.encode_text(self.ids, self.mask))
-
-    @cached_property
-    def fused(self):
-        return self.blip.fuse(self.ids, self.mask, self.image_states, self.with_scores)
-
-    @cached_property
-    def decoded(self):
-        source = self.image_states
-        return self.blip.decoder_states(self.ids, self.mask, source, None, self.with_scores)
+        return self.blip.text_feature(self.blip.encode_text(self.ids))
 
     @cached_property
     def vl_e(self):
@@ -873,6 +871,10 @@ class Forward:
     @cached_property
     def vl_d(self):
         return self.blip.text_feature(self.decoded.states)
+
+    @cached_property
+    def logits(self):
+        return self.blip.logits(self.decoded.states)
 
 
 class DLIP(nn.Module):
@@ -883,22 +885,18 @@ class DLIP(nn.Module):
 
     def __init__(self, cfg, student, prompt_length=1):
         super().__init__()
-        self.cfg, self.student, self.pad = cfg, student, student.size.text.pad
+        self.cfg = cfg
+        self.student = student
         self.prompt_length = prompt_length  # P, [DEC] included
         self.momentum = None
         if cfg.task == ("retrieval",) if cfg.stage == "finetune" else cfg.vlp:
-            self.momentum = frozen_copy(student)  # of what ITC reads
+            self.momentum = copy.deepcopy(student).requires_grad_(False)
             del self.momentum.text_decoder, self.momentum.itm_head, self.momentum.temp
-            Q, E = cfg.queue_size, student.size.embed_dim  # at first of no image
+            Q = cfg.queue_size
+            E = student.size.embed_dim  # at first of no image
             self.register_buffer("image_queue", F.normalize(torch.randn(Q, E), dim=1))
             self.register_buffer("text_queue", F.normalize(torch.randn(Q, E), dim=1))
             self.register_buffer("number_queue", torch.full((Q,), -1))
-
-    def train(self, mode=True):
-        super().train(mode)
-        if self.momentum is not None:
-            self.momentum.eval()  # no dropout
-        return self
 
     def forward(self, image, texts, number, alpha, teacher=None):
         """(loss, terms) of a batch.
@@ -906,75 +904,86 @@ class DLIP(nn.Module):
         image (b, 3, S, S); texts [ids (b, N)], for VQA [questions, answers]; number (b,) of the
         image in the data.
         """
+        with_scores = teacher is not None and self.cfg.attn != ("none",)
+        ours = Forward(self.student, image, texts[0], with_scores)
         if self.cfg.stage != "finetune":
-            loss, terms = self.pretrain(image, *texts, alpha, teacher)
+            loss, terms = self.pretrain(ours, alpha, teacher)
         else:
             if self.cfg.task == ("retrieval",):
-                ours = Forward(self.student, image, *texts, texts[0] != self.pad)
                 terms = self.contrast(ours, number, alpha, floor=0.0)
-            elif self.cfg.task == ("caption",):
-                terms = {"lm": self.caption(image, *texts)}
-            else:
-                terms = {"lm": self.answer(image, *texts)}
+            elif self.cfg.task == ("caption",):  # what follows the prompt
+                terms = {"lm": lm_loss(ours.logits, ours.ids, self.prompt_length)}
+            else:  # answers, given the states of the fused questions
+                logits = self.student.decode(texts[1], ours.fused.states, ours.ids != PAD)
+                terms = {"lm": lm_loss(logits, texts[1], per_text=True).mean()}
             loss = sum(terms.values())
         terms = {"loss": loss, **terms}
         return loss, {name: term.detach() for name, term in terms.items()}
 
-    def pretrain(self, image, ids, alpha, teacher):
+    def pretrain(self, ours, alpha, teacher):
         """L = L_ITC + L_ITM + L_LM + lambda_HR L_HR + lambda_AT L_AT; the paper's lambdas are 1.
 
         BLIP's three losses, then the teacher's two [paper] on the same pairs. What no term reads
         is not computed.
         """
-        cfg, student, mask = self.cfg, self.student, ids != self.pad
-        with_scores = teacher is not None and cfg.attn != ("none",)
-        ours = Forward(student, image, ids, mask, with_scores)
-        vlp, hr, at = {}, {}, {}
+        cfg = self.cfg
+        ids = ours.ids
+        vlp = {}
+        hr = {}
+        at = {}
 
         if cfg.vlp:
-            first = rank() * len(ids)  # a pair's image and text belong together, and no others
-            number = torch.arange(first, first + len(ids), device=ids.device)
+            # a pair's image and text belong together, and no others
+            number = rank() * len(ids) + torch.arange(len(ids), device=ids.device)
             vlp = self.contrast(ours, number, alpha, floor=1e-4)
-            vlp["lm"] = lm_loss(student.logits(ours.decoded.states), ids, self.pad)
+            vlp["lm"] = lm_loss(ours.logits, ids)
 
-        if teacher is not None:
-            theirs = Forward(teacher, image, ids, mask, with_scores)
-            for part in HR_PARTS:
+        if teacher:
+            theirs = Forward(teacher, ours.image, ids, ours.with_scores)
+            for part in HR_PARTS:  # Forward has the four by name
                 if part in cfg.hr:
-                    pair = getattr(ours, part), getattr(theirs, part)
-                    hr[f"hr_{part}"] = representation_loss(*pair)  # Forward has the four by name
-            if "self" in cfg.attn:  # of fusion encoder and decoder
-                encoder = ours.fused.self_scores, theirs.fused.self_scores
-                decoder = ours.decoded.self_scores, theirs.decoded.self_scores
-                at["at_self"] = attention_loss(*encoder, mask) + attention_loss(*decoder, mask)
-            if "cross" in cfg.attn:
-                our, their = ours.fused.cross_scores, theirs.fused.cross_scores
-                at["at_cross"] = attention_loss(our, their, mask)
+                    student, target = getattr(ours, part), getattr(theirs, part)
+                    hr[f"hr_{part}"] = representation_loss(student, target)
 
-        loss = sum(vlp.values())
-        loss = loss + cfg.lambda_hr * sum(hr.values()) + cfg.lambda_at * sum(at.values())
+            tokens = ids != PAD
+            if "self" in cfg.attn:  # of fusion encoder and decoder
+                at["at_self"] = (
+                    attention_loss(ours.fused.self_scores, theirs.fused.self_scores, tokens)
+                    + attention_loss(ours.decoded.self_scores, theirs.decoded.self_scores, tokens)
+                )
+            if "cross" in cfg.attn:
+                at["at_cross"] = attention_loss(
+                    ours.fused.cross_scores, theirs.fused.cross_scores, tokens)
+
+        loss = (
+            sum(vlp.values())
+            + cfg.lambda_hr * sum(hr.values())
+            + cfg.lambda_at * sum(at.values())
+        )
         return loss, {**vlp, **hr, **at}
 
     @torch.no_grad()
-    def update_momentum(self, m):
+    def update_momentum(self):
         """Momentum encoders <- m themselves + (1 - m) student."""
-        source = dict(self.student.named_parameters())
-        names, averages = zip(*self.momentum.named_parameters())
-        torch._foreach_lerp_(list(averages), [source[name] for name in names], 1 - m)
+        self.momentum.eval()  # no dropout
+        for name, average in self.momentum.named_parameters():
+            average.lerp_(self.student.get_parameter(name), 1 - self.cfg.momentum)
 
     def contrast(self, ours, number, alpha, floor):
         """{"itc", "itm"}; number (b,): pairs of the same number are positives of each other.
 
         The keys are momentum features of all processes' batches, then of the queue.
         """
-        self.update_momentum(self.cfg.momentum)
-        slow = Forward(self.momentum, ours.image, ours.ids, ours.mask)
+        self.update_momentum()
+        slow = Forward(self.momentum, ours.image, ours.ids)
         image_keys = torch.cat([gather(slow.img), self.image_queue])  # (B + Q, E)
         text_keys = torch.cat([gather(slow.text), self.text_queue])
         numbers = torch.cat([gather(number), self.number_queue])
-        same, temp = number[:, None] == numbers, self.student.temp  # (b, B + Q)
-        itc = itc_loss(ours.img, ours.text, slow.img, slow.text, image_keys, text_keys, same, temp,
-                       alpha)
+        same = number[:, None] == numbers  # (b, B + Q)
+        temp = self.student.temp
+        image_to_text = itc_loss(ours.img, slow.img, text_keys, same, temp, alpha)
+        text_to_image = itc_loss(ours.text, slow.text, image_keys, same, temp, alpha)
+        itc = (image_to_text + text_to_image) / 2
 
         # for each image a wrong text, for each text a wrong image, of this process
         same = number[:, None] == number  # (b, b)
@@ -992,58 +1001,33 @@ class DLIP(nn.Module):
     def matching(self, ours, wrong_text, wrong_image):
         """L_ITM: cross-entropy on [ENC] over b pairs, b images with a wrong text, b texts with a
         wrong image; those that have no wrong one (-1) do not count."""
-        ids, mask, image = ours.ids, ours.mask, ours.image_states
-        texts, masks = torch.cat([ids[wrong_text], ids]), torch.cat([mask[wrong_text], mask])
-        negative = self.student.fuse(texts, masks, torch.cat([image, image[wrong_image]]))
+        texts = torch.cat([ours.ids[wrong_text], ours.ids])
+        images = torch.cat([ours.image_states, ours.image_states[wrong_image]])
+        negative = self.student.match(self.student.fuse(texts, images).states)
         positive = self.student.match(ours.fused.states)
-        negative = self.student.match(negative.states)
         absent = torch.cat([wrong_text, wrong_image]) < 0
         target = torch.cat([torch.ones_like(wrong_text), torch.where(absent, -100, 0)])
         return F.cross_entropy(torch.cat([positive, negative]), target)  # (3b, 2); leaves -100 out
 
-    def caption(self, image, ids):
-        """Fine-tuning for captions: L_LM of what follows the prompt."""
-        logits = self.student.decode(ids, ids != self.pad, self.student.encode_image(image))
-        return lm_loss(logits, ids, self.pad, prompt=self.prompt_length)
-
-    def answer(self, image, question, answer):
-        """Fine-tuning for VQA: L_LM of the answer, summed over its tokens, given the states of the
-        fused question."""
-        mask = question != self.pad
-        states = self.student.fuse(question, mask, self.student.encode_image(image)).states
-        logits = self.student.decode(answer, answer != self.pad, states, mask)
-        return lm_loss(logits, answer, self.pad, reduction="none").mean()
-
-
-def frozen_copy(module):
-    return copy.deepcopy(module).eval().requires_grad_(False)
-
 
 # -------------------------------------------------------------------------------------- weights
 
-# Vision names of Hugging Face's BLIP, then of torchvision's ViT, as timm, DeiT and BLIP have them.
+# Vision names of Hugging Face's BLIP, as BLIP, timm and DeiT have them.
 VISION_NAMES = {
-    r"^(visual_encoder|vision_model)\.": "",
-    r"^embeddings\.class_embedding$": "cls_token",
-    r"^embeddings\.position_embedding$": "pos_embed",
-    r"^embeddings\.patch_embedding\.": "patch_embed.proj.",
-    r"^encoder\.layers\.(\d+)\.": r"blocks.\1.",
-    r"\.self_attn\.qkv\.": ".attn.qkv.",
-    r"\.self_attn\.projection\.": ".attn.proj.",
-    r"\.layer_norm([12])\.": r".norm\1.",
-    r"^post_layernorm\.": "norm.",
-    r"^class_token$": "cls_token",
-    r"^encoder\.pos_embedding$": "pos_embed",
-    r"^conv_proj\.": "patch_embed.proj.",
-    r"^encoder\.layers\.encoder_layer_(\d+)\.": r"blocks.\1.",
-    r"^encoder\.ln\.": "norm.",
-    r"\.ln_([12])\.": r".norm\1.",
-    r"\.self_attention\.in_proj_": ".attn.qkv.",
-    r"\.self_attention\.out_proj\.": ".attn.proj.",
-    r"\.mlp\.(0|linear_1)\.": ".mlp.fc1.",
-    r"\.mlp\.(3|linear_2)\.": ".mlp.fc2.",
+    "vision_model.": "visual_encoder.",
+    "embeddings.class_embedding": "cls_token",
+    "embeddings.position_embedding": "pos_embed",
+    "embeddings.patch_embedding": "patch_embed.proj",
+    "encoder.layers": "blocks",
+    "self_attn.projection": "attn.proj",
+    "self_attn": "attn",
+    "post_layernorm": "norm",
+    "layer_norm": "norm",
 }
 WORDS = "embeddings.word_embeddings.weight"
+CLASSIFIER = "text_decoder.cls.predictions.decoder.weight"
+# Other names of a tensor, which safetensors leave out; and a buffer that says nothing.
+SPARE = "predictions.decoder.weight", "predictions.decoder.bias", "position_ids"
 
 
 def load_blip(checkpoint, image_size=None, dropout=0.0, need=()):
@@ -1056,7 +1040,8 @@ def load_blip(checkpoint, image_size=None, dropout=0.0, need=()):
     size = blip_size(checkpoint, weights)
     vision = replace(size.vision, image_size=image_size or size.vision.image_size)
     size = replace(size, vision=vision, text=replace(size.text, dropout=dropout))
-    blip = BLIP(size, is_shared(weights))
+    shared = alike(weights, f"text_encoder.{WORDS}", f"text_decoder.bert.{WORDS}")
+    blip = BLIP(size, shared)
     load_named(blip, weights, checkpoint.path, ("visual_encoder.", *need))
     return blip
 
@@ -1066,17 +1051,14 @@ def load_named(module, weights, path, need):
 
     What else it has stays as it is; UserError where its name begins with one of `need`.
     """
-    tensors = dict(module.named_parameters(remove_duplicate=False))  # some have two names
-    held = {id(tensor) for name, tensor in tensors.items() if name in weights}
-    for name, tensor in tensors.items():
-        if id(tensor) not in held and name.startswith(tuple(need)):
-            raise UserError(f"{path} lacks {name}")
     own = module.state_dict()  # not copies: of two names of one tensor either will do
-    for name in own.keys() & weights.keys():
-        own[name] = weights[name]
-        if name.endswith("pos_embed"):
-            count = tensors[name].shape[1]
-            own[name] = resize_positions(weights[name], count, path)
+    for name, tensor in own.items():
+        if name in weights:
+            own[name] = weights[name]
+            if name.endswith("pos_embed"):
+                own[name] = common.resize_grid(weights[name][0], tensor.shape[1], False)[None]
+        elif name.startswith(need) and not name.endswith(SPARE):
+            raise UserError(f"{path} lacks {name}")
     common.load_weights(module, own, path)
 
 
@@ -1086,24 +1068,16 @@ def blip_names(weights):
     for name, tensor in weights.items():
         name = name.removeprefix("student.")  # of a run of ours
         if name.startswith("vision_model."):
-            name = "visual_encoder." + vision_name(name.removeprefix("vision_model."))
+            for theirs, ours in VISION_NAMES.items():
+                name = name.replace(theirs, ours)
         renamed[name] = tensor
     return renamed
 
 
-def vision_name(name):
-    for pattern, new in VISION_NAMES.items():
-        name = re.sub(pattern, new, name)
-    return name
-
-
-def is_shared(weights):
-    """Whether encoder and decoder have in common what pre-training ties."""
-    for name, tensor in weights.items():
-        twin = weights.get(name.replace("text_decoder.bert.", "text_encoder."))
-        if twin is not None and ".attention." not in name and not torch.equal(tensor, twin):
-            return False
-    return True
+def alike(weights, *names):
+    """Whether the tensors of these names, so far as they are there, are equal."""
+    tensors = [weights[name] for name in names if name in weights]
+    return all(torch.equal(tensor, tensors[0]) for tensor in tensors)
 
 
 # The image encoders of the BLIPs that were published, by width; their texts are BERT-Base.
@@ -1112,60 +1086,18 @@ PUBLISHED = {768: VIT["base"], 1024: VisionSize(1024, 24, 16)}
 
 def blip_size(checkpoint, weights):
     """BLIPSize: as saved with ours, else that of a published BLIP."""
-    saved, projection = checkpoint.size, weights.get("visual_encoder.patch_embed.proj.weight")
-    if projection is None or (saved is None and len(projection) not in PUBLISHED):
-        raise UserError(f"{checkpoint.path}: these are no weights of a BLIP")
-    if saved:
-        vision, text = VisionSize(**saved["vision"]), TextSize(**saved["text"])
+    saved = checkpoint.size or {}
+    positions = weights.get("visual_encoder.pos_embed")
+    if "vision" in saved:
+        vision = VisionSize(**saved["vision"])
+        text = TextSize(**saved["text"])
         return BLIPSize(vision, text, saved["embed_dim"])
-    vision = PUBLISHED[len(projection)]
-    side = math.isqrt(weights["visual_encoder.pos_embed"].shape[1] - 1)
-    words = weights.get(f"text_decoder.bert.{WORDS}")
-    classifier = weights.get("text_decoder.cls.predictions.decoder.weight", words)
-    tied = classifier is None or torch.equal(classifier, words)
-    return BLIPSize(replace(vision, image_size=side * vision.patch),
-                    replace(BERT["base"], tied_head=tied))
-
-
-def resize_positions(positions, count, path):
-    """(1, 1 + g*g, D) position embeddings -> (1, count, D), bicubic without antialiasing as in
-    BLIP's code."""
-    old, new = math.isqrt(positions.shape[1] - 1), math.isqrt(count - 1)
-    if old ** 2 != positions.shape[1] - 1:
-        raise UserError(f"{path}: {len(positions[0])} positions, no square: take the plain one")
-    if old == new:
-        return positions
-    grid = positions[:, 1:].float().transpose(1, 2).unflatten(2, (old, old))  # (1, D, g, g)
-    grid = F.interpolate(grid, (new, new), mode="bicubic", align_corners=False)
-    return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], 1)
-
-
-def load_vision(visual_encoder, checkpoint):
-    """Start an image encoder from an ImageNet ViT (timm, DeiT, torchvision) or from a BLIP's."""
-    weights = {}
-    for name, tensor in checkpoint.weights.items():
-        name = re.sub(r"^(visual_encoder|vision_model)\.", "", name)
-        weights[vision_name(name)] = tensor
-    load_named(visual_encoder, weights, checkpoint.path, visual_encoder.state_dict())
-
-
-def load_bert(blip, checkpoint):
-    """Start the text networks of a BLIP from a BERT: both self-attentions get BERT's.
-
-    Cross-attention and the embeddings of [DEC] and [ENC], which BERT lacks, stay random; BERT's
-    token types and pooler are left out.
-    """
-    own = blip.state_dict()
-    weights = {name: tensor for name, tensor in own.items() if "crossattention" in name}
-    for name, tensor in checkpoint.weights.items():
-        name = name.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias")
-        for place in (f"text_encoder.{name}", f"text_decoder.bert.{name}", f"text_decoder.{name}"):
-            if place in own and own[place].shape[1:] == tensor.shape[1:]:
-                tensor = torch.cat([tensor, own[place][len(tensor):]])
-            weights[place] = tensor
-    layers = [f"text_encoder.encoder.layer.{i}.attention." for i in range(blip.size.text.layers)]
-    need = ["text_encoder.embeddings.", *layers]
-    load_named(blip, weights, checkpoint.path, need)
+    if positions is None or positions.shape[2] not in PUBLISHED:
+        raise UserError(f"{checkpoint.path}: these are no weights of a BLIP")
+    vision = PUBLISHED[positions.shape[2]]
+    side = vision.patch * math.isqrt(positions.shape[1] - 1)
+    tied = alike(weights, f"text_decoder.bert.{WORDS}", CLASSIFIER)
+    return BLIPSize(replace(vision, image_size=side), replace(BERT["base"], tied_head=tied))
 
 
 # ------------------------------------------------------------------------------------ training
@@ -1215,9 +1147,8 @@ def build(cfg, tokenizer):
     else:
         student = BLIP(size_of(cfg, tokenizer))
         if cfg.vision_init:
-            load_vision(student.visual_encoder, common.read_checkpoint(cfg.vision_init))
-        if cfg.text_init:
-            load_bert(student, common.read_checkpoint(cfg.text_init))
+            vit = common.read_checkpoint(cfg.vision_init)
+            load_named(student.visual_encoder, vit.weights, vit.path, ("",))
     return DLIP(cfg, student, 1 + len(tokenizer.encode(PROMPT)))
 
 
@@ -1489,21 +1420,20 @@ class Asked:
             return states, self.blip.image_feature(states)
 
     def ids(self, texts):
-        """Token ids (T, context) on the device, and where they are tokens."""
-        ids = self.tokenizer(texts).to(self.statistics.device)
-        return ids, ids != self.tokenizer.pad
+        """Token ids (T, context) on the device."""
+        return self.tokenizer(texts).to(self.statistics.device)
 
     def encode_text(self, captions):
         """Token ids (T, context) and ITC features (T, E)."""
-        ids, mask = self.ids(list(map(common.clean_blip_caption, captions)))
+        ids = self.ids([common.clean_blip_caption(text) for text in captions])
         with self.amp:
-            return ids, self.blip.text_feature(self.blip.encode_text(ids, mask))
+            return ids, self.blip.text_feature(self.blip.encode_text(ids))
 
     def match(self, states, ids):
         """ITM logits (n,) of texts (n, context) with the states (1, M, D) of one image."""
         ids = common.trim_padding(ids, 4)
         with self.amp:
-            fused = self.blip.fuse(ids, ids != self.tokenizer.pad, states)
+            fused = self.blip.fuse(ids, states)
             return self.blip.match(fused.states)[:, 1]
 
     def caption(self, image):
@@ -1516,12 +1446,12 @@ class Asked:
 
     def answer(self, answers, image, questions):
         """The likeliest of a list of answers to each question."""
-        ids, mask = self.ids(list(map(common.clean_blip_question, questions)))
-        candidates = common.trim_padding(self.ids(answers)[0], 4)
+        ids = self.ids([common.clean_blip_question(text) for text in questions])
+        candidates = common.trim_padding(self.ids(answers), 4)
         states, _ = self.encode_image(image)
         with self.amp:
-            fused = self.blip.fuse(ids, mask, states).states
-            best = self.blip.rank_answers(fused, mask, candidates, self.cfg.answer_k)
+            fused = self.blip.fuse(ids, states).states
+            best = self.blip.rank_answers(fused, ids != PAD, candidates, self.cfg.answer_k)
         return [answers[i] for i in best.tolist()]
 
 
@@ -1677,10 +1607,10 @@ def draw_attention(path, models, images, captions):
     before = [text[:text.index(word)] for text, word in zip(captions, words)]
     rows = [images]
     for asked in models.values():
-        ids, mask = asked.ids(captions)
+        ids = asked.ids(captions)
         places = [1 + len(asked.tokenizer.encode(text)) for text in before]
         states, _ = asked.encode_image(images)
-        scores = asked.blip.fuse(ids, mask, states, with_scores=True).cross_scores
+        scores = asked.blip.fuse(ids, states, with_scores=True).cross_scores
         maps = scores.softmax(-1).mean(1)  # (n, N, M)
         maps = maps[range(len(images)), places, 1:].cpu()  # without CLS
         side = math.isqrt(maps.shape[1])
@@ -1707,7 +1637,7 @@ def costs(models, device):
             ids = torch.full((n, 24), blip.size.text.sep, device=device)
             calls[who, n] = partial(encode_pair, blip, image, ids)
         count = count_parameters(blip)
-        found[who] = {"parameters_M": (count["vision"] + count["text"]) / 1e6,
+        found[who] = {"parameters_M": (count["visual_encoder"] + count["text_encoder"]) / 1e6,
                       "GMACs": common.multiply_adds(calls[who, 1]) / 1e9}
     times = common.compare_latency(calls, device)
     for who, cell in found.items():

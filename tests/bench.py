@@ -229,7 +229,7 @@ def blip(args):
     ids[:, 0], ids[:, -1] = 30522, 102
 
     def our_step_of(model):
-        return plain_step(model, lambda: dlip.lm_loss(model.decode(ids, None, model.encode_image(image)), ids))
+        return plain_step(model, lambda: dlip.lm_loss(model.decode(ids, model.encode_image(image)), ids))
 
     step, small_step = our_step_of(ours), our_step_of(small)
     their_step = plain_step(theirs, lambda: theirs(image, ids, labels=ids).loss)
