@@ -180,12 +180,12 @@ def test_crop_of_extreme_images_is_torchvisions(size):
 def decoding_difference(encoded, size, seed):
     """Mean grey levels between our crop of a JPEG and that of its full decode."""
     full = Image.open(io.BytesIO(encoded)).convert("RGB")  # as an image, it is not decoded again
-
-    def crop(source):
-        if seed is None:
-            return resize_center_crop(source, size)
-        return random_resized_crop(source, size, np.random.default_rng(seed))
-    return np.abs(crop(encoded).astype(int) - crop(full)).mean()
+    crops = []
+    for source in (encoded, full):
+        rng = np.random.default_rng(seed)
+        crops.append(resize_center_crop(source, size) if seed is None else
+                     random_resized_crop(source, size, rng))
+    return np.abs(np.subtract(*crops, dtype=int)).mean()
 
 
 def test_decoding_smaller_changes_little():
@@ -272,12 +272,10 @@ def test_what_a_shard_loses_is_counted(tmp_path, members, bad):
 
 @pytest.mark.parametrize("name, content, captions", [
     ("json", b'{"caption": "one  two"}', ["one two"]),
-    ("json", b'{"caption": ["a", " ", "b"]}', ["a", "b"]),
-    ("txt", b"\xef\xbb\xbfmark", ["mark"]), ("txt", b" \n", "empty caption"),
-    ("txt", b"\xff\xfe", "unreadable caption"), ("json", b"[broken", "unreadable caption"),
-    ("json", b"{}", "no text"), ("json", b'{"caption": null}', "no text"),
-    ("json", b'{"caption": 5}', "no text"), ("json", b'{"caption": ["a", 5]}', "no text"),
-    ("json", b"[1]", "unreadable caption"), ("json", b'{"caption": []}', "empty caption"),
+    ("json", b'{"caption": ["a", " ", "b"]}', ["a", "b"]), ("txt", b"\xef\xbb\xbfmark", ["mark"]),
+    ("txt", b" \n", "empty caption"), ("json", b'{"caption": []}', "empty caption"),
+    ("txt", b"\xff\xfe", "unreadable caption"), ("json", b"[1]", "unreadable caption"),
+    ("json", b"{}", "no text"), ("json", b'{"caption": ["a", 5]}', "no text"),
 ])
 def test_captions_in_shards(tmp_path, name, content, captions):
     write_tar(tmp_path / "a.tar", [("1.jpg", b"I"), (f"1.{name}", content)])
@@ -551,14 +549,6 @@ def test_keep(corpora, tmp_path):
     assert "1 of its 2 keys" in refusal(training_set, cfg, 8)
 
 
-def test_example_images(corpora):
-    shown = {"classes": SimpleNamespace(kind="classes"), "pictures": Pictures()}
-    images, captions = common.example_images(shown, 16, 6)
-    assert images.shape == (5, 3, 16, 16)
-    assert captions == [f"first caption {i}" for i in (0, 1, 2, 4, 5)]
-    assert common.example_images({}, 16, 5) is None
-
-
 # -------------------------------------------------------------------------------------- loading
 
 
@@ -600,9 +590,9 @@ def loaded(data, workers, method=None, start=0):
     return list(loader)
 
 
-@pytest.mark.parametrize("workers, method, start", [(2, "fork", 0), (1, "spawn", 0), (0, None, 2)])
+@pytest.mark.parametrize("workers, method, start", [(2, "fork", 0), (1, "spawn", 2)])
 def test_workers_and_resuming_do_not_change_the_batches(workers, method, start):
-    if method and method not in multiprocessing.get_all_start_methods():
+    if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"no {method} here")
     data = Mixture(["a", "b", "b"], [Pictures(), *[Pictures(7)] * 2])
     ours, reference = loaded(data, workers, method, start), loaded(data, 0)[start:]
