@@ -616,7 +616,7 @@ def match(logits):
 
 def info_nce(logits):
     """NCE(M) = 1/2 [CE(rows of M, diagonal) + CE(rows of M^T, diagonal)]; (M, M^T), each (b, B)."""
-    return sum(match(rows) for rows in logits) / 2
+    return sum(map(match, logits)) / 2
 
 
 def similarity_kl(teacher, student):
@@ -1164,7 +1164,7 @@ def train(cfg, loaded=None):
     loader = common.train_loader(samples, sampler, common.loader_workers(cfg), device)
     run.start(cfg, state["step"])
     prepare_towers(model, cfg)
-    cells = {"student": encoders(model.student, model.student.visual, statistics, amp)}
+    cells = {"student": encoders(model.student, statistics, amp)}
 
     progress = common.Progress(steps, state["step"], cfg.batch_size)
     with common.StopRequest() as stop, progress:
@@ -1220,7 +1220,7 @@ def prepare_towers(model, cfg):
 # ------------------------------------------------------------------------ evaluation, pictures
 
 
-def encoders(clip, visual, statistics, amp, *view):
+def encoder_pair(clip, visual, statistics, amp, *view):
     """Two functions: (B, 3, S, S) uint8 -> (B, E) and (T, context) token ids -> (T, E), both of
     unit length. view: what else visual takes."""
     def encode_image(image):
@@ -1232,6 +1232,10 @@ def encoders(clip, visual, statistics, amp, *view):
             return clip.encode_text(tokens.to(statistics.device))
 
     return encode_image, encode_text
+
+
+def encoders(clip, statistics, amp):
+    return encoder_pair(clip, clip.visual, statistics, amp)
 
 
 def validate(run, model, cells, data, tokenizer, state):
@@ -1288,7 +1292,7 @@ def evaluate_checkpoint(cfg, loaded):
         clips["teacher"] = load_teacher(cfg, device)
     table = {}
     for name, (clip, size) in clips.items():
-        cells = {name: encoders(clip, clip.visual, size.pixel_statistics(device), amp)}
+        cells = {name: encoders(clip, size.pixel_statistics(device), amp)}
         table.update(common.test_checkpoint(cfg, size, cells))
     common.print_table(table)
     if cfg.stage == "evaluate":

@@ -406,7 +406,7 @@ def match(logits):
 
 def info_nce(logits):
     """NCE(M) = 1/2 [CE(rows of M, diagonal) + CE(rows of M^T, diagonal)]; (M, M^T), each (b, B)."""
-    return sum(match(rows) for rows in logits) / 2
+    return sum(map(match, logits)) / 2
 
 
 def similarity_kl(teacher, student):
@@ -588,8 +588,8 @@ def update(model, optimiser, scaler, lr):
         scale.data.clamp_(0, math.log(100))
 
 
-LOG_COLUMNS = ["step", "epoch", "lr", "kd_weight", "loss", "nce_online", "nce_momentum", "kd",
-               "logit_scale", "val_online", "val_momentum"]
+LOG_COLUMNS = """step epoch lr kd_weight loss nce_online nce_momentum kd logit_scale val_online
+    val_momentum""".split()
 
 
 def train(cfg, loaded=None):
@@ -665,7 +665,7 @@ def prepare_towers(model, cfg):
 # ------------------------------------------------------------------------ evaluation, pictures
 
 
-def encoders(clip, visual, statistics, amp, *view):
+def encoder_pair(clip, visual, statistics, amp, *view):
     """Two functions: (B, 3, S, S) uint8 -> (B, E) and (T, context) token ids -> (T, E), both of
     unit length. view: what else visual takes."""
     def encode_image(image):
@@ -687,7 +687,7 @@ def cells_of(model, statistics, amp):
     cells = {}
     for network, towers in networks.items():
         for rate in (model.cfg.keep_rate, model.cfg.teacher_keep_rate, 1.0):
-            cells[f"{network} κ={rate:g}"] = encoders(*towers, statistics, amp, rate)
+            cells[f"{network} κ={rate:g}"] = encoder_pair(*towers, statistics, amp, rate)
     return cells
 
 
@@ -736,7 +736,8 @@ def draw_kept_tokens(path, model, statistics, sets):
         left = F.interpolate(left, scale_factor=size.patch_size)
         rows.append(images.where(left > 0, images // 5))
         names.append(f"after block {block}")
-    common.plot_grid(path, rows, names, captions, "the patches that the online encoder keeps")
+    common.plot_grid(path, rows, names, captions,
+                     "patches kept by the online encoder (blocks counted from 0)")
 
 
 def evaluate_checkpoint(cfg, loaded):
@@ -758,10 +759,6 @@ def ablation_arms(cfg):
         "eclipse": {},
         "clip + evit": {"method": "clip+evit"},
         "full capacity": {"keep_rate": 1.0},
-        "text teacher momentum": {"text_teacher": "momentum", "text_grad": "online"},
-        "no kd ramp": {"kd_ramp": (0.0, 0.0)},
-        "teacher pruned too": {"teacher_keep_rate": cfg.keep_rate},
-        "no fusion": {"fuse": False},
     }
     values = {
         "keep_rate": (0.9, 0.8, 0.7, 0.6, 0.5, 0.4),
@@ -773,6 +770,12 @@ def ablation_arms(cfg):
         for value in choices:
             if value != getattr(cfg, field):
                 arms[f"{field.replace('_', ' ')} {value}"] = {field: value}
+    arms |= {
+        "text teacher momentum": {"text_teacher": "momentum", "text_grad": "online"},
+        "no kd ramp": {"kd_ramp": (0.0, 0.0)},
+        "teacher pruned too": {"teacher_keep_rate": cfg.keep_rate},
+        "no fusion": {"fuse": False},
+    }
     if cfg.data == "emoji":
         for noise in (0, 0.2, 0.6):
             for method in ("clip", "eclipse"):

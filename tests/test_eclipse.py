@@ -490,7 +490,7 @@ def test_a_step_never_reads_a_value_back(changes):
 
 SAME = ["QuickGELU", "Attention", "Block", "Transformer", "VisionTransformer", "unit", "CLIP", "similarities",
         "match", "info_nce", "similarity_kl", "build_optimiser", "learning_rate", "backward", "normalise", "update",
-        "crop_scale", "encoders"]
+        "crop_scale", "encoder_pair"]
 
 
 @pytest.mark.parametrize("name", SAME)
