@@ -710,31 +710,12 @@ def read_checkpoint(path):
 def read_content(path):
     """What torch.save, torch.jit.save or safetensors has written."""
     if path.suffix == ".safetensors":
-        return read_safetensors(path)
+        from safetensors.torch import load_file
+        return load_file(path)
     try:
         return torch.jit.load(path, map_location="cpu").state_dict()  # OpenAI's archives
     except RuntimeError:  # no TorchScript
         return torch.load(path, map_location="cpu", weights_only=True)
-
-
-SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-               "I64": torch.int64}
-
-
-def read_safetensors(path):
-    """{name: tensor}. The format: the length of the header in 8 bytes, the header, a json with
-    dtype, shape and place of each tensor, then the data."""
-    content = bytearray(path.read_bytes())
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:start])
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        data = content[start + begin:start + end]
-        tensor = torch.frombuffer(data, dtype=SAFETENSORS[entry["dtype"]])
-        tensors[name] = tensor.reshape(entry["shape"])
-    return tensors
 
 
 def clip_weights(checkpoint, act=None):
@@ -789,10 +770,10 @@ def told_by_json(folder):
         content.update(read_json(file))
     told = {}
     if "vision_config" in content:  # Hugging Face's config.json
-        vision, text = content["vision_config"], content["text_config"]
+        vision = content["vision_config"]
         told = dict(act=vision.get("hidden_act", "quick_gelu"),
                     vision_heads=vision.get("num_attention_heads", 12),
-                    text_heads=text.get("num_attention_heads", 8))
+                    text_heads=content["text_config"].get("num_attention_heads", 8))
     if "model_cfg" in content:  # open_clip_config.json
         model = content["model_cfg"]
         vision = model["vision_cfg"]
@@ -880,8 +861,7 @@ def load_weights(module, weights, path):
     try:
         module.load_state_dict(weights, assign=meta)
     except RuntimeError as error:
-        reason = textwrap.shorten(str(error), 300)
-        raise UserError(f"{path} does not fit: {reason}") from None
+        raise UserError(f"{path} does not fit: {textwrap.shorten(str(error), 300)}") from None
 
 
 # ---------------------------------------------------------------------------------------- tokenizer
@@ -972,16 +952,21 @@ def encode_run(run, vocab_size):
     return ids
 
 
-def token_rows(texts, encode, length, first, last):
-    """Long tensor (B, length): first, the text's ids, last, zeros; a long text keeps its last."""
-    rows = []
-    for text in texts:
-        ids = [first, *encode(text)[:length - 2], last]
-        rows.append(ids + [0] * (length - len(ids)))
-    return torch.tensor(rows)
+class Tokenizer:
+    """What CLIP's and BERT's have in common. A subclass brings encode, and first and last, the
+    tokens around a text."""
+
+    def __call__(self, texts):
+        """Long tensor (B, context_length): first, the text's ids, last, zeros. A long text keeps
+        its last token."""
+        rows, length = [], self.context_length
+        for text in texts:
+            ids = [self.first, *self.encode(text)[:length - 2], self.last]
+            rows.append(ids + [0] * (length - len(ids)))
+        return torch.tensor(rows)
 
 
-class CLIPTokenizer:
+class CLIPTokenizer(Tokenizer):
     """CLIP's byte-pair encoding (Radford et al. 2021, section 2.4), id for id as in open_clip.
 
     One step is left out: OpenAI and open_clip first run ftfy, which repairs mis-decoded text and
@@ -998,19 +983,14 @@ class CLIPTokenizer:
         if not 514 <= vocab_size <= 49408:
             raise UserError(f"a vocabulary of {vocab_size} tokens is not CLIP's: 514 to 49408")
         self.context_length, self.vocab_size = context_length, vocab_size
-
-    def __call__(self, texts):
-        """Long tensor (B, context_length): start, text, end, zeros. A long text keeps its end."""
-        return token_rows(texts, self.encode, self.context_length,
-                          self.vocab_size - 2, self.vocab_size - 1)
+        self.first, self.last = vocab_size - 2, vocab_size - 1
 
     def encode(self, text):
-        """Token ids of a text of any length, without start and end token."""
+        """Token ids of a text of any length, without first and last."""
         # A surrogate has no UTF-8: a pair becomes its character, a lone one U+FFFD, as in ftfy.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        text = " ".join(html.unescape(html.unescape(text)).split()).lower()
         ids = []
-        for run in RUNS.findall(text):
+        for run in RUNS.findall(html.unescape(html.unescape(text)).lower()):
             ids += encode_run(run, self.vocab_size)
         return ids
 
@@ -1033,15 +1013,15 @@ def split_words(text):
     words = ""
     for c in "".join(unicodedata.normalize("NFD", c.lower()) for c in text):
         kind = unicodedata.category(c)
+        if kind == "Mn" or c == "\ufffd" or (kind[0] == "C" and c not in "\t\n\r"):
+            continue  # Mn: an accent
         if kind[0] == "P" or c in string.punctuation or IDEOGRAPH.match(c):
             c = f" {c} "
-        elif kind == "Mn" or c == "\ufffd" or (kind[0] == "C" and c not in "\t\n\r"):
-            continue  # Mn: an accent
         words += c
     return words.split()
 
 
-class BertTokenizer:
+class BertTokenizer(Tokenizer):
     """WordPiece of bert-base-uncased (Devlin et al. 2019), id for id as in transformers.
 
     As in BLIP (Li et al. 2022), [DEC] and [ENC] follow the vocabulary as ids 30522 and 30523: the
@@ -1057,7 +1037,7 @@ class BertTokenizer:
     def __init__(self, context_length=30, words=None):
         self.context_length = context_length
         tokens = read_lines("bert_base_uncased_vocab.txt.gz")[:30522] + ["[DEC]", "[ENC]"]
-        if words is not None:
+        if words:
             full, text = BertTokenizer(), " ".join(words)
             kept = {*BERT_SPECIALS, *(full._tokens[i] for i in full.encode(text))}
             for c in "".join(split_words(text)):
@@ -1067,13 +1047,10 @@ class BertTokenizer:
         self._ids = {token: i for i, token in enumerate(tokens)}
         specials = map(self._ids.get, BERT_SPECIALS)
         self.pad, self.unk, self.cls, self.sep, self.mask, self.dec, self.enc = specials
-
-    def __call__(self, texts):
-        """Long tensor (B, context_length): [CLS], text, [SEP], padding. A long text keeps [SEP]."""
-        return token_rows(texts, self.encode, self.context_length, self.cls, self.sep)
+        self.first, self.last = self.cls, self.sep
 
     def encode(self, text):
-        """Token ids of a text of any length, without first token and [SEP]."""
+        """Token ids of a text of any length, without first and last."""
         ids = []
         for word in split_words(text):
             ids += self._pieces(word)
@@ -1208,9 +1185,9 @@ def resize_center_crop(source, size):
     """uint8 (3, size, size): shorter side to `size`, then the central square."""
     image = open_image(source)
     short = min(image.size)
-    width, height = (size * side // short for side in image.size)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    image = resize(image, (width, height), (0, 0, *image.size), short // (2 * size))
+    sides = [size * side // short for side in image.size]
+    left, top = (round((side - size) / 2) for side in sides)
+    image = resize(image, sides, (0, 0, *image.size), short // (2 * size))
     return image[:, top:top + size, left:left + size]
 
 
