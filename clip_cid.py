@@ -87,8 +87,15 @@ from common import UserError, average_gradients, gather, option, rank, world_siz
 # -------------------------------------------------------------------------------------- config
 
 # data/teacher_clip.pt is what --stage teacher leaves as teacher.pt on the emoji scenes.
-common.PRESETS["teacher"] = replace(common.PRESETS["demo"], vision_width=128, vision_layers=6,
-                                    vision_mlp=512, text_width=96, text_layers=3, embed_dim=128)
+common.PRESETS["teacher"] = replace(
+    common.PRESETS["demo"],
+    vision_width=128,
+    vision_layers=6,
+    vision_mlp=512,
+    text_width=96,
+    text_layers=3,
+    embed_dim=128,
+)
 
 
 @dataclass
@@ -143,7 +150,7 @@ class Config:
 
     preset: str = option("demo", "sizes of both towers", list(common.PRESETS), section="student")
     image_size: int | None = option(None, "image side in pixels (default: the preset's)")
-    act: str | None = option(None, "activation of the MLPs, where preset or checkpoint is wrong",
+    act: str | None = option(None, "activation of the MLPs, the teacher's too, where it is wrong",
                              ["quick_gelu", "gelu"])
     init: str | None = option(None, "start from this CLIP checkpoint; the towers take its sizes")
 
@@ -166,14 +173,21 @@ class Config:
 
 
 # The sibling papers' recipe (A8) at CC3M's size; flags go before it.
-LARGE = dict(preset="vit_b32", epochs=32, batch_size=4096, k=10000, log_every=50)
+LARGE = dict(preset="vit_b32", epochs=32, batch_size=4096, k=10000)
 SMALLER = {**LARGE, "batch_size": 1024, "k": 1000}
 PLAIN_CLIP = dict(method="clip", filter="none")
 RECIPES = {"emoji": {}, "coco": SMALLER, "flickr30k": SMALLER}  # others: LARGE
-EMOJI_TEACHER = dict(preset="teacher", scenes=50000, epochs=5, long_tail=0.0, duplicates=0.0,
-                     batch_size=128, seed=1000, log_every=100)
+EMOJI_TEACHER = dict(
+    preset="teacher",
+    scenes=50000,
+    epochs=5,
+    long_tail=0.0,
+    duplicates=0.0,
+    batch_size=128,
+    seed=1000,
+)
 # What --evaluate does not take over from the run it evaluates.
-NOT_INHERITED = dict(resume=False, init=None, device="auto", workers=-1, root=None, keep=None)
+NOT_INHERITED = dict(device="auto", workers=-1, root=None, keep=None)
 
 
 def weight_decay(cfg):
@@ -774,12 +788,15 @@ def embed(cfg, data, device):
 
 def start_embeddings(embeddings, teacher, size):
     """The files of Embeddings, all zeros; embeddings.json, which is returned, last."""
-    folder, one = embeddings.folder, (len(embeddings.keys), size.embed_dim)
+    folder, shape = embeddings.folder, (len(embeddings.keys), size.embed_dim)
     common.write_keys(folder / "keys.txt", embeddings.keys)
-    for name, shape in (("image", one), ("text", (CAPTIONS, *one))):
-        np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16, shape)
-    scale = teacher.logit_scale.item()
-    report = {**embeddings.settings, "logit_scale": scale, "complete": False}
+    np.lib.format.open_memmap(folder / "image.npy", "w+", np.float16, shape)
+    np.lib.format.open_memmap(folder / "text.npy", "w+", np.float16, (CAPTIONS, *shape))
+    report = {
+        **embeddings.settings,
+        "logit_scale": teacher.logit_scale.item(),
+        "complete": False,
+    }
     common.write_json(folder / "embeddings.json", report)
     return report
 
@@ -795,11 +812,12 @@ def embed_rows(cfg, embeddings, teacher, size, device):
     tokenizer = common.CLIPTokenizer(size.context_length, size.vocab_size)
     amp, _ = common.mixed_precision(cfg.precision, device)
     encode_image, encode_text = encoders(teacher, size.pixel_statistics(device), amp)
-    bar = tqdm(loader, f"embedding, in {embeddings.folder}", disable=rank() > 0 or None)
-    for images, places, captions in bar:
+    doing = f"embedding, in {embeddings.folder}"
+    for images, places, captions in tqdm(loader, doing, disable=rank() > 0 or None):
         captions = [texts[:CAPTIONS] for texts in captions]
         tokens = common.trim_padding(tokenizer(sum(captions, [])))
-        u, v = encode_image(images).cpu(), encode_text(tokens).cpu()
+        u = encode_image(images).cpu()
+        v = encode_text(tokens).cpu()
         if not torch.cat([u, v]).isfinite().all():
             raise UserError(f"{teacher_file(cfg)} gives NaN: try --precision fp32")
         counts = list(map(len, captions))
@@ -861,7 +879,11 @@ def cluster(cfg, embeddings, kept, device):
     clusters.pt holds them, with the rows and the settings.
     """
     path = Path(cfg.out, "clusters.pt")
-    settings = {**embeddings.settings, **settings_of(cfg, "seed", "k"), "row": kept.tolist()}
+    settings = {
+        **embeddings.settings,
+        **settings_of(cfg, "seed", "k"),
+        "row": kept.tolist(),
+    }
     found = read_stage(path, settings, read_file)
     if found is None:
         x = torch.from_numpy(embeddings.open("image")[kept]).to(device)
@@ -869,8 +891,7 @@ def cluster(cfg, embeddings, kept, device):
         found = {**settings, "centroids": centroids.cpu(), "label": label}
         common.on_first(lambda: common.replace_file(path, lambda new: torch.save(found, new)))
         if rank() == 0:
-            print(f"k-means: {cfg.k} clusters, mean cosine {objective[0]:.4f} -> "
-                  f"{objective[-1]:.4f}")
+            print(f"k-means: k = {cfg.k}, mean cosine {objective[0]:.4f} -> {objective[-1]:.4f}")
             draw_groups(path.with_suffix(".png"), embeddings, kept, label, cosine,
                         "the largest clusters, the images nearest to the centre first")
     return found["centroids"], found["label"]

@@ -350,13 +350,6 @@ def total(count):
     return sum(gather_objects(count))
 
 
-def of_first(x):
-    """x, in place, as rank 0 has it."""
-    if world_size() > 1:
-        dist.broadcast(x, 0)
-    return x
-
-
 def gather_objects(thing):
     """[the thing each process holds], in order of rank."""
     if world_size() == 1:
