@@ -42,7 +42,7 @@ Assumptions. [paper]: its abstract or a summary of it; [figure]: its architectur
   A2  The centre image of a group stays [paper]: the member nearest to the normalised mean
       [sibling], the first of equals, with its own caption [choice].
   A3  k-means on the image embeddings [paper], the teacher's [figure], of the images kept:
-      spherical, 20 iterations, --k [choice].
+      spherical, from k of them drawn at random, 20 iterations, --k [choice].
   A4  Cluster discrimination is a softmax loss and a KL divergence [paper] over the outputs of one
       fully connected layer, the prototypes, for the student's and the teacher's image embedding
       [figure]. The layer starts at the cluster centres [figure] and learns from the student's side
@@ -88,8 +88,15 @@ from common import UserError, average_gradients, gather, option, rank, world_siz
 # -------------------------------------------------------------------------------------- config
 
 # data/teacher_clip.pt is what --stage teacher leaves as teacher.pt on the emoji scenes.
-common.PRESETS["teacher"] = replace(common.PRESETS["demo"], vision_width=128, vision_layers=6,
-                                    vision_mlp=512, text_width=96, text_layers=3, embed_dim=128)
+common.PRESETS["teacher"] = replace(
+    common.PRESETS["demo"],
+    vision_width=128,
+    vision_layers=6,
+    vision_mlp=512,
+    text_width=96,
+    text_layers=3,
+    embed_dim=128,
+)
 
 
 @dataclass
@@ -97,19 +104,15 @@ class Config:
     data: str = option("emoji", "training data: emoji, cc3m, coco, flickr30k, or any name with "
                        "--root FOLDER of tar shards; picks preset and recipe", section="run")
     root: str | None = option(None, "folder of the data (default data/NAME)")
-    keep: str | None = option(None, "train on these samples only: a file of keys, one a line "
-                              "(clip_cid.py writes one)")
+    keep: str | None = option(None, "train on the samples that this file lists, a key a line")
     out: str | None = option(None, "run folder (default runs/METHOD-DATA)")
     stage: str = option("all", "run the stages up to this one; teacher: train a CLIP to be one",
                         ["all", "teacher", "embed", "balance", "cluster", "distil", "evaluate"])
     resume: bool = option(False, "go on from the last checkpoint in --out")
-    evaluate: str | None = option(None, "evaluate this checkpoint (ours, OpenAI, OpenCLIP, Hugging "
-                                  "Face) and stop")
-    eval_data: tuple[str, ...] = option((), "evaluation sets, names or folders (default: those "
-                                        "that belong to --data)")
+    evaluate: str | None = option(None, "evaluate this checkpoint, ours or a public one, and stop")
+    eval_data: tuple[str, ...] = option((), "evaluation sets, names or folders (default: --data's)")
     linear_probe: bool = option(False, "with --evaluate, --stage evaluate: a linear classifier")
-    ablate: tuple[str, ...] = option((), "train these arms of the ablation (names in quotes, or "
-                                     "all) and tabulate them")
+    ablate: tuple[str, ...] = option((), "train these arms (names in quotes, or all), tabulate")
     seeds: tuple[int, ...] = option((0, 1, 2), "seeds of the ablation")
     jobs: int = option(1, "runs of the ablation at a time: one a core, or one a GPU")
     seed: int = option(0, "seed of weights, data order and augmentation")
@@ -117,17 +120,14 @@ class Config:
     workers: int = option(-1, "loader processes (-1: none for emoji, else up to 8 a process)")
     log_every: int = option(20, "steps between rows of log.csv")
 
-    teacher: str | None = option(None, "checkpoint of the teacher: any OpenAI, OpenCLIP or Hugging "
-                                 "Face CLIP ViT (emoji: data/teacher_clip.pt)", section="teacher")
-    teacher_precision: str = option("fp32", "of the teacher's autocast", ["fp32", "bf16", "fp16"])
+    teacher: str | None = option(None, "the teacher's checkpoint: OpenAI, OpenCLIP or Hugging Face "
+                                 "CLIP ViT (emoji: data/teacher_clip.pt)", section="teacher")
     cache: str | None = option(None, "folder of teachers' embeddings, to share between runs")
 
     filter: str = option("balance", "how the data are thinned out before training",
-                         ["balance", "semdedup", "random", "none"],
-                         section="image semantic balance")
+                         ["balance", "random", "none"], section="image semantic balance")
     remove: float = option(0.437, "share of the images to remove; ε follows from it", (0, 0.999))
-    eps: float | None = option(None, "ε, distance of unit embeddings below which images are "
-                               "linked; replaces --remove", (1e-6, 2))
+    eps: float | None = option(None, "ε, in place of --remove: images closer are linked", (1e-6, 2))
 
     k: int = option(256, "number of clusters", (1, math.inf), section="cluster discrimination")
     cluster_weight: float = option(1.0, "α, weight of the cluster loss")
@@ -151,18 +151,17 @@ class Config:
 
     preset: str = option("demo", "sizes of both towers", list(common.PRESETS), section="student")
     image_size: int | None = option(None, "image side in pixels (default: the preset's)")
-    act: str | None = option(None, "activation of the MLPs, the teacher's too, where preset or "
-                             "checkpoint is wrong", ["quick_gelu", "gelu"])
+    act: str | None = option(None, "activation of the MLPs, the teacher's too, where it is wrong",
+                             ["quick_gelu", "gelu"])
     init: str | None = option(None, "start from this CLIP checkpoint; the towers take its sizes")
 
     epochs: int = option(12, "passes over the training set", section="optimisation")
     samples: int = option(0, "train on so many samples instead of --epochs (0: --epochs)")
     batch_size: int = option(64, "pairs per step, over all processes")
-    accum: int = option(1, "split each process's batch into this many chunks; the gradient stays "
-                        "the same")
+    accum: int = option(1, "chunks of a process's batch, for memory; the gradient stays the same")
     lr: float = option(1e-3, "peak learning rate")
-    precision: str = option("auto", "auto: bf16 autocast on CUDA, fp32 elsewhere; fp16 uses a "
-                            "GradScaler", ["auto", "fp32", "bf16", "fp16"])
+    precision: str = option("auto", "auto: bf16 autocast on CUDA, fp32 elsewhere",
+                            ["auto", "fp32", "bf16", "fp16"])
     compile: bool = option(False, "torch.compile the towers")
     grad_checkpoint: bool = option(False, "recompute blocks in the backward pass, for memory")
 
@@ -175,14 +174,21 @@ class Config:
 
 
 # The sibling papers' recipe (A8) at CC3M's size; flags go before it.
-LARGE = dict(preset="vit_b32", epochs=32, batch_size=4096, k=10000, log_every=50)
+LARGE = dict(preset="vit_b32", epochs=32, batch_size=4096, k=10000)
 SMALLER = {**LARGE, "batch_size": 1024, "k": 1000}
 PLAIN_CLIP = dict(method="clip", filter="none")
-RECIPES = {"emoji": {}, "cc3m": LARGE, "yfcc15m": LARGE, "coco": SMALLER, "flickr30k": SMALLER}
-EMOJI_TEACHER = dict(preset="teacher", scenes=50000, epochs=5, long_tail=0.0, duplicates=0.0,
-                     batch_size=128, seed=1000, log_every=100)
+RECIPES = {"emoji": {}, "coco": SMALLER, "flickr30k": SMALLER}  # others: LARGE
+EMOJI_TEACHER = dict(
+    preset="teacher",
+    scenes=50000,
+    epochs=5,
+    long_tail=0.0,
+    duplicates=0.0,
+    batch_size=128,
+    seed=1000,
+)
 # What --evaluate does not take over from the run it evaluates.
-NOT_INHERITED = dict(resume=False, init=None, device="auto", workers=-1, root=None, keep=None)
+NOT_INHERITED = dict(device="auto", workers=-1, root=None, keep=None)
 
 
 def weight_decay(cfg):
@@ -370,28 +376,16 @@ BLOCK = 4096  # vectors of a block: memory grows with its square, never with n²
 MANY_EDGES = 2 ** 22  # so many edges may wait to be thinned out
 
 # x: embeddings (n, T) on any device, in any precision; they become unit vectors block by block.
+# edges (3, m), a float64 array: m pairs of vectors i < j as j, i and minus their cosine.
 
 
-def block_products(x):
-    """Yields (a, b, cosines of a block's vectors, from a on, with those from b on), a <= b.
-
-    Each pair of vectors stands in one of them, once: -2 elsewhere. Processes share the blocks.
-    """
-    pairs = itertools.combinations_with_replacement(range(0, len(x), BLOCK), 2)
-    for a, b in list(pairs)[rank()::world_size()]:
-        left = unit(x[a:a + BLOCK])
-        if a == b:
-            yield a, b, cosines_with_earlier(left).T
-        else:
-            right = unit(x[b:b + BLOCK])
-            yield a, b, left @ right.T
-
-
-def cosines_with_earlier(rows):
-    """(m, m): of unit rows i with rows j < i; -2 on the diagonal and above it."""
-    cosine = rows @ rows.T
-    later = torch.ones_like(cosine, dtype=torch.bool).triu()
-    return cosine.masked_fill_(later, -2)
+def block_cosines(x, a, b):
+    """Cosines of a block's vectors, from a on, with those from b on: -inf unless the former stands
+    before the latter, so that of all blocks with a <= b each pair has one entry."""
+    cosine = unit(x[a:a + BLOCK]) @ unit(x[b:b + BLOCK]).T
+    if a == b:
+        cosine += torch.full_like(cosine, -math.inf).tril()
+    return cosine
 
 
 def find_groups(x, eps=None, remove=None):
@@ -402,83 +396,61 @@ def find_groups(x, eps=None, remove=None):
 
     Whatever ε is, the groups are the components of the maximum spanning forest of all pairs
     without its edges beyond ε, and each edge left removes one vector. So the best remove * n edges
-    of that forest meet `remove` exactly.
+    of that forest meet `remove` exactly. The last of them cannot be worse than the same one of any
+    other forest: of the tree, say, that links every vector with the nearest of those before it in
+    its block. Pairs below that are not looked at.
     """
     n = len(x)
-    count = n - 1
     if eps is not None:
-        floor = 1 - eps ** 2 / 2
+        count, floor = n - 1, 1 - eps ** 2 / 2
     else:
-        count = min(round(remove * n), count)
+        count = min(round(remove * n), n - 1)
         if count == 0:
             return torch.arange(n), 0.0
-        floor = lower_bound(x, count)
-    i, j, cosine = best_links(x, count, floor)  # the near pairs that matter, best first
-    if eps is None:  # the cut
-        next_best = cosine[count].item() if len(cosine) > count else floor
-        half_way = (cosine[count - 1].item() + next_best) / 2
-        eps = math.sqrt(max(0, 2 - 2 * half_way))
-    _, group = spanning_forest(n, i[:count], j[:count])  # the components
+        links = [block_cosines(x, start, start).amax(0) for start in range(0, n, BLOCK)]
+        best = torch.cat(links).topk(count).values
+        floor = best[-1].item() - 1e-5  # blocks of another shape round otherwise
+    edges = best_links(x, count, floor)[:, :count]
+    if eps is None:  # a little beyond the last link
+        eps = math.sqrt(2 + 2 * (edges[2, -1].item() + 1e-6))
+    _, group = spanning_forest(n, [edges])
     return group, eps
 
 
-def lower_bound(x, count):
-    """A cosine that the count-th best edge of the maximum spanning forest of x cannot be below.
-
-    No forest's count-th best edge is better than that forest's. Here: of each block the tree that
-    links every vector with the nearest of those before it.
-    """
-    best = []
-    for start in range(0, len(x), BLOCK):
-        block = unit(x[start:start + BLOCK])
-        best.append(cosines_with_earlier(block).amax(1)[1:])
-    best = torch.cat(best)
-    if len(best) < count:
-        return -2.0
-    return best.topk(count).values[-1].item() - 1e-5  # blocks of another shape round otherwise
-
-
 def best_links(x, count, floor):
-    """The maximum spanning forest of all pairs whose cosine is above floor, best edges first.
+    """Edges of the maximum spanning forest of all pairs whose cosine is above floor, best first.
 
-    Returns i, j and cosine of its edges; those worse than the count-th may be missing. Collected
-    edges are thinned out to a forest again and again: of a cycle the worst edge links nothing that
-    the others do not. The count-th best edge so far is the new floor.
+    Those worse than the count-th may be missing. Collected edges are thinned out to a forest again
+    and again: of a cycle the worst edge links nothing that the others do not. The count-th best
+    edge so far is the new floor. Processes share the blocks.
     """
     n = len(x)
-    none = torch.empty(0, dtype=torch.int64, device=x.device)
-    forest = (none, none, none.float())
-    waiting, many = [forest], 0
-    for a, b, cosine in block_products(x):
+    waiting, many = [np.empty((3, 0))], 0
+    blocks = list(itertools.combinations_with_replacement(range(0, n, BLOCK), 2))
+    for a, b in blocks[rank()::world_size()]:
+        cosine = block_cosines(x, a, b)
         i, j = (cosine > floor).nonzero(as_tuple=True)
-        waiting.append((a + i, b + j, cosine[i, j]))
+        links = torch.stack([b + j, a + i, -cosine[i, j].double()])
+        waiting.append(links.cpu().numpy())
         many += len(i)
-        if many > max(MANY_EDGES, 2 * n):
-            forest = thin_out(n, waiting)
+        if many > MANY_EDGES:
+            forest, _ = spanning_forest(n, waiting)
             waiting, many = [forest], 0
-            if len(forest[2]) >= count:
-                floor = max(floor, forest[2][count - 1].item() - 1e-5)  # equal ones stay
-    forest = thin_out(n, waiting)
-    forests = common.gather_objects([part.cpu() for part in forest])
-    return thin_out(n, forests)
+            if forest.shape[1] >= count:
+                floor = max(floor, -forest[2, count - 1].item() - 1e-5)  # equal ones stay
+    forest, _ = spanning_forest(n, waiting)
+    forest, _ = spanning_forest(n, common.gather_objects(forest))
+    return forest
 
 
-def thin_out(n, parts):
-    """The maximum spanning forest of edges, [(i, j, cosine)], best first.
+def spanning_forest(n, parts):
+    """Kruskal's maximum spanning forest of n nodes by Union-Find, of several edges (3, m): its
+    edges, best first, and the group of each node (n,), its lowest member.
 
     Equal ones in the order of the pairs, so that it is the same however the edges were collected.
     """
-    i, j, cosine = (torch.cat(part) for part in zip(*parts))
-    order = (i * n + j).argsort()
-    order = order[cosine[order].argsort(descending=True, stable=True)]
-    i, j, cosine = i[order], j[order], cosine[order]
-    joining, _ = spanning_forest(n, i, j)
-    return i[joining], j[joining], cosine[joining]
-
-
-def spanning_forest(n, i, j):
-    """Union-Find over edges (i, j) of n nodes, best first: which edges join two groups, as numbers,
-    and the group of each node (n,), its lowest member."""
+    edges = np.concatenate(parts, 1)
+    edges = edges[:, np.lexsort(edges)]
     parent = list(range(n))
 
     def root(node):
@@ -488,13 +460,13 @@ def spanning_forest(n, i, j):
         return node
 
     joining = []
-    ends = zip(i.tolist(), j.tolist())
+    ends = zip(*edges[:2].astype(int).tolist())
     for edge, (a, b) in enumerate(ends):
         a, b = root(a), root(b)
         if a != b:
             parent[max(a, b)] = min(a, b)
             joining.append(edge)
-    return joining, torch.tensor([root(node) for node in range(n)])
+    return edges[:, joining], torch.tensor([root(node) for node in range(n)])
 
 
 def centres(x, group):
@@ -502,33 +474,16 @@ def centres(x, group):
 
     group (n,), on the CPU. Returns their positions, ascending.
     """
-    members_of_all = group.argsort(stable=True)
     _, sizes = group.unique(return_counts=True)
     kept = []
-    for members in members_of_all.split(sizes.tolist()):
-        nearest = 0
+    for members in group.argsort(stable=True).split(sizes.tolist()):
         if len(members) > 1:
             rows = unit(x[members])
             cosine = rows @ unit(rows.sum(0))
-            nearest = (cosine >= cosine.max() - 1e-6).nonzero()[0].item()
-        kept.append(members[nearest])
+            nearest = cosine >= cosine.max() - 1e-6
+            members = members[nearest.cpu()]
+        kept.append(members[0])
     return torch.stack(kept).sort().values
-
-
-def semdedup(x, centroids, label):
-    """SemDeDup (Abbas et al. 2023): each vector's largest cosine with one of its own cluster that
-    is farther from the centroid, (n,); -2 for the farthest.
-
-    Removing the scores above 1 - ε²/2 leaves the least typical of near copies.
-    """
-    score = torch.zeros(len(x))
-    for cluster in label.unique():
-        members = (label == cluster).nonzero().squeeze(1)
-        rows = unit(x[members])
-        farthest_first = (rows @ centroids[cluster]).argsort(stable=True)
-        nearest = cosines_with_earlier(rows[farthest_first]).amax(1)
-        score[members[farthest_first.cpu()]] = nearest.cpu()
-    return score
 
 
 # --------------------------------------------------------------------------- spherical k-means
@@ -539,58 +494,35 @@ KMEANS_ITERATIONS = 20
 def kmeans(x, k, seed):
     """Spherical k-means: k unit centroids that maximise the vectors' mean cosine with the nearest.
 
-    Returns centroids (k, T), labels (n,), and the objective before each iteration and at the end.
+    They start at k vectors drawn at random, as faiss's. Returns centroids (k, T), labels and
+    cosines with the own centroid (n,), and the objective before each iteration and at the end.
     Every vector takes part in every iteration. Processes share the blocks and sum in float64.
     UserError when k > n.
     """
-    if k > len(x):
-        raise UserError(f"--k {k}: there are only {len(x):,} images to cluster")
-    centroids = common.on_first(lambda: seed_centroids(x, k, seed).cpu()).to(x.device)
-    objective = []
+    n = len(x)
+    if k > n:
+        raise UserError(f"--k {k}: there are only {n:,} images to cluster")
+    start = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:k]
+    centroids, objective = unit(x[start]), []
     for iteration in range(KMEANS_ITERATIONS + 1):
-        label = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        cosine = torch.zeros(len(x), device=x.device)
+        label = torch.zeros(n, dtype=torch.int64, device=x.device)
+        cosine = torch.zeros(n, device=x.device)
         total = torch.zeros_like(centroids, dtype=torch.float64)
-        for start in range(0, len(x), BLOCK)[rank()::world_size()]:
-            part = slice(start, start + BLOCK)
-            rows = unit(x[part])
-            cosine[part], label[part] = (rows @ centroids.T).max(1)
-            total.index_add_(0, label[part], rows.double())
-        common.sum_over_processes(label)
-        common.sum_over_processes(cosine)
+        for first in range(0, n, BLOCK)[rank()::world_size()]:
+            block = slice(first, first + BLOCK)
+            rows = unit(x[block])
+            cosine[block], label[block] = (rows @ centroids.T).max(1)
+            total += torch.zeros_like(centroids).index_add_(0, label[block], rows)
+        for sums in (label, cosine, total):
+            common.sum_over_processes(sums)
         objective.append(cosine.double().mean().item())
         if iteration == KMEANS_ITERATIONS:
-            return centroids, label.cpu(), objective
-        centroids = unit(common.sum_over_processes(total))
-        empty = (torch.bincount(label, minlength=k) == 0).nonzero().squeeze(1)
-        if len(empty):  # they start again at the vectors that are worst served, different ones
-            worst = cosine.argsort(stable=True)[:len(empty)]
-            centroids[empty] = unit(x[worst])
-
-
-def seed_centroids(x, k, seed):
-    """k-means++ on at most 32 k of the vectors, drawn at random: the first centroid is any of them,
-    each next one with a probability proportional to 1 - its cosine with the nearest before.
-
-    Beyond k = 100 several are drawn at once, k / 100 a round: the work is matrix products.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    sample = torch.randperm(len(x), generator=generator)[:32 * k]
-    rows = unit(x[sample.sort().values])
-    chosen = torch.randint(len(rows), (1,), generator=generator)
-    nearest = (rows @ rows[chosen].T).squeeze(1)
-    while len(chosen) < k:
-        weight = (1 - nearest.cpu().double()).clamp_min(0) + 1e-12  # copies of what is chosen: last
-        weight[chosen] = 0
-        # exponential races: the smallest of Exp(1) / weight are a weighted draw, of any length,
-        # without replacement
-        uniform = torch.rand(len(rows), generator=generator, dtype=torch.float64)
-        race = -uniform.log() / weight
-        count = min(max(1, k // 100), k - len(chosen))
-        new = race.topk(count, largest=False).indices
-        nearest = torch.maximum(nearest, (rows @ rows[new].T).amax(1))
-        chosen = torch.cat([chosen, new])
-    return rows[chosen]
+            return centroids, label.cpu(), cosine.cpu(), objective
+        centroids = unit(total)
+        # empty clusters start again at the vectors that are worst served, different ones
+        empty = torch.bincount(label, minlength=k) == 0
+        worst = cosine.argsort(stable=True)[:empty.sum()]
+        centroids[empty] = unit(x[worst])
 
 
 # -------------------------------------------------------------------------------------- losses
@@ -750,7 +682,7 @@ class CLIPCID(nn.Module):
 # ---------------------------------------------------------- stages before the distillation
 
 CAPTIONS = 5  # of an image, at most: COCO's
-SHOWN = 12  # pictures in a line of balance.png and clusters.png
+SHOWN, SHOWN_PIXELS = 12, 96  # pictures in a line of balance.png and clusters.png, their side
 DRAWN = ("seed", "scenes", "concepts", "difficulty", "noise", "long_tail", "duplicates")
 
 
@@ -764,7 +696,7 @@ class Embeddings:
     """
 
     def __init__(self, cfg, data):
-        row_of = {}
+        self.data, row_of = data, {}
         keys = [data.key(i) for i in range(len(data))]
         rows = [row_of.setdefault(key, len(row_of)) for key in keys]
         self.keys, self.rows = list(row_of), np.array(rows)
@@ -772,11 +704,10 @@ class Embeddings:
         source = settings_of(cfg, "data", *(DRAWN if cfg.data == "emoji" else ()))
         teacher = teacher_file(cfg)
         found = teacher.stat()  # cheaper than its content, which may be 10 GB
-        stamp = f"{teacher}, {found.st_size} bytes, {found.st_mtime_ns}"
         self.settings = {
             **source,
-            **settings_of(cfg, "keep", "teacher_precision", "act"),
-            "teacher": stamp,
+            **settings_of(cfg, "keep", "precision", "act"),
+            "teacher": f"{teacher}, {found.st_size} bytes, {found.st_mtime_ns}",
         }
         self.folder = Path(cfg.out)
         if cfg.cache:  # one folder per training set
@@ -807,10 +738,9 @@ def read_stage(path, settings, read=common.read_json):
     if found is None:
         return None
     for name, value in settings.items():
-        was = found.get(name) if isinstance(found, dict) else None
-        if was != value:
-            raise UserError(f"{path} was made with {name} {was!s:.80}, not {value!s:.80}: delete "
-                            "it, or choose another folder")
+        if found.get(name) != value:
+            raise UserError(f"{path} was made with {name} {found.get(name)!s:.80}, not "
+                            f"{value!s:.80}: delete it, or choose another folder")
     return found
 
 
@@ -839,171 +769,149 @@ def embed(cfg, data, device):
     embeddings = Embeddings(cfg, data)
     folder = embeddings.folder
     path = folder / "embeddings.json"
-    report = read_stage(path, embeddings.settings)
+    report = read_stage(path, embeddings.settings) or {}
     if report and common.read_keys(folder / "keys.txt") != embeddings.keys:
         raise UserError(f"{folder}/keys.txt lists other samples than --data {cfg.data} has now: "
                         "delete embeddings.json, or choose another folder")
-    if not (report and report["complete"]):
+    if not report.get("complete"):
         teacher, size = load_teacher(cfg, device)
-        report = {
-            **embeddings.settings,
-            "logit_scale": teacher.logit_scale.item(),
-            "complete": False,
-        }
-        common.on_first(lambda: path.is_file() or start_embeddings(embeddings, size, report))
-        embed_rows(cfg, data, embeddings, teacher, size, device)
+        if not report:
+            report = common.on_first(lambda: start_embeddings(embeddings, teacher, size))
+        embed_rows(cfg, embeddings, teacher, size, device)
         common.gather_objects("done")
-        common.on_first(lambda: common.write_json(path, {**report, "complete": True}))
+        report["complete"] = True
+        common.on_first(lambda: common.write_json(path, report))
     embeddings.logit_scale = report["logit_scale"]
     return embeddings
 
 
-def start_embeddings(embeddings, size, report):
-    """The files of Embeddings, all zeros; embeddings.json last."""
-    folder, one = embeddings.folder, (len(embeddings.keys), size.embed_dim)
+def start_embeddings(embeddings, teacher, size):
+    """The files of Embeddings, all zeros; embeddings.json, which is returned, last."""
+    folder, shape = embeddings.folder, (len(embeddings.keys), size.embed_dim)
     common.write_keys(folder / "keys.txt", embeddings.keys)
-    for name, shape in (("image", one), ("text", (CAPTIONS, *one))):
-        np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16, shape)
+    np.lib.format.open_memmap(folder / "image.npy", "w+", np.float16, shape)
+    np.lib.format.open_memmap(folder / "text.npy", "w+", np.float16, (CAPTIONS, *shape))
+    report = {
+        **embeddings.settings,
+        "logit_scale": teacher.logit_scale.item(),
+        "complete": False,
+    }
     common.write_json(folder / "embeddings.json", report)
+    return report
 
 
 @torch.no_grad()
-def embed_rows(cfg, data, embeddings, teacher, size, device):
+def embed_rows(cfg, embeddings, teacher, size, device):
     """Fill this process's share of the rows that are still to do."""
     image, text = embeddings.open("image", "r+"), embeddings.open("text", "r+")
     todo = common.on_first(lambda: np.flatnonzero(~image.any(1)))
     rows = np.array_split(todo, world_size())[rank()]
-    subset = common.Subset(data, embeddings.samples[rows])
+    subset = common.Subset(embeddings.data, embeddings.samples[rows])
     loader = common.eval_loader(subset, size.image_size, 256, common.loader_workers(cfg))
     tokenizer = common.CLIPTokenizer(size.context_length, size.vocab_size)
-    amp, _ = common.mixed_precision(cfg.teacher_precision, device)
-    statistics = size.pixel_statistics(device)
-    bar = tqdm(loader, f"embedding, in {embeddings.folder}", disable=rank() > 0 or None)
-    for images, places, captions in bar:
+    amp, _ = common.mixed_precision(cfg.precision, device)
+    encode_image, encode_text = encoders(teacher, size.pixel_statistics(device), amp)
+    doing = f"embedding, in {embeddings.folder}"
+    for images, places, captions in tqdm(loader, doing, disable=rank() > 0 or None):
         captions = [texts[:CAPTIONS] for texts in captions]
         tokens = common.trim_padding(tokenizer(sum(captions, [])))
-        with amp:
-            u = teacher.encode_image(normalise(images, statistics)).cpu()
-            v = teacher.encode_text(tokens.to(device)).cpu()
+        u = encode_image(images).cpu()
+        v = encode_text(tokens).cpu()
         if not torch.cat([u, v]).isfinite().all():
-            raise UserError(f"{teacher_file(cfg)} gives NaN: try --teacher-precision fp32")
-        counts = [len(texts) for texts in captions]
+            raise UserError(f"{teacher_file(cfg)} gives NaN: try --precision fp32")
+        counts = list(map(len, captions))
         for row, own in zip(rows[places], v.half().split(counts)):
             text[:len(own), row] = own
         image[rows[places]] = u.half()  # last: it says that the row is done
 
 
-def balance(cfg, size, data, embeddings, device):
-    """--stage balance: (rows of the embeddings that --filter keeps, the settings behind them).
+def balance(cfg, embeddings, device):
+    """--stage balance: the rows of the embeddings that --filter keeps.
 
     kept.txt holds their keys; balance.json, written last, the figures.
     """
     image, out = embeddings.open("image"), Path(cfg.out)
     rows = np.flatnonzero(image.any(1))  # the images that could be read
-    settings = {
-        **embeddings.settings,
-        **settings_of(cfg, "filter", "eps", "remove", "seed"),
-    }
     if cfg.filter == "none":
-        return rows, settings
-    if cfg.filter == "semdedup":
-        settings["k of semdedup"] = cfg.k
-    report = read_stage(out / "balance.json", settings)
-    if report is None:
+        return rows
+    settings = {**embeddings.settings, **settings_of(cfg, "filter", "eps", "remove", "seed")}
+    if read_stage(out / "balance.json", settings) is None:
         x = torch.from_numpy(image[rows]).to(device)
         chosen, group, eps = choose(cfg, x)
-        if len(chosen) < 2:
-            raise UserError(f"one image of {len(rows):,} would be left: lower --eps or --remove")
-        kept = rows[chosen.numpy()]
-        sizes = torch.bincount(group)
-        largest = sizes.argsort(descending=True, stable=True)[:10]
+        sizes = torch.bincount(group).sort(descending=True).values
         report = {
             **settings,
             "images": len(rows),
-            "kept": len(kept),
+            "kept": len(chosen),
             "distance": eps,
             "groups": int((sizes > 1).sum()),
-            "largest": sizes[largest].tolist(),
+            "largest": sizes[:10].tolist(),
         }
-        keys = [embeddings.keys[row] for row in kept]
+        keys = [embeddings.keys[row] for row in rows[chosen]]
         common.on_first(lambda: common.write_keys(out / "kept.txt", keys))
         common.on_first(lambda: common.write_json(out / "balance.json", report))
-        lines = []
-        for number in largest:
-            members = rows[group == number]
-            removed = ~np.isin(members, kept)
-            lines.append(members[removed.argsort(kind="stable")])
-        captions = ["kept"] + ["removed"] * (SHOWN - 1)
-        draw_samples(out / "balance.png", data, embeddings, lines, size, captions,
-                     "image semantic balance: the largest groups")
         if rank() == 0:
-            tell_balance(cfg, report)
-    return common.listed(embeddings.keys, out / "kept.txt"), settings
+            print(f"{cfg.filter}: {len(chosen):,} of {len(rows):,} images kept; ε = {eps:.4f}, "
+                  f"{report['groups']:,} groups of two or more, the largest {report['largest']}. "
+                  "Chains of neighbours join images that are far apart: where the largest holds "
+                  "much of the data, lower --eps or --remove")
+            kept = torch.zeros(len(rows)).index_fill_(0, chosen, 1)
+            draw_groups(out / "balance.png", embeddings, rows, group, kept,
+                        "image semantic balance: the largest groups, the image that stays first")
+    return common.listed(embeddings.keys, out / "kept.txt")
 
 
 def choose(cfg, x):
-    """What --filter keeps of x: positions, ascending; the group of each vector (n,); ε or None."""
-    if cfg.filter == "balance":
-        group, eps = find_groups(x, cfg.eps, cfg.remove)
-        return centres(x, group), group, eps
-    n = len(x)
-    count = round(cfg.remove * n)
+    """What --filter keeps of x: positions, ascending; the group of each vector (n,); ε."""
     if cfg.filter == "random":
         generator = torch.Generator().manual_seed(cfg.seed)
-        order = torch.randperm(n, generator=generator).flip(0)
-    else:
-        centroids, label, _ = kmeans(x, cfg.k, cfg.seed)
-        score = semdedup(x, centroids, label)
-        order = score.argsort(stable=True)
-        if cfg.eps:
-            count = int((score > 1 - cfg.eps ** 2 / 2).sum())
-    return order[:n - count].sort().values, torch.arange(n), cfg.eps
+        order = torch.randperm(len(x), generator=generator)
+        count = round(cfg.remove * len(x))
+        return order[count:].sort().values, torch.arange(len(x)), 0.0
+    group, eps = find_groups(x, cfg.eps, cfg.remove)
+    return centres(x, group), group, eps
 
 
-def tell_balance(cfg, report):
-    """What the filter did, in a few lines."""
-    images, kept, eps = report["images"], report["kept"], report["distance"]
-    print(f"{cfg.filter}: {kept:,} of {images:,} images kept, {1 - kept / images:.1%} removed")
-    if cfg.filter == "balance":
-        share = report["largest"][0] / images
-        print(f"ε = {eps:.4f} (cosine distance {eps ** 2 / 2:.4f}); {report['groups']:,} groups of "
-              f"two or more, the largest {report['largest']}")
-        if share > 0.01:
-            print(f"warning: the largest group holds {share:.1%} of the images: chains of "
-                  "neighbours join images that are far apart; lower --eps or --remove")
-
-
-def cluster(cfg, size, data, embeddings, kept, settings, device):
+def cluster(cfg, embeddings, kept, device):
     """--stage cluster: the centroids (k, T) and a label for each of the kept rows.
 
-    clusters.pt holds them, with the rows, the objective and the settings.
+    clusters.pt holds them, with the rows and the settings.
     """
     path = Path(cfg.out, "clusters.pt")
-    settings = {**settings, "k": cfg.k, "row": kept.tolist()}
+    settings = {
+        **embeddings.settings,
+        **settings_of(cfg, "seed", "k"),
+        "row": kept.tolist(),
+    }
     found = read_stage(path, settings, read_file)
     if found is None:
         x = torch.from_numpy(embeddings.open("image")[kept]).to(device)
-        centroids, label, objective = kmeans(x, cfg.k, cfg.seed)
-        found = {
-            **settings,
-            "centroids": centroids.cpu(),
-            "label": label,
-            "objective": objective,
-        }
+        centroids, label, cosine, objective = kmeans(x, cfg.k, cfg.seed)
+        found = {**settings, "centroids": centroids.cpu(), "label": label}
         common.on_first(lambda: common.replace_file(path, lambda new: torch.save(found, new)))
-        sizes = torch.bincount(label, minlength=cfg.k)
         if rank() == 0:
-            print(f"k-means: {cfg.k} clusters, mean cosine {objective[0]:.4f} -> "
-                  f"{objective[-1]:.4f}; {sizes.min()} to {sizes.max()} images per cluster")
-        lines = []
-        for number in sizes.argsort(descending=True)[:10]:
-            members = (label == number).nonzero().squeeze(1)
-            cosine = unit(x[members]) @ centroids[number]
-            nearest_first = cosine.argsort(descending=True).cpu()
-            lines.append(kept[members[nearest_first]])
-        draw_samples(path.with_suffix(".png"), data, embeddings, lines, size, [],
-                     "the largest clusters, the images nearest to the centre first")
+            print(f"k-means: k = {cfg.k}, mean cosine {objective[0]:.4f} -> {objective[-1]:.4f}")
+            draw_groups(path.with_suffix(".png"), embeddings, kept, label, cosine,
+                        "the largest clusters, the images nearest to the centre first")
     return found["centroids"], found["label"]
+
+
+@common.picture
+def draw_groups(path, embeddings, rows, group, score, title):
+    """A line of images for each of the ten largest groups: the SHOWN members of the best scores.
+
+    group, score (n,): of the embeddings' rows (n,).
+    """
+    pictures = common.EvalSamples(embeddings.data, SHOWN_PIXELS, common.resize_center_crop)
+    sizes = torch.bincount(group)
+    lines, names = [], []
+    for number in sizes.argsort(descending=True, stable=True)[:10]:
+        members = (group == number).nonzero().squeeze(1)
+        best = score[members].argsort(descending=True, stable=True)[:SHOWN]
+        places = embeddings.samples[rows[members[best]]]
+        lines.append([pictures[place][0] for place in places])
+        names.append(f"{len(members):,} images")
+    common.plot_grid(path, lines, names, [], title)
 
 
 class TaughtSamples(common.TrainSamples):
@@ -1033,23 +941,21 @@ def prepare(cfg, size, tokenizer, device):
     CLIPCID takes from the teacher); None where it ends before."""
     data = common.training_set(cfg, size.image_size, cfg.long_tail, cfg.duplicates)
     how = tokenizer, size.image_size, crop_scale(cfg), cfg.seed
-    if cfg.method == "clip" and cfg.filter == "none" and cfg.stage != "embed":
+    if cfg.method == "clip" and cfg.filter == "none":
         return common.TrainSamples(data, *how), {}
     embeddings = embed(cfg, data, device)
     if cfg.stage == "embed":
         return None
     if device.type == "mps":  # no sums in float64 there
         device = torch.device("cpu")
-    kept, settings = balance(cfg, size, data, embeddings, device)
+    kept = balance(cfg, embeddings, device)
     if cfg.stage == "balance":
         return None
     samples = np.flatnonzero(np.isin(embeddings.rows, kept))
     kept_data = common.Subset(data, samples)
     if cfg.method == "clip":
         return common.TrainSamples(kept_data, *how), {}
-    centroids, label = cluster(cfg, size, data, embeddings, kept, settings, device)
-    if cfg.stage == "cluster":
-        return None
+    centroids, label = cluster(cfg, embeddings, kept, device)
     rows = embeddings.rows[samples]
     label = label[np.searchsorted(kept, rows)]
     taught = {"centroids": centroids, "teacher_logit_scale": embeddings.logit_scale}
@@ -1210,11 +1116,12 @@ def teaching_inputs(teaching, seed, step, device):
 
 def prepare_towers(model, cfg):
     """--grad-checkpoint and --compile, after the weights are loaded."""
-    for tower in (model.student.visual.transformer, model.student.transformer):
-        tower.grad_checkpoint = cfg.grad_checkpoint
-    if cfg.compile:
-        for tower in (model.student.visual, model.student.transformer):
-            tower.compile()  # in place: the parameter names stay as they are
+    visual, text = model.student.visual, model.student.transformer
+    visual.transformer.grad_checkpoint = cfg.grad_checkpoint
+    text.grad_checkpoint = cfg.grad_checkpoint
+    if cfg.compile:  # in place: the parameter names stay as they are
+        visual.compile()
+        text.compile()
 
 
 # ------------------------------------------------------------------------ evaluation, pictures
@@ -1263,20 +1170,6 @@ def finish(run, model, cells, sets, tokenizer, statistics, state):
     print(f"pictures, tables and checkpoints: {run.folder}")
 
 
-@common.picture
-def draw_samples(path, data, embeddings, lines, size, captions, title):
-    """Lines of pictures: the first SHOWN of each line's rows of the embeddings."""
-    if rank() > 0:
-        return
-    pictures = []
-    for rows in lines:
-        sources = [data[index][0] for index in embeddings.samples[rows[:SHOWN]]]
-        images = [common.resize_center_crop(source, size.image_size) for source in sources]
-        pictures.append([torch.from_numpy(image) for image in images])
-    names = [f"{len(rows):,} images" for rows in lines]
-    common.plot_grid(path, pictures, names, captions, title)
-
-
 def evaluate_checkpoint(cfg, loaded):
     """--evaluate: the test scores of a checkpoint, ours or a published one, and --linear-probe.
 
@@ -1284,10 +1177,8 @@ def evaluate_checkpoint(cfg, loaded):
     """
     device = common.start_device(cfg.device, cfg.seed)
     amp, _ = common.mixed_precision(cfg.precision, device)
-    size, weights = common.clip_size(cfg, loaded)
-    student = CLIP(size, VisionTransformer(size))
-    common.load_weights(student, weights, loaded.path)
-    clips = {loaded.path.stem: (student.to(device).eval(), size)}
+    model = build(cfg, loaded)
+    clips = {loaded.path.stem: (model.student.to(device).eval(), model.size)}
     if cfg.stage == "evaluate":
         clips["teacher"] = load_teacher(cfg, device)
     table = {}
@@ -1317,12 +1208,11 @@ def ablation_arms(cfg):
         "clip-cid": {},
         "clip-cid, no filter": dict(filter="none"),
         "clip-cid, no clip loss": dict(nce_weight=0.0),
+        "clip, random filter": dict(method="clip", filter="random"),
+        "clip-cid, random filter": dict(filter="random"),
         "clip-kd features": dict(cluster_weight=0.0, instance="features"),
         "clip-kd logits": dict(cluster_weight=0.0, instance="logit-kl"),
     }
-    for kind in ("random", "semdedup"):
-        arms[f"clip, {kind} filter"] = dict(method="clip", filter=kind)
-        arms[f"clip-cid, {kind} filter"] = dict(filter=kind)
     values = {
         "cluster_terms": ("hard", "kl"),
         "instance": ("intra", "both", "logit-kl"),
@@ -1338,19 +1228,17 @@ def ablation_arms(cfg):
     size, _ = common.clip_size(cfg)
     whole = common.training_set(cfg, size.image_size)
     seen = cfg.samples or cfg.epochs * len(whole)
-    cache = cfg.cache or str(Path(cfg.out, "embeddings"))
-    shared = {"samples": seen, "cache": cache, "stage": "distil"}
-    arms = {name: {**fields, **shared} for name, fields in arms.items()}
-    for name, fields in list(arms.items()):
-        if name.endswith(("filter", "-cid")) and fields.get("filter") != "none":
-            fewer = round(seen * (1 - cfg.remove))
-            arms[f"{name}, equal epochs"] = {**fields, "samples": fewer}
+    fewer = round(seen * (1 - cfg.remove))
+    for name in ("clip + filter", "clip-cid"):
+        arms[f"{name}, equal epochs"] = {**arms[name], "samples": fewer}
     if cfg.data == "emoji":  # other scenes: with embeddings of their own
         for name in ("clip", "clip + filter", "clip-cid"):
             easier = {**arms[name], "cache": ""}
             arms[f"{name}, no noise"] = {**easier, "noise": 0.0}
             arms[f"{name}, no duplicates"] = {**easier, "duplicates": 0.0, "long_tail": 0.0}
-    return arms
+    cache = cfg.cache or str(Path(cfg.out, "embeddings"))
+    shared = {"samples": seen, "cache": cache, "stage": "distil"}
+    return {name: {**shared, **fields} for name, fields in arms.items()}
 
 
 def ablate(cfg, given):
@@ -1376,8 +1264,7 @@ def main(argv=None):
     else:
         train(cfg, loaded)
         if cfg.stage == "all" and cfg.method == "clip_cid" and rank() == 0:
-            student = common.read_checkpoint(Path(cfg.out, "student.pt"))
-            evaluate_checkpoint(replace(cfg, stage="evaluate", init=None), student)
+            main(["--stage", "evaluate", "--out", cfg.out])
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ scipy (components, single linkage, spanning trees), faiss (k-means), open_clip a
 import collections
 import concurrent.futures
 import contextlib
-import io
 import itertools
 import math
 import threading
 from dataclasses import replace
+from functools import partial
 
 import clip_cid
 import common
@@ -22,8 +22,6 @@ import torch.nn.functional as F
 from common import BadSample, UserError
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from harness import equal
 
 SIZE = replace(common.PRESETS["tiny"], vision_width=64, vision_heads=4, vision_mlp=128, embed_dim=12,
                text_width=64, text_heads=4, context_length=16, vocab_size=600)
@@ -45,15 +43,13 @@ def config(**changes):
     return clip_cid.Config(**{**given, **changes})
 
 
-def draw(*shape, seed=0):
+def draw(*shape, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).float()
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def unit_rows(*shape, seed=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(*shape, generator=generator, dtype=torch.float64)
-    return F.normalize(rows, dim=-1).to(dtype)
+def unit_rows(*shape, **how):
+    return F.normalize(draw(*shape, **how), dim=-1)
 
 
 def randomise(module, seed=0, matrices=0.1):
@@ -136,19 +132,6 @@ def components(n, i, j):
     return lowest_names(sparse.csgraph.connected_components(graph, directed=False)[1])
 
 
-@pytest.mark.parametrize("block", [1, *BLOCKS], indirect=True)
-@pytest.mark.parametrize("name", ["clumps", "fp16", "two"])
-def test_block_products_hold_each_pair_once(name, block):
-    x, found = DATA[name][:40], {}
-    for a, b, cosine in clip_cid.block_products(x):
-        for i, j in itertools.product(*map(range, cosine.shape)):
-            if cosine[i, j] > -2:
-                assert (a + i, b + j) not in found
-                found[a + i, b + j] = cosine[i, j].item()
-    i, j, wanted = pairs_of(x)
-    assert found == pytest.approx(dict(zip(zip(i.tolist(), j.tolist()), wanted)), abs=1e-6)
-
-
 class Allocations(TorchDispatchMode):
     """The largest storage that an operator returned, in elements; views of x do not count."""
 
@@ -166,14 +149,14 @@ class Allocations(TorchDispatchMode):
 
 
 def test_memory_grows_with_the_block_not_with_all_pairs(monkeypatch):
-    """Also where all n² / 2 = 45,000 pairs are near."""
+    """Also where all n² / 2 = 45,000 pairs are near: the forest and one block, three numbers an edge."""
     monkeypatch.setattr(clip_cid, "BLOCK", 20)
     monkeypatch.setattr(clip_cid, "MANY_EDGES", 0)
     x = unit_rows(1, 20).repeat(300, 1)
     with Allocations(x) as seen:
         group, _ = clip_cid.find_groups(x, eps=0.1)
     assert not group.any()
-    assert seen.largest <= 2 * 300 + 2 * 20 ** 2 + 300  # waiting, one more block (i, j), the forest
+    assert seen.largest <= 3 * (300 + 20 ** 2)
 
 
 @pytest.mark.parametrize("many", [0, 2 ** 22])
@@ -215,22 +198,20 @@ def test_remove_is_met_exactly_and_as_single_linkage_does(name, block, monkeypat
 
 def test_among_equal_pairs_the_first_go():
     x = torch.eye(8).repeat_interleave(2, 0)  # eight pairs of copies
-    group, eps = clip_cid.find_groups(x, remove=3 / 16)
+    group, _ = clip_cid.find_groups(x, remove=3 / 16)
     assert group.tolist() == [0, 0, 2, 2, 4, 4, *range(6, 16)]
 
 
 @pytest.mark.parametrize("name", DATA)
 def test_the_kept_image_is_the_one_nearest_to_its_groups_mean(name):
-    x64, n = F.normalize(DATA[name].double(), dim=-1), len(DATA[name])
-    shuffled = np.random.default_rng(0).permutation(max(1, n // 4))[np.arange(n) % max(1, n // 4)]
+    x, n = F.normalize(DATA[name].double(), dim=-1), len(DATA[name])
+    shuffled = np.random.default_rng(0).integers(max(1, n // 4), size=n)
     for group in (lowest_names(shuffled), torch.arange(n), torch.zeros(n, dtype=torch.int64)):
         kept = clip_cid.centres(DATA[name], group)
-        assert kept.tolist() == sorted(set(kept.tolist())) and len(kept) == len(group.unique())
-        for number in group.unique():
-            members = (group == number).nonzero().squeeze(1)
-            mean = F.normalize(x64[members].sum(0), dim=0)
-            score = x64[members] @ mean
-            (own,) = set(members.tolist()) & set(kept.tolist())
+        assert torch.equal(group[kept].sort().values, group.unique()) and (kept.diff() > 0).all()
+        for own in kept:
+            members = (group == group[own]).nonzero().squeeze(1)
+            score = x[members] @ F.normalize(x[members].sum(0), dim=0)
             assert score[members == own] > score.max() - 2e-6
             assert own <= members[score > score.max() - 5e-7].min()
 
@@ -265,34 +246,14 @@ def as_processes(count, work, monkeypatch):
 @pytest.mark.parametrize("block", [40, 64, 5000], indirect=True)  # also fewer blocks than processes
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_share_the_work(monkeypatch, processes, block):
-    x = DATA["clumps"]
-
     def work():
-        return (clip_cid.find_groups(x, eps=0.3), clip_cid.find_groups(x, remove=0.4),
-                clip_cid.kmeans(x, 6, 0))
+        x = DATA["clumps"]
+        return (*clip_cid.find_groups(x, eps=0.3), *clip_cid.find_groups(x, remove=0.4),
+                *clip_cid.kmeans(x, 6, 0))
 
-    (near, _), (share, eps), (centroids, label, objective) = work()
+    wanted = work()
     for found in as_processes(processes, work, monkeypatch):
-        assert torch.equal(found[0][0], near) and torch.equal(found[1][0], share)
-        assert found[1][1] == pytest.approx(eps, abs=1e-6) and torch.equal(found[2][1], label)
-        torch.testing.assert_close(found[2][0], centroids, rtol=0, atol=1e-6)
-        assert found[2][2] == pytest.approx(objective, abs=1e-6)
-
-
-def test_semdedup_equals_a_loop():
-    """Of two near ones the one nearer to the centroid goes, as in SemDeDup's code, keep_hard."""
-    x = F.normalize(clumps(200, 8, 30, 0.05, 0), dim=-1)
-    centroids = unit_rows(6, 8, seed=1)
-    label = torch.randint(5, (200,), generator=torch.Generator().manual_seed(2))
-    wanted, x64 = torch.full((200,), -2.0, dtype=torch.float64), x.double()
-    for cluster in range(6):
-        members = [m for m in range(200) if label[m] == cluster]
-        far = sorted(members, key=lambda m: (x64[m] @ centroids[cluster].double()).item())
-        for place, member in enumerate(far[1:], 1):
-            wanted[member] = max(x64[member] @ x64[other] for other in far[:place])
-    found = clip_cid.semdedup(x, centroids, label)
-    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-6)
-    assert (found == -2).sum() == 5 and 20 < (found > 0.95).sum() < 190
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
 
 
 # --------------------------------------------------------------------------------- 2. k-means
@@ -311,25 +272,28 @@ def test_kmeans_is_as_good_as_faiss(name):
     faiss = pytest.importorskip("faiss")
     (x, k), found, wanted = VECTORS[name], [], []
     x = F.normalize(x, dim=-1)
-    for seed in range(3):
+    for seed in range(10):
         reference = faiss.Kmeans(x.shape[1], k, niter=20, spherical=True, seed=seed,
                                  min_points_per_centroid=1, max_points_per_centroid=10**9)
         reference.train(x.numpy())
         wanted.append((x @ torch.from_numpy(reference.centroids).T).amax(1).mean().item())
-        centroids, _, objective = clip_cid.kmeans(x, k, seed)
+        centroids, label, cosine, objective = clip_cid.kmeans(x, k, seed)
         found.append(objective[-1])
-        assert objective[-1] == pytest.approx((x @ centroids.T).amax(1).mean().item(), abs=1e-6)
+        nearest = (x @ centroids.T).max(1)
+        torch.testing.assert_close(cosine, nearest.values)
+        assert torch.equal(label, nearest.indices)
         assert all(later > earlier - 1e-7 for earlier, later in itertools.pairwise(objective))
-    assert np.mean(found) > 0.99 * np.mean(wanted)
+    assert np.mean(found) > 0.995 * np.mean(wanted)
 
 
 @pytest.mark.parametrize("block", BLOCKS, indirect=True)
 def test_kmeans_equals_lloyds_iterations_by_hand(block, monkeypatch):
     """From the same start, float64; ties go to the first centroid."""
-    monkeypatch.setattr(clip_cid, "KMEANS_ITERATIONS", 5)
     x = F.normalize(clumps(150, 6, 9, 0.3, 1), dim=-1)
-    centroids = clip_cid.seed_centroids(x, 8, 3).double()
-    found, label, objective = clip_cid.kmeans(x, 8, 3)
+    monkeypatch.setattr(clip_cid, "KMEANS_ITERATIONS", 0)
+    centroids = clip_cid.kmeans(x, 8, 3)[0].double()
+    monkeypatch.setattr(clip_cid, "KMEANS_ITERATIONS", 5)
+    found, label, _, objective = clip_cid.kmeans(x, 8, 3)
     for iteration in range(6):
         cosine = [[(row @ centroid).item() for centroid in centroids] for row in x.double()]
         nearest = [values.index(max(values)) for values in cosine]
@@ -339,53 +303,26 @@ def test_kmeans_equals_lloyds_iterations_by_hand(block, monkeypatch):
             centroids = torch.stack([total / total.norm() for total in sums])
     assert label.tolist() == nearest
     torch.testing.assert_close(found.double(), centroids, rtol=0, atol=1e-6)
-    other = clip_cid.kmeans(x, 8, 4)
-    assert equal(list(clip_cid.kmeans(x, 8, 3)), [found, label, objective])
-    assert not torch.equal(other[0], found)
-
-
-def test_empty_clusters_start_again_at_the_vectors_that_are_worst_served(monkeypatch):
-    x = F.normalize(clumps(200, 8, 5, 0.02, 1), dim=-1)
-    monkeypatch.setattr(clip_cid, "seed_centroids", lambda x, k, seed: x[:1].repeat(k, 1))
-    _, label, _ = clip_cid.kmeans(x, 5, 0)
-    assert (label.bincount(minlength=5) > 0).all()
-    monkeypatch.setattr(clip_cid, "KMEANS_ITERATIONS", 1)
-    centroids, _, _ = clip_cid.kmeans(x, 5, 0)
-    torch.testing.assert_close(centroids[1:], x[(x @ x[0]).argsort()[:4]], rtol=0, atol=1e-6)
-    torch.testing.assert_close(centroids[0], F.normalize(x.sum(0), dim=-1))
+    assert not torch.equal(clip_cid.kmeans(x, 8, 4)[0], found)
 
 
 def test_as_many_clusters_as_vectors_and_too_many():
     x = unit_rows(30, 8)
-    centroids, label, objective = clip_cid.kmeans(x, 30, 0)
+    centroids, label, _, objective = clip_cid.kmeans(x, 30, 0)
     assert sorted(label.tolist()) == list(range(30)) and objective[0] == pytest.approx(1, abs=1e-6)
     torch.testing.assert_close(centroids[label], x)
     with pytest.raises(UserError, match="--k 31.* 30 images"):
         clip_cid.kmeans(x, 31, 0)
 
 
-@pytest.mark.parametrize("distinct, k", [(3, 10), (20, 300)])
-def test_fewer_distinct_vectors_than_clusters(distinct, k):
+@pytest.mark.parametrize("distinct, k", [(3, 10), (20, 20), (20, 300)])
+def test_empty_clusters_start_again_at_vectors_that_have_none(distinct, k):
+    """Copies of a few vectors: a random start holds some of them twice, others never."""
     x = F.normalize(copies(400, 6, distinct, 0), dim=-1)
-    centroids, label, objective = clip_cid.kmeans(x, k, 0)
+    centroids, label, cosine, objective = clip_cid.kmeans(x, k, 0)
+    assert objective[0] < 0.9999 or k > distinct
     assert centroids.isfinite().all() and objective[-1] == pytest.approx(1, abs=1e-6)
     assert ((x * centroids[label]).sum(1) > 1 - 1e-6).all()
-
-
-def test_kmeans_plus_plus_draws_in_proportion_to_the_distance():
-    stats = pytest.importorskip("scipy.stats")
-    x = F.normalize(torch.tensor([[1, 0.0], [1, 0.3], [0, 1], [-1, 0.2], [1, 1]]), dim=-1)
-    wanted = 1 - x.double() @ x.double().T
-    wanted = (wanted / wanted.sum(1, keepdim=True) / 5).numpy()
-    counts, draws = np.zeros((5, 5)), 2000
-    for seed in range(draws):
-        chosen = clip_cid.seed_centroids(x, 2, seed)
-        first, second = ((x - row).norm(dim=1).argmin().item() for row in chosen)
-        counts[first, second] += 1
-    places = ~np.eye(5, dtype=bool)
-    assert counts[~places].sum() == 0
-    assert stats.chisquare(counts[places], draws * wanted[places]).pvalue > 1e-3
-    assert len(clip_cid.seed_centroids(unit_rows(450, 5), 400, 0).unique(dim=0)) == 400
 
 
 # ---------------------------------------------------------------------------------- 3. losses
@@ -507,28 +444,16 @@ def test_the_loss_and_its_gradient_equal_the_formulas(double, changes):
     assert not any(term.requires_grad for term in terms.values())
     assert_same(terms, {name: term.detach() for name, term in wanted_terms.items()}, 1e-10)
     assert_same(found, wanted, 1e-9)
-    moved = {name for name, gradient in found.items() if gradient.any()}
-    clusters, contrasts = cfg.cluster_weight > 0, cfg.instance_weight > 0
-    with_scale = contrasts and cfg.instance in ("cross", "intra", "both")
-    projected = contrasts and cfg.instance != "logit-kl"
-    trained = {"u": True, "v": True, "distil_scale": with_scale,
-               "student.logit_scale": cfg.nce_weight > 0 or cfg.instance == "logit-kl",
-               "project_image.weight": clusters or projected, "project_text.weight": projected,
-               "prototypes": clusters and cfg.prototypes != "teacher"}
-    assert moved == {name for name, so in trained.items() if so}  # no tower: u and v are given
-
 
 def test_where_the_prototypes_start():
     centroids = unit_rows(7, WIDTH)
-    models = {kind: clip_cid.CLIPCID(config(prototypes=kind), SIZE, centroids, 1.0).prototypes
-              for kind in ("teacher", "learned-from-teacher", "learned")}
-    assert torch.equal(models["teacher"], centroids) and not models["teacher"].requires_grad
-    learning = models["learned-from-teacher"]
+    frozen, learning, random = (clip_cid.CLIPCID(config(prototypes=kind), SIZE, centroids, 1.0).prototypes
+                                for kind in ("teacher", "learned-from-teacher", "learned"))
+    assert torch.equal(frozen, centroids) and not frozen.requires_grad
     assert torch.equal(learning, centroids) and learning.requires_grad
     assert learning.data_ptr() != centroids.data_ptr()
-    assert (models["learned"] * centroids).sum(1).abs().mean() < 0.7
-    torch.testing.assert_close(models["learned"].norm(dim=1), torch.ones(7))
-    assert clip_cid.Config().prototypes == "learned-from-teacher"
+    assert (random * centroids).sum(1).abs().mean() < 0.7
+    torch.testing.assert_close(random.norm(dim=1), torch.ones(7))
 
 
 def test_gradients_are_derivatives(double):
@@ -549,14 +474,12 @@ def test_gradients_are_derivatives(double):
     for loss in (clip_cid.cluster_kl(teacher, rows(4, 5, seed=2))[0],
                  clip_cid.similarity_kl((teacher,), (rows(4, 5, seed=2),))):
         assert torch.autograd.grad(loss, teacher, allow_unused=True) == (None,)
-    same, _ = clip_cid.cluster_kl(teacher, teacher)
-    assert same.abs() < 1e-12 and torch.autograd.grad(same, teacher)[0].norm() < 1e-12
 
 
 @pytest.mark.parametrize("k, rate, labels", [(50, 0.3, [3, 3, 41, 7]), (50, 0.01, [3, 3, 41, 7]),
                                              (6, 0.5, [0] * 9), (8, 0.25, [5, 1]), (5, 1.0, [4, 4])])
 def test_sampled_clusters(k, rate, labels):
-    label, seen = torch.tensor(labels), set()
+    label = torch.tensor(labels)
     for seed in range(20):
         chosen, place = clip_cid.sample_clusters(label, k, rate, seed)
         assert len(chosen) == min(k, max(round(rate * k), len(labels)))
@@ -564,8 +487,6 @@ def test_sampled_clusters(k, rate, labels):
         assert set(labels) <= set(chosen.tolist()) <= set(range(k))
         assert torch.equal(chosen[place], label)
         assert torch.equal(chosen, clip_cid.sample_clusters(label, k, rate, seed)[0])
-        seen.add(tuple(chosen.tolist()))
-    assert len(seen) > 5 or len(chosen) in (len(set(labels)), k)
 
 
 def test_negatives_are_uniform():
@@ -620,8 +541,6 @@ def test_a_step_trains_what_it_should_and_clamps_the_scales():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     stored = draw(8, WIDTH, seed=1).half(), draw(8, WIDTH, seed=2).half(), torch.arange(8) % 7
     others = clip_cid.teaching_inputs(stored, 2, 5, CPU)
-    torch.testing.assert_close(others[0], F.normalize(stored[0].float(), dim=-1))
-    assert others[3] == 2 * 10 ** 9 + 5 and clip_cid.teaching_inputs([], 2, 5, CPU) == ()
     clip_cid.backward(model, *batch(SIZE, 8, torch.float32), others, contextlib.nullcontext(), SCALER)
     clip_cid.update(model, optimiser, SCALER, 1e-3)
     after = model.state_dict()
@@ -685,19 +604,15 @@ def assert_same_towers(teacher, size, theirs, tolerance=1e-5, amp=contextlib.nul
 @pytest.mark.parametrize("shape", SHAPES)
 def test_teachers_equal_open_clip(open_clip, tmp_path, shape):
     model, path = open_clip_model(open_clip, shape), tmp_path / "open_clip_pytorch_model.bin"
-    width, patch, head, _, text_width, heads, embed, quick, pixels = SHAPES[shape]
+    *_, quick, pixels = SHAPES[shape]
     torch.save(model.state_dict(), path)
     teacher, size = teacher_of(path, act="quick_gelu" if quick else "gelu")
-    assert (size.vision_width, size.vision_heads, size.text_width, size.text_heads, size.embed_dim,
-            size.patch_size, size.image_size) == (width, width // head, text_width, heads, embed,
-                                                  patch, pixels)
+    assert size.image_size == pixels and teacher.logit_scale.item() == model.logit_scale.item()
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
-    assert teacher.logit_scale.item() == model.logit_scale.item()
     assert_same_towers(teacher, size, model)
-    if shape == "ViT-B/32":  # --teacher-precision
-        for precision, tolerance in (("bf16", 2e-2), ("fp16", 3e-3)):
-            amp, _ = common.mixed_precision(precision, CPU)
-            assert_same_towers(teacher, size, model, tolerance, amp)
+    if shape == "ViT-B/32":
+        amp, _ = common.mixed_precision("bf16", CPU)
+        assert_same_towers(teacher, size, model, 2e-2, amp)
         with pytest.raises(AssertionError, match="not close"):
             assert_same_towers(*teacher_of(path, act="gelu"), model)
 
@@ -722,95 +637,71 @@ def test_the_exported_student_is_a_plain_clip(open_clip, tmp_path):
 class Colours:
     """Sample i is a plain colour of its own, with captions that name it; some cannot be read."""
 
-    kind, bad = "captions", collections.Counter()
-
-    def __init__(self, count, captions=lambda i: 3, broken=(), repeats=0):
-        self.count, self.captions, self.broken, self.repeats = count, captions, broken, repeats
+    kind, bad, broken = "captions", collections.Counter(), (5, 6, 31)
 
     def __len__(self):
-        return self.count + self.repeats  # the first few again
+        return 50  # of 40: the first ten again
 
     def key(self, i):
-        return f"colour/{i % self.count * 7919 % 1000}"
+        return f"colour/{i % 40 * 7919 % 1000}"
 
     def colour(self, i):
         return i * 53 % 256, i * 101 % 256, i * 197 % 256
 
     def texts(self, i):
-        return [f"{'abcdefg'[c]} colour {i} view {c}" for c in range(self.captions(i))]
+        return [f"{'abcdefg'[c]} colour {i} view {c}" for c in range(1 + i % 7)]
 
     def __getitem__(self, i):
-        i = i % self.count
-        if i in self.broken:
+        if i % 40 in self.broken:
             raise BadSample("cut off")
-        encoded = io.BytesIO()
-        Image.new("RGB", (20 + i % 5, 18), self.colour(i)).save(encoded, "PNG")
-        return encoded.getvalue(), self.texts(i)
-
-    def recognise(self, image, tokens, tokenizer):
-        """(sample, caption) of what the loader delivered."""
-        colours = torch.tensor([self.colour(i) for i in range(self.count)])
-        (i,) = (image == colours[..., None, None]).flatten(1).all(1).nonzero().tolist()[0]
-        texts = tokenizer(self.texts(i))[:, :len(tokens)]
-        return i, (texts == tokens).all(1).nonzero().item()
+        return Image.new("RGB", (20 + i % 5, 18), self.colour(i % 40)), self.texts(i % 40)
 
 
 def test_stages_teach_each_sample_what_the_teacher_sees_in_it(tmp_path, monkeypatch):
-    """embed, balance and cluster, then the training samples: against the teacher asked directly.
-
-    The first sample has one caption, others up to seven; three cannot be read, ten come twice.
-    """
+    """embed, balance and cluster, then the training samples: against the teacher asked directly."""
     torch.manual_seed(1)
     size = replace(SIZE, embed_dim=WIDTH, image_size=24, context_length=20)
     teacher = randomise(clip_cid.CLIP(size, clip_cid.VisionTransformer(size)), 4).eval()
     torch.save(common.checkpoint(teacher, config(), size), tmp_path / "teacher.pt")
-    data = Colours(40, lambda i: 1 + i % 7, broken=(5, 6, 31), repeats=10)
-    asked = []
+    data, run = Colours(), tmp_path / "run"
     monkeypatch.setattr(common, "training_set", lambda *args: data)
-    monkeypatch.setattr(Colours, "__getitem__", lambda self, i, read=Colours.__getitem__: [
-        asked.append(i), read(self, i)][1])
-    cfg = config(teacher=str(tmp_path / "teacher.pt"), out=str(tmp_path / "run"), k=4, remove=0.3,
-                 data="colours")
+    cfg = config(teacher=str(tmp_path / "teacher.pt"), out=str(run), k=4, remove=0.3, data="colours")
     tokenizer = common.CLIPTokenizer(SIZE.context_length, SIZE.vocab_size)
-    mean, std = (torch.tensor(part).view(3, 1, 1) for part in (size.mean, size.std))
+    samples, taught = clip_cid.prepare(cfg, SIZE, tokenizer, CPU)
+    assert taught["teacher_logit_scale"] == pytest.approx(teacher.logit_scale.item())
+    close = partial(torch.testing.assert_close, rtol=0, atol=1e-3)
 
     @torch.no_grad()
     def seen(i):
-        colour = (torch.tensor(data.colour(i)).view(3, 1, 1) / 255 - mean) / std
+        pixels = torch.tensor(data.colour(i)).expand(24, 24, 3).permute(2, 0, 1)[None]
         texts = common.CLIPTokenizer(20, 600)(data.texts(i))
-        return teacher.encode_image(colour.expand(1, 3, 24, 24))[0], teacher.encode_text(texts)
+        (image,) = teacher.encode_image(clip_cid.normalise(pixels, size.pixel_statistics(CPU)))
+        return image, teacher.encode_text(texts)
 
     wanted = {i: seen(i) for i in range(40) if i not in data.broken}
-    embeddings = clip_cid.embed(cfg, data, CPU)
-    assert sorted(asked) == list(range(40))  # a repeated sample is embedded once
-    assert embeddings.keys == [data.key(i) for i in range(40)]
-    image, text = embeddings.open("image"), embeddings.open("text")
-    assert image.shape == (40, WIDTH) and text.shape == (5, 40, WIDTH)
+    pairs = itertools.combinations(wanted, 2)
+    assert min((wanted[a][0] - wanted[b][0]).norm() for a, b in pairs) > 5e-3  # none is another's
+    image, text = (torch.from_numpy(np.load(run / f"{name}.npy")).float() for name in ("image", "text"))
+    assert common.read_keys(run / "keys.txt") == [data.key(i) for i in range(40)]
     for i in range(40):
         own, texts = wanted.get(i, (torch.zeros(WIDTH), torch.zeros(0, WIDTH)))
-        np.testing.assert_allclose(image[i].astype(np.float32), own, atol=1e-3)
-        for c, each in enumerate(texts[:5]):
-            np.testing.assert_allclose(text[c, i].astype(np.float32), each, atol=1e-3)
+        close(image[i], own)
+        close(text[:, i], F.pad(texts[:5], (0, 0, 0, 5 - len(texts[:5]))))
 
-    samples, taught = clip_cid.prepare(cfg, SIZE, tokenizer, CPU)
-    again, _ = clip_cid.prepare(cfg, SIZE, tokenizer, CPU)  # from the files
-    kept = common.read_keys(tmp_path / "run" / "kept.txt")
-    assert len(kept) == 37 - round(0.3 * 37)
-    assert taught["teacher_logit_scale"] == pytest.approx(teacher.logit_scale.item())
-    places = [i for i in range(50) if data.key(i) in kept]
-    assert len(samples) == len(places) > len(kept)
-    for place, index in enumerate(places):
-        picture, tokens, bad, t_image, t_text, label = samples[2, place]
-        i, c = data.recognise(picture, tokens, tokenizer)
-        assert i == index % 40 and not bad and c < 5
-        torch.testing.assert_close(t_image.float(), wanted[i][0], rtol=0, atol=1e-3)
-        torch.testing.assert_close(t_text.float(), wanted[i][1][c], rtol=0, atol=1e-3)
+    def check(sample, i):
+        picture, tokens, _, t_image, t_text, label = sample
+        assert (picture == torch.tensor(data.colour(i)).view(3, 1, 1)).all()
+        (caption,) = (tokenizer(data.texts(i)) == tokens).all(1).nonzero()
+        close(t_image.float(), wanted[i][0])
+        close(t_text.float(), wanted[i][1][caption.item()])
         cosine = taught["centroids"] @ wanted[i][0]
         assert cosine[label] > cosine.max() - 2e-3
-        assert equal(again[2, place][3:], (t_image, t_text, label))
+
+    kept = common.read_keys(run / "kept.txt")
+    assert len(kept) == 37 - round(0.3 * 37)
+    places = [i for i in range(50) if data.key(i) in kept]
+    assert len(samples) == len(places) > len(kept)  # a repeated sample is trained on twice
+    for place, index in enumerate(places):
+        check(samples[2, place], index % 40)
     data.broken = places[:2]  # since: the next one stands in, with what belongs to it
-    picture, tokens, bad, t_image, *_ = samples[0, 0]
-    assert data.recognise(picture, tokens, tokenizer)[0] == places[2] and bad
-    torch.testing.assert_close(t_image.float(), wanted[places[2]][0], rtol=0, atol=1e-3)
-    pairs = itertools.combinations(wanted, 2)
-    assert min((wanted[a][0] - wanted[b][0]).norm() for a, b in pairs) > 5e-3  # else: by chance
+    check(samples[0, 0], places[2])

@@ -4,40 +4,35 @@ The reference is always another way to the same thing: all stages at once, the u
 one process, the teacher called directly, brute force, eclipse.py. Models and pictures are tiny.
 """
 
+import concurrent.futures
 import dataclasses
 import json
 import os
-import re
 import shutil
-from pathlib import Path
+import socket
 
 import clip_cid
 import common
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from harness import (
-    COCO_MINI,
     SERVER,
     Script,
     assert_same_run,
-    call,
     cells_of,
     checkpoint,
     equal,
     error,
     log_of,
-    needs_coco,
     photo_samples,
     run,
     several,
     write_photos,
     write_shard,
 )
-from test_clip_cid import components, pairs_of
 
 TINY = ["--preset", "tiny", "--batch-size", 16, "--epochs", 2, "--log-every", 1, "--k", 8,
         "--device", "cpu", "--workers", 0]
@@ -111,22 +106,13 @@ def test_stages_one_by_one(photos, whole, tmp_path):
 
 
 def test_what_the_stages_leave(whole, root):
-    """Each file against the others and brute force."""
-    embedded, keys = np.load(whole / "image.npy"), common.read_keys(whole / "keys.txt")
+    """Each file against the others: rows, keys, losses, weights."""
     data = common.open_set("photos", root, "train")
-    assert keys == [data.key(i) for i in range(128)] and embedded.dtype == np.float16
+    keys = common.read_keys(whole / "keys.txt")
+    assert keys == [data.key(i) for i in range(128)]
     report = json.loads((whole / "balance.json").read_text())
     kept = [keys.index(key) for key in common.read_keys(whole / "kept.txt")]
     assert len(kept) == report["kept"] == 128 - round(0.437 * 128)
-    x = F.normalize(torch.from_numpy(embedded).double(), dim=1)
-    i, j, cosine = pairs_of(x)
-    near = 2 - 2 * cosine < report["distance"] ** 2
-    group = components(128, i[near], j[near])
-    for number in group.unique():
-        members = (group == number).nonzero()[:, 0].tolist()
-        (own,) = set(kept) & set(members)
-        score = x[members] @ x[members].sum(0)
-        assert score[members.index(own)] >= score.max() - 1e-5
     assert checkpoint(whole, "clusters.pt")["row"] == kept
 
     rows = log_of(whole)
@@ -257,10 +243,10 @@ def test_two_processes(photos, whole, tmp_path):
     out = tmp_path / "run"
     scripts = several("clip_cid", 2, *photos, "--accum", 2, "--out", out)
     assert contents(out).keys() == contents(whole).keys()
-    assert (out / "keys.txt").read_bytes() == (whole / "keys.txt").read_bytes()
+    for name in ("keys.txt", "kept.txt"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
     for name in ("image.npy", "text.npy"):
         np.testing.assert_allclose(np.load(out / name), np.load(whole / name), atol=1e-3)
-    assert (out / "kept.txt").read_bytes() == (whole / "kept.txt").read_bytes()
     one, two = checkpoint(whole, "clusters.pt"), checkpoint(out, "clusters.pt")
     assert torch.equal(one["label"], two["label"])
     torch.testing.assert_close(one["centroids"], two["centroids"], rtol=0, atol=1e-5)
@@ -274,59 +260,49 @@ def test_two_processes(photos, whole, tmp_path):
 
 GRADIENTS = {
     "default": dict(k=12),
-    "both": dict(k=64, prototypes="learned", sample_rate=0.5, instance="both"),
+    "both": dict(k=64, prototypes="learned", sample_rate=0.5, instance="both", accum=2),
     "logit-kl": dict(k=64, prototypes="teacher", sample_rate=0.4, instance="logit-kl"),
 }
 
 
-def _gradients(place, world, port, folder):
-    """One process: the gradients of a step in float64, averaged over the processes."""
+def gradients(place, world, port):
+    """In a process of its own: {case: (gradients, terms)} of a step in float64, averaged over all."""
     if world > 1:
         os.environ.update(RANK=str(place), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=str(port))
     torch.Tensor.float = torch.Tensor.double  # wherever the model asks for full precision
-    device, found = common.start_device("cpu", 0), {}
-    size = common.PRESETS["tiny"]
+    device, size, found = common.start_device("cpu", 0), common.PRESETS["tiny"], {}
+    amp, scaler = common.mixed_precision("fp32", device)
     for case, fields in GRADIENTS.items():
-        for accum in (1, 2):
-            cfg = clip_cid.Config(**fields, accum=accum)
-            torch.manual_seed(0)
-            model = clip_cid.CLIPCID(cfg, size, torch.randn(cfg.k, 20), 3.0).double()
-            image = torch.randn(16, 3, size.image_size, size.image_size).double()
-            text = torch.randint(1, size.vocab_size, (16, size.context_length))
-            taught = torch.randn(16, 20), torch.randn(16, 20), torch.randint(cfg.k, (16,))
-            share = slice(place * 16 // world, (place + 1) * 16 // world)
-            others = clip_cid.teaching_inputs([part[share] for part in taught], 0, 7, device)
-            amp, scaler = common.mixed_precision("fp32", device)
-            terms = clip_cid.backward(model, image[share], text[share], others, amp, scaler)
-            common.average_gradients(model.parameters())
-            grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-            found[case, accum] = grads, common.mean_over_processes(terms)
-    if place == 0:
-        torch.save(found, Path(folder, f"{world}.pt"))
+        cfg = clip_cid.Config(**fields)
+        torch.manual_seed(0)
+        model = clip_cid.CLIPCID(cfg, size, torch.randn(cfg.k, 20), 3.0).double()
+        image = torch.randn(16, 3, size.image_size, size.image_size).double()
+        text = torch.randint(1, size.vocab_size, (16, size.context_length))
+        taught = torch.randn(16, 20), torch.randn(16, 20), torch.randint(cfg.k, (16,))
+        image, text, *taught = (part.chunk(world)[place] for part in (image, text, *taught))
+        others = clip_cid.teaching_inputs(taught, 0, 7, device)
+        terms = clip_cid.backward(model, image, text, others, amp, scaler)
+        common.average_gradients(model.parameters())
+        grads = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+        found[case] = grads, common.mean_over_processes(terms)
+    return found
 
 
-def test_two_processes_have_the_gradients_of_one(tmp_path):
-    import socket
+def test_two_processes_have_the_gradients_of_one():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    processes = [SERVER.Process(target=_gradients, args=(place, world, port, str(tmp_path)))
-                 for world in (1, 2) for place in range(world)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        assert process.exitcode == 0
-    one, two = (torch.load(tmp_path / f"{world}.pt") for world in (1, 2))
-    for case, accum in one:
-        wanted, wanted_terms = one[case, 1]
-        assert ("prototypes" in wanted) == (case != "logit-kl") and "student.logit_scale" in wanted
-        for grads, terms in (one[case, accum], two[case, accum]):
-            assert terms == pytest.approx(wanted_terms) and grads.keys() == wanted.keys()
-            for name, gradient in grads.items():
-                worst = (gradient - wanted[name]).abs().max() / wanted[name].abs().max()
-                assert worst <= 1e-10, (case, accum, name, worst)
+    one, two = [], []
+    for world, found in ((1, one), (2, two)):
+        with concurrent.futures.ProcessPoolExecutor(world, SERVER) as pool:
+            found += pool.map(gradients, range(world), [world] * world, [port] * world)
+    for case, (wanted, wanted_terms) in one[0].items():
+        grads, terms = two[0][case]
+        assert terms == pytest.approx(wanted_terms) and grads.keys() == wanted.keys()
+        for name, gradient in wanted.items():
+            worst = abs(grads[name] - gradient).max() / abs(gradient).max()
+            assert worst <= 1e-10, (case, name, worst)
 
 
 # --------------------------------------------------------------------------------- user errors
@@ -346,21 +322,17 @@ def other_keys(folder):
 
 ON_A_RUN = {  # what is done to a finished run's folder, flags, words that the message must hold
     "another teacher": (None, "--stage embed --teacher {teacher}", "embeddings.json teacher delete"),
-    "another precision": (None, "--stage embed --teacher-precision bf16", "teacher_precision bf16"),
+    "another precision": (None, "--stage embed --precision bf16", "precision bf16"),
     "other samples": (other_keys, "--stage embed", "keys.txt samples"),
     "another --remove": (None, "--stage balance --remove 0.3", "balance.json remove 0.437 0.3"),
-    "--eps for --remove": (None, "--stage balance --eps 0.3", "balance.json eps None 0.3 delete"),
-    "another --filter": (None, "--stage balance --filter random", "balance.json filter random"),
     "another k": (None, "--stage cluster --k 4", "clusters.pt k 8 4 delete"),
     "image.npy cut": (cut("image.npy", 300), "--stage balance", "image.npy damaged"),
     "image.npy gone": (remove("image.npy"), "--stage cluster", "image.npy missing"),
     "embeddings.json cut": (cut("embeddings.json", 50), "--stage balance", "embeddings.json"),
-    "balance.json cut": (cut("balance.json", 50), "--stage balance", "balance.json"),
     "clusters.pt cut": (cut("clusters.pt", 300), "--stage cluster", "clusters.pt damaged"),
     "distilled already": (None, "--stage distil", "--resume --out"),
     "another weight": (None, "--resume --cluster-weight 2", "--cluster-weight 2 1.0"),
     "no student": (remove("student.pt"), "--stage evaluate", "student.pt"),
-    "a damaged student": (cut("student.pt", 2000), "--stage evaluate", "student.pt"),
     "no such arm": (None, "--ablate nothing", "nothing 'clip' 'clip-cid'"),
 }
 
@@ -377,18 +349,16 @@ def test_stale_and_damaged_files_are_refused(case, photos, whole, tmp_path):
     before = contents(out)
     message = error("clip_cid", *photos, *flags.format(teacher=teacher).split(), "--out", out)
     missing = [word for word in words.split() if word not in message]
-    assert not missing and (len(message) < 400 or "--ablate" in flags), message
+    assert not missing, message
     assert contents(out) == before
 
 
 ON_NONE = {
     "--stage cluster --k 120": "--k 120",
-    "--stage balance --eps 2": "--eps 128 lower",
     "--remove 43.7": "--remove 43.7",
     "--sample-rate 2": "--sample-rate 2",
     "--stage distil --batch-size 512": "512 --batch-size",
     "--keep {missing}": "{missing}",
-    "--stage evaluate": "student.pt",
     "--teacher {missing}": "{missing} teacher",
     "--stage something": "--stage something",
 }
@@ -400,7 +370,6 @@ def test_user_errors(flags, photos, tmp_path):
     message = error("clip_cid", *photos, "--out", tmp_path / "run", *flags.format(**names).split())
     missing = [word for word in ON_NONE[flags].format(**names).split() if word not in message]
     assert not missing, message
-    assert not (tmp_path / "run" / "log.csv").exists()
 
 
 def test_data_on_disk_need_a_teacher(root, tmp_path):
@@ -408,15 +377,7 @@ def test_data_on_disk_need_a_teacher(root, tmp_path):
     assert "--teacher FILE" in message
 
 
-# -------------------------------------------------------------------------- help and ablation
-
-
-def test_help_names_every_field():
-    code, text, _ = call("clip_cid", "--help")
-    assert code == 0
-    for field in dataclasses.fields(clip_cid.Config):
-        assert re.search(rf"--{field.name.replace('_', '-')}\b", text), field.name
-    assert len(dataclasses.fields(clip_cid.Config)) <= 50
+# ----------------------------------------------------------------------------------- ablation
 
 
 def test_ablation(photos, tmp_path):
@@ -436,13 +397,13 @@ def test_ablation(photos, tmp_path):
     assert again.code == 0 and "--stage" not in again.out
 
 
-def test_arms_of_the_ablation():
+@pytest.mark.parametrize("given, seen", [(dict(epochs=3), 600), (dict(samples=400), 400)], ids=str)
+def test_arms_of_the_ablation(given, seen):
     """Equal samples, or as many passes; every arm is a Config; --samples counts for both."""
-    for given, seen in ((dict(epochs=3, scenes=200), 600), (dict(samples=400, scenes=200), 400)):
-        cfg = clip_cid.Config(out="out", **given)
-        arms = clip_cid.ablation_arms(cfg)
-        for name, fields in arms.items():
-            dataclasses.replace(cfg, **fields)
-            fewer = name.endswith("equal epochs")
-            assert fields["samples"] == (round(seen * (1 - 0.437)) if fewer else seen), name
-        assert {"clip", "clip + filter", "clip-cid, no clip loss", "prototypes teacher"} <= arms.keys()
+    cfg = clip_cid.Config(out="out", scenes=200, **given)
+    arms = clip_cid.ablation_arms(cfg)
+    for name, fields in arms.items():
+        dataclasses.replace(cfg, **fields)
+        fewer = name.endswith("equal epochs")
+        assert fields["samples"] == (round(seen * (1 - 0.437)) if fewer else seen), name
+    assert {"clip", "clip + filter", "clip-cid, no clip loss", "prototypes teacher"} <= arms.keys()
