@@ -442,14 +442,20 @@ class TextLayer(nn.Module):
         self.intermediate = sequence(dense=nn.Linear(size.width, inner), act=nn.GELU())
         self.output = AddNorm(size, inner)
 
-    def forward(self, x, mask, source, with_scores):
+    def forward(self, x, mask, source, with_scores, past=None):
         """x (R, N, D) -> x, and the scores (R, H, N, N) of self- and (B, H, R/B * N, M) of
         cross-attention, or None.
 
         source: the source's keys and values, from crossattention; None: no cross-attention.
+        past: keys and values of the tokens before x, [] at first; those of x are added.
         """
-        keys_values = self.attention.keys_values(x, mask)
-        x, self_scores = self.attention(x, keys_values, with_scores)
+        k, v, mask = self.attention.keys_values(x, mask)
+        if past:
+            k = torch.cat([past[0], k], 2)
+            v = torch.cat([past[1], v], 2)
+        if past is not None:
+            past[:] = k, v
+        x, self_scores = self.attention(x, (k, v, mask), with_scores)
         cross_scores = None
         if source:
             # Several beams or answers to one image: their queries stand side by side, so that the
@@ -471,9 +477,9 @@ class Embeddings(nn.Module):
         self.dropout = nn.Dropout(size.dropout)
         self.register_buffer("position_ids", torch.arange(size.positions)[None])
 
-    def forward(self, ids):
-        """ids (R, N) -> (R, N, D)"""
-        positions = self.position_ids[:, :ids.shape[1]]
+    def forward(self, ids, start=0):
+        """ids (R, N), the first of them at place `start` of the text -> (R, N, D)"""
+        positions = self.position_ids[:, start:start + ids.shape[1]]
         x = self.word_embeddings(ids) + self.position_embeddings(positions)
         return self.dropout(self.LayerNorm(x))
 
@@ -509,20 +515,25 @@ class TextModel(nn.Module):
         crossing = [layer.crossattention for layer in self.encoder.layer]
         return [attention and attention.keys_values(source, mask) for attention in crossing]
 
-    def forward(self, ids, source=None, with_scores=False):
+    def forward(self, ids, source=None, with_scores=False, past=None):
         """ids (R, N) -> Encoded.
 
         source: what read() gives of B images; row r of R attends to image r // (R/B).
+        past: of each layer the keys and values of the tokens before these, see TextLayer.
         """
+        start = past[0][0].shape[2] if past and past[0] else 0
         if self.causal:  # padding comes last, where no token looks
             N = ids.shape[1]
-            mask = torch.ones(N, N, dtype=torch.bool, device=ids.device).tril()
+            seen = torch.ones(N, start + N, dtype=torch.bool, device=ids.device)
+            mask = seen.tril(start)
         else:
             mask = (ids != PAD)[:, None, None]  # (R, 1, 1, N)
-        x = self.embeddings(ids)
+        x = self.embeddings(ids, start)
         layers = self.encoder.layer
-        for layer, keys_values in zip(layers, source or [None] * len(layers)):
-            x, *scores = layer(x, mask, keys_values, with_scores and layer is layers[-1])
+        nothing = [None] * len(layers)
+        for layer, keys_values, before in zip(layers, source or nothing, past or nothing):
+            wanted = with_scores and layer is layers[-1]
+            x, *scores = layer(x, mask, keys_values, wanted, before)
         return Encoded(x, *scores)
 
 
@@ -642,12 +653,18 @@ class BLIP(nn.Module):
         """
         text = self.size.text
         decoder = self.text_decoder.bert
-        read = decoder.read(source)  # once; the few tokens of a text are computed anew
+        read = decoder.read(source)
+        past = [[] for _ in read]
 
-        def next_log_p(texts):
-            """R lists of N ids -> log-probabilities (R, V) of the token that follows."""
+        def next_log_p(texts, rows):
+            """R lists of N ids, and which texts of the last call they go on with ->
+            log-probabilities (R, V) of the token that follows."""
             ids = torch.tensor(texts, device=source.device)
-            states = decoder(ids, read).states
+            if past[0]:  # only the last token is new
+                ids = ids[:, -1:]
+                for pair in past:
+                    pair[:] = [x[rows] for x in pair]
+            states = decoder(ids, read, past=past).states
             return self.logits(states[:, -1]).log_softmax(1)
 
         prompts = [[text.dec, *prompt]] * len(source)
@@ -714,12 +731,13 @@ def beam_search(next_log_p, prompts, sep, num_beams=3, min_length=5, max_length=
     B = len(prompts)
     P = len(prompts[0])
     K = num_beams
-    running = [[(0.0, prompt)] for prompt in prompts]  # log-probability and ids of each beam
+    # of each beam its log-probability, its ids, the row of `texts` that it goes on with
+    running = [[(0.0, prompt, 0)] for prompt in prompts]
     finished = [[] for _ in prompts]  # log-probability / length and ids of each text
     done = [False] * B
     for n in range(P + 1, max_length + 1):  # n tokens after this step
-        scores, texts = zip(*sum(running, []))  # of R beams
-        log_p = next_log_p(texts)  # (R, V)
+        scores, texts, rows = map(list, zip(*sum(running, [])))  # of R beams
+        log_p = next_log_p(texts, rows)  # (R, V)
         if n <= min_length:
             log_p[:, sep] = -math.inf
         log_p = log_p + log_p.new_tensor(scores)[:, None]
@@ -729,10 +747,13 @@ def beam_search(next_log_p, prompts, sep, num_beams=3, min_length=5, max_length=
         for image, best in enumerate(zip(scores.tolist(), places.tolist())):
             beams = running[image]
             texts = finished[image]
-            longer = [(score, [*beams[place // V][1], place % V]) for score, place in zip(*best)]
+            longer = []
+            for score, place in zip(*best):
+                beam, word = divmod(place, V)
+                longer.append((score, [*beams[beam][1], word], image * len(beams) + beam))
             running[image] = [beam for beam in longer if beam[1][-1] != sep][:K]
             if not done[image]:
-                texts += [(score / length, ids) for score, ids in longer[:K] if ids[-1] == sep]
+                texts += [(score / length, ids) for score, ids, _ in longer[:K] if ids[-1] == sep]
                 left = longer if released else running[image]
                 done[image] = len(texts) >= K and sorted(texts)[-K][0] >= left[0][0] / length
         if all(done):
@@ -741,7 +762,7 @@ def beam_search(next_log_p, prompts, sep, num_beams=3, min_length=5, max_length=
     length = max_length if released else max_length - P
     for image in range(B):
         if not done[image]:
-            finished[image] += [(score / length, ids) for score, ids in running[image]]
+            finished[image] += [(score / length, ids) for score, ids, _ in running[image]]
     return [max(texts)[1] for texts in finished]
 
 

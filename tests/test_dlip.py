@@ -259,7 +259,7 @@ def released_beam_search(table, prompt, beams, low, high, sep=1):
 
 def search(table, prompts, *setting):
     """dlip.beam_search over such a table."""
-    def next_log_p(texts):
+    def next_log_p(texts, _):
         return torch.stack([table[len(ids), ids[-1]] for ids in texts])
 
     return dlip.beam_search(next_log_p, prompts, 1, *setting)
