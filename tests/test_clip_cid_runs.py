@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from harness import (
+    COCO_MINI,
     SERVER,
     Script,
     assert_same_run,
@@ -27,6 +28,7 @@ from harness import (
     equal,
     error,
     log_of,
+    needs_coco,
     photo_samples,
     run,
     several,

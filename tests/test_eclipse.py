@@ -499,7 +499,7 @@ def test_what_both_clip_scripts_need_is_the_same_to_the_letter(name):
     assert inspect.getsource(getattr(eclipse, name)) == inspect.getsource(getattr(clip_cid, name))
 
 
-@pytest.mark.parametrize("name", ["unit", "normalise"])
+@pytest.mark.parametrize("name", ["normalise"])
 def test_what_dlip_shares_is_the_same_to_the_letter(name):
     import dlip
     assert inspect.getsource(getattr(eclipse, name)) == inspect.getsource(getattr(dlip, name))
