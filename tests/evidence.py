@@ -4,8 +4,8 @@
     python tests/evidence.py --write       # writes what the stored results say, and runs nothing
 
 A run is an arm of a script's --ablate with a seed. Its scores, its commit, versions and hardware are kept in
-tests/results/SCRIPT-ARM-SEED.json as soon as it is done; the tables between the markers of the two documents come from these
-files alone, the pictures in data/pictures/ from the run folders in runs/evidence/.
+tests/results/SCRIPT-ARM-SEED.json as soon as it is done; the tables between the markers of the two documents come from
+these files alone, the pictures in data/pictures/ from the run folders in runs/evidence/.
 """
 
 import argparse
@@ -17,11 +17,11 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-HERE = Path(__file__).resolve().parent
-REPO = HERE.parent
-sys.path.insert(0, str(REPO))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
+HERE = Path(__file__).resolve().parent
+REPO = HERE.parent
 RESULTS, RUNS = HERE / "results", REPO / "runs/evidence"
 DOCUMENTS = REPO / "README.md", HERE / "EVIDENCE.md"
 PICTURES = {  # in data/pictures/, from the run folders
