@@ -9,6 +9,7 @@ these files alone, the pictures in data/pictures/ from the run folders in runs/e
 """
 
 import argparse
+import os
 import re
 import shutil
 import statistics
@@ -101,6 +102,98 @@ def make(part, jobs):
                 sys.exit(code)
 
 
+# ------------------------------------------------------------------------------------- exercises
+
+
+class Exercise(NamedTuple):
+    """An edit of a script, on the run where it bites, beside an arm of PARTS without the edit."""
+
+    name: str
+    part: str
+    arm: str
+    flags: tuple
+    old: str
+    new: str
+    expect: str
+    processes: int = 1
+
+
+AS_AN_ARM = "--samples", "32000", "--stage", "distil"  # of clip_cid.py
+EXERCISES = [
+    Exercise("no stop-gradient", "eclipse", "eclipse", (), "A_stopped = similarities(scale, u, v.detach())",
+             "A_stopped = similarities(scale, u, v)", "the texts follow the teacher too: little at this size"),
+    Exercise("prune at random", "eclipse", "eclipse", (), "kept = cls_attention.topk(",
+             "kept = torch.rand_like(cls_attention).topk(", "worse: what CLS attends to matters"),
+    Exercise("KL turned round", "eclipse", "eclipse", (), "kd = similarity_kl(A_bar, A_stopped",
+             "kd = similarity_kl(A_stopped, A_bar", "no gradient reaches the student: as with λ = 0"),
+    Exercise("a teacher that never moves", "eclipse", "eclipse", (), "for name in names], 1 - m)",
+             "for name in names], 0.0)", "a random teacher pulls the student down"),
+    Exercise("text read at its first token", "eclipse", "clip", ("--method", "clip"), "text.argmax(1)]",
+             "0 * text.argmax(1)]", "a causal tower has seen nothing there: chance"),
+    Exercise("no clamp from scale 100", "eclipse", "clip", ("--method", "clip"), "math.log(1 / 0.07)", "math.log(1000)",
+             "sharp from the start: slow, or diverges"),
+    Exercise("a sigmoid loss", "eclipse", "clip", ("--method", "clip"), "    return F.cross_entropy(logits, target)",
+             "    return -F.logsigmoid(logits * (2 * F.one_hot(target, logits.shape[1]) - 1)).sum(1).mean()",
+             "SigLIP without its bias: b² - b easy negatives drown b positives"),
+    Exercise("gather without gradient", "eclipse", "clip", ("--method", "clip"), "        dist.all_reduce(grad)\n",
+             "", "two processes no longer have the gradient of one", processes=2),
+    Exercise("prototypes of any length", "clip_cid", "clip-cid", AS_AN_ARM, "unit(self.prototypes)", "self.prototypes",
+             "starts equal, since centres have unit length, then drifts"),
+    Exercise("the teacher's rows by position", "clip_cid", "clip-cid", AS_AN_ARM, "row = self.rows[index]",
+             "row = index % len(image)", "everyone gets another one's teacher: the filter has moved the rows"),
+]
+
+
+def stored_exercise(exercise):
+    return RESULTS / f"exercise-{exercise.name.replace(' ', '_')}.json"
+
+
+def edited_copy(exercise):
+    """The folder of a copy of the scripts with the edit. UserError where its text is not found once."""
+    folder = RUNS / "exercises" / exercise.name.replace(" ", "_")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / "data").symlink_to(REPO / "data")
+    script, found = PARTS[exercise.part].script, 0
+    for name in (script, "common"):
+        text = (REPO / f"{name}.py").read_text("utf-8")
+        found += text.count(exercise.old)
+        (folder / f"{name}.py").write_text(text.replace(exercise.old, exercise.new), "utf-8")
+    if found != 1:
+        raise common.UserError(f"exercise {exercise.name!r}: its text stands {found} times in {script}.py")
+    return folder
+
+
+def do(exercise):
+    """Make the edit in a copy, run it, store the score or the last line of what went wrong."""
+    folder, part = edited_copy(exercise), PARTS[exercise.part]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={exercise.processes}"]
+    command = [sys.executable, *launcher * (exercise.processes > 1), f"{part.script}.py", *part.flags, *exercise.flags,
+               "--seed", "0", "--out", "run"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+    config = common.read_json(folder / "run/config.json")
+    content = {"environment": config["environment"], "message": done.stderr.splitlines()[-1:], "score": None}
+    if done.returncode == 0:
+        cells = common.read_json(folder / "run/results.json")["cells"]
+        content["score"] = next(iter(cells.values()))[part.metrics[0]]
+    common.write_json(stored_exercise(exercise), content)
+
+
+def exercise_table():
+    rows = [["", "edit", "what to expect", "without", "with"], ["---"] * 5]
+    for exercise in EXERCISES:
+        part, measured = PARTS[exercise.part], "not run yet"
+        base = results_of(part, exercise.arm).get(0, {}).get(part.metrics[0])
+        if stored_exercise(exercise).is_file():
+            found = common.read_json(stored_exercise(exercise))
+            measured = f"{found['score']:.1f}" if found["score"] is not None else " ".join(found["message"])
+        edit = f"`{exercise.old.strip()}` → `{exercise.new.strip() or '(nothing)'}`"
+        without = "–" if base is None else f"{base:.1f}"
+        rows.append([exercise.name, edit, exercise.expect, without, measured])
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
 # ---------------------------------------------------------------------------------------- tables
 
 
@@ -162,6 +255,8 @@ def origin(part):
 def render(text):
     """A document with what stands between its markers made anew."""
     def fill(match):
+        if match[2] == "exercises":
+            return f"{match[1]}{exercise_table()}{match[3]}"
         part = PARTS[match[2]]
         return f"{match[1]}{table(part)}\n{origin(part)}{match[3]}"
 
@@ -186,6 +281,9 @@ def main():
         if not given.write:
             make(part, given.jobs)
             write()
+    for exercise in EXERCISES:
+        if not given.write and not stored_exercise(exercise).is_file():
+            do(exercise)
     write()
 
 

@@ -2,9 +2,10 @@
 
 import json
 
-import evidence
 import numpy as np
 import pytest
+
+import evidence
 
 
 @pytest.mark.parametrize("path", evidence.DOCUMENTS, ids=lambda path: path.name)
@@ -26,3 +27,9 @@ def test_table_of_made_up_results(tmp_path, monkeypatch):
     row = evidence.table(part).splitlines()[-1].split(" | ")
     assert row[1] == f"{np.mean(scores['eclipse']):.1f} ± {np.std(scores['eclipse'], ddof=1):.1f}"
     assert row[2] == f"{gains.mean():.1f} ± {gains.std(ddof=1):.1f} (2 of 3)"
+
+
+@pytest.mark.parametrize("exercise", evidence.EXERCISES, ids=lambda exercise: exercise.name)
+def test_an_exercise_changes_its_script(exercise, tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "RUNS", tmp_path)
+    evidence.edited_copy(exercise)
