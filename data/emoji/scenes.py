@@ -78,6 +78,9 @@ DIFFICULTIES = {
     "hard": Difficulty((0.3, 0.4, 0.3), (0.25, 0.6), 16, "clutter")
 }
 
+# what differs in scenes that are asked about
+QUESTIONED = {"objects": (0.4, 0.4, 0.2), "scale": (0.5, 0.8)}
+
 # {0}, {1}, {2}: the objects from left to right or from top to bottom
 CAPTIONS = {  # by the number of objects
     1: [
@@ -300,16 +303,19 @@ class EmojiClasses:
 
 
 class EmojiQuestions:
-    """All questions about each of `scenes` EmojiScenes, with one answer as if ten people gave it.
+    """All questions about each of `scenes` scenes, with one answer as if ten people gave it.
 
-    The arguments and the images are those of EmojiScenes. `answers`: all that can be right, for any
-    scene.
+    The arguments are those of EmojiScenes. The scenes differ: smaller things, more of them, so that
+    "where", "how many" and "is there" have no answer that is mostly right. `answers`: all that can
+    be right, for any scene.
     """
 
     kind = "questions"
 
     def __init__(self, *args, **options):
         self.scenes = EmojiScenes(*args, **options)
+        self.scenes.setting = self.scenes.setting._replace(**QUESTIONED)
+        self.scenes.samples = {}  # not those with captions
         self.answers = emoji_answers(self.scenes.concepts, self.scenes.difficulty)
         self.bad = Counter()
 
@@ -332,11 +338,9 @@ class EmojiQuestions:
 
 def emoji_answers(concepts, difficulty):
     """All answers that ask_scene can give: concepts, backgrounds, yes and no, numbers, places."""
-    setting = DIFFICULTIES[difficulty]
     answers = [row["concept"] for row in load_concepts(concepts)]
-    answers += list(COLOURS)[: setting.colours]
-    answers += ["yes", "no", "1", "2", "3"][: 2 + len(setting.objects)]
-    answers += PLACES
+    answers += list(COLOURS)[: DIFFICULTIES[difficulty].colours]
+    answers += ["yes", "no", "1", "2", "3", *PLACES]
     return list(dict.fromkeys(answers))  # an orange and the colour orange are one answer
 
 
@@ -460,27 +464,22 @@ def place_in_words(thing):
 
 
 def ask_scene(rng, scene, rows):
-    """[(kind, question, answer)]: number, background, presence (yes, then no), and two more.
-
-    They are what it is and where, of a single object; of several, how they stand to each other.
-    """
+    """[(kind, question, answer)]: number, background, presence (yes, then no), where one of the
+    objects is, and what a single one is, or how several stand to each other."""
     things = [rows[thing["concept"]] for thing in scene["objects"]]
     names = [thing["concept"] for thing in things]
     absent = next(row for row in rng.permutation(rows) if row["concept"] not in names)
     present = things[rng.integers(len(things))]
+    place = rng.integers(len(things))
+    sought = things[place]["phrase"] if len(things) > 1 else "it"
     asked = [
         ("number", "how many objects are there?", str(len(things))),
         ("background", "what is the background colour?", scene["background"]),
         ("presence", f"is there {present['phrase']}?", "yes"),
-        ("presence", f"is there {absent['phrase']}?", "no")
+        ("presence", f"is there {absent['phrase']}?", "no"),
+        ("where", f"where is {sought}?", place_in_words(scene["objects"][place]))
     ]
     if len(things) == 1:
-        return asked + [
-            ("what", "what is in the picture?", names[0]),
-            ("where", "where is it?", place_in_words(scene["objects"][0]))
-        ]
-    before, after = ("above", "below") if scene["vertical"] else ("left of", "right of")
-    return asked + [
-        ("relation", f"what is {before} the {names[1]}?", names[0]),
-        ("relation", f"what is {after} the {names[-2]}?", names[-1])
-    ]
+        return asked + [("what", "what is in the picture?", names[0])]
+    side = "above" if scene["vertical"] else "left of"
+    return asked + [("relation", f"what is {side} the {names[1]}?", names[0])]
