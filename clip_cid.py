@@ -902,14 +902,15 @@ def draw_groups(path, embeddings, rows, group, score, title):
 
     group, score (n,): of the embeddings' rows (n,).
     """
-    pictures = common.EvalSamples(embeddings.data, SHOWN_PIXELS, common.resize_center_crop)
     sizes = torch.bincount(group)
     lines, names = [], []
     for number in sizes.argsort(descending=True, stable=True)[:10]:
         members = (group == number).nonzero().squeeze(1)
         best = score[members].argsort(descending=True, stable=True)[:SHOWN]
         places = embeddings.samples[rows[members[best]]]
-        lines.append([pictures[place][0] for place in places])
+        images, _, _ = common.load_images(embeddings.data, SHOWN_PIXELS,
+                                          common.resize_center_crop, places)
+        lines.append(images)
         names.append(f"{len(members):,} images")
     common.plot_grid(path, lines, names, [], title)
 

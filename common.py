@@ -1830,7 +1830,7 @@ def load_images(data, image_size, resize, indices):
             good.append((torch.from_numpy(resize(source, image_size)), i, target))
     if good:
         images, places, targets = zip(*good)
-        return torch.stack(images), places, targets
+        return torch.stack(images), list(places), list(targets)
 
 
 def ignore_ctrl_c(worker):
