@@ -710,12 +710,31 @@ def read_checkpoint(path):
 def read_content(path):
     """What torch.save, torch.jit.save or safetensors has written."""
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-        return load_file(path)
+        return read_safetensors(path)
     try:
         return torch.jit.load(path, map_location="cpu").state_dict()  # OpenAI's archives
     except RuntimeError:  # no TorchScript
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+               "I64": torch.int64}
+
+
+def read_safetensors(path):
+    """{name: tensor}. The format: the length of the header in 8 bytes, the header, a json with
+    dtype, shape and place of each tensor, then the data."""
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        data = content[start + begin:start + end]
+        tensor = torch.frombuffer(data, dtype=SAFETENSORS[entry["dtype"]])
+        tensors[name] = tensor.reshape(entry["shape"])
+    return tensors
 
 
 def clip_weights(checkpoint, act=None):

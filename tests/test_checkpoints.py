@@ -1,4 +1,4 @@
-"""Checkpoints against independent references: open_clip, transformers."""
+"""Checkpoints against independent references: open_clip, transformers, safetensors."""
 
 import argparse
 import json
@@ -181,6 +181,16 @@ def test_a_file_of_ours_tells_its_size(tmp_path, prefix):
     assert (size, loaded.config) == (TINY, {"lr": 1})
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
     assert common.clip_weights(loaded, "quick_gelu")[1].act == "quick_gelu"
+
+
+def test_safetensors_equals_the_package(tmp_path):
+    tensors = {f"{dtype}/{shape}": torch.randint(0, 100, shape).to(dtype)
+               for dtype in common.SAFETENSORS.values() for shape in ((), (3,), (2, 3, 5))}
+    package("safetensors.torch").save_file(tensors, tmp_path / "x.safetensors", {"note": "é"})
+    found = common.read_checkpoint(tmp_path / "x.safetensors").weights
+    assert found.keys() == tensors.keys()
+    for name, wanted in tensors.items():
+        assert found[name].dtype == wanted.dtype and torch.equal(found[name], wanted), name
 
 
 # ------------------------------------------------------------------------ what cannot be read
