@@ -700,11 +700,13 @@ def read_checkpoint(path):
         size = content.get("size")
         return Checkpoint(path, weights, content["config"] if size else {}, size)
     except Exception as error:  # what is damaged or no table of tensors raises many types
-        raise UserError(
-            f"{path} is not read ({type(error).__name__}): it is absent, cut off, damaged or no "
-            "table of weights; or it also holds Python objects, and reading those could run any "
-            "code. If you trust it, re-save the weights alone: torch.save(torch.load(FILE, "
-            "weights_only=False)['state_dict'], NEW_FILE)") from error
+        reason = f"absent, cut off, damaged or no table of weights ({type(error).__name__})"
+        python_object = re.search(r"GLOBAL (\S+)", str(error))
+        if python_object:
+            reason = (f"it also holds a {python_object[1]}, and reading that could run any code. "
+                      "If you trust it, re-save the weights alone: torch.save(torch.load(FILE, "
+                      "weights_only=False)['state_dict'], NEW_FILE)")
+        raise UserError(f"{path} is not read: {reason}") from error
 
 
 def read_content(path):
