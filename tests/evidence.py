@@ -10,6 +10,7 @@ these files alone, the pictures in data/pictures/ from the run folders in runs/e
 
 import argparse
 import os
+import platform
 import re
 import shutil
 import statistics
@@ -46,7 +47,7 @@ class Part(NamedTuple):
 
 
 ECLIPSE = "eclipse", ("--epochs", "5")
-ECLIPSE_METRICS = "concept_top1", "retrieval_t2i_r5", "images_per_second"
+ECLIPSE_METRICS = "concept_top1", "retrieval_t2i_r5"
 CLIP_CID = "clip_cid", ("--epochs", "2")
 CLIP_CID_METRICS = "concept_top1", "retrieval_t2i_r5"
 DLIP = "dlip", ()
@@ -78,13 +79,18 @@ def stored(script, arm, seed):
     return RESULTS / f"{script}-{arm.replace(' ', '_')}-{seed}.json"
 
 
+def machine():
+    return f"{os.cpu_count()} cores {platform.machine()}, Python {platform.python_version()}"
+
+
 def keep(script, arm, seed):
     """Store the result of a run that is done."""
     folder = RUNS / script / arm.replace(" ", "_") / f"seed{seed}"
     if stored(script, arm, seed).is_file() or not (folder / "results.json").is_file():
         return
     results, config = common.read_json(folder / "results.json"), common.read_json(folder / "config.json")
-    content = {"arm": arm, "seed": seed, "cells": results["cells"], "environment": config["environment"]}
+    content = {"arm": arm, "seed": seed, "cells": results["cells"], "environment": config["environment"],
+               "machine": machine()}
     common.write_json(stored(script, arm, seed), content)
 
 
@@ -126,8 +132,8 @@ EXERCISES = [
              "kept = torch.rand_like(cls_attention).topk(", "worse: what CLS attends to matters"),
     Exercise("KL turned round", "eclipse", "eclipse", (), "kd = similarity_kl(A_bar, A_stopped",
              "kd = similarity_kl(A_stopped, A_bar", "no gradient reaches the student: as with λ = 0"),
-    Exercise("a teacher that never moves", "eclipse", "eclipse", (), "for name in names], 1 - m)",
-             "for name in names], 0.0)", "a random teacher pulls the student down"),
+    Exercise("a teacher that never moves", "eclipse", "eclipse", (), "student.get_parameter(name), 1 - m)",
+             "student.get_parameter(name), 0.0)", "a random teacher pulls the student down"),
     Exercise("text read at its first token", "eclipse", "clip", ("--method", "clip"), "text.argmax(1)]",
              "0 * text.argmax(1)]", "a causal tower has seen nothing there: chance"),
     Exercise("no clamp from scale 100", "eclipse", "clip", ("--method", "clip"), "math.log(1 / 0.07)", "math.log(1000)",
@@ -135,8 +141,8 @@ EXERCISES = [
     Exercise("a sigmoid loss", "eclipse", "clip", ("--method", "clip"), "    return F.cross_entropy(logits, target)",
              "    return -F.logsigmoid(logits * (2 * F.one_hot(target, logits.shape[1]) - 1)).sum(1).mean()",
              "SigLIP without its bias: b² - b easy negatives drown b positives"),
-    Exercise("gather without gradient", "eclipse", "clip", ("--method", "clip"), "        dist.all_reduce(grad)\n",
-             "", "two processes no longer have the gradient of one", processes=2),
+    Exercise("gather without gradient", "eclipse", "clip", ("--method", "clip"),
+             "sum_over_processes(grad.contiguous())", "grad.contiguous()", "two processes no longer have the gradient of one", processes=2),
     Exercise("prototypes of any length", "clip_cid", "clip-cid", AS_AN_ARM, "unit(self.prototypes)", "self.prototypes",
              "starts equal, since centres have unit length, then drifts"),
     Exercise("the teacher's rows by position", "clip_cid", "clip-cid", AS_AN_ARM, "row = self.rows[index]",
@@ -207,13 +213,10 @@ def results_of(part, arm):
     return found
 
 
-def spread(values):
-    """mean ± sample standard deviation"""
-    mean = statistics.mean(values)
-    digits = 0 if abs(mean) >= 100 else 1
-    if len(values) == 1:
-        return f"{mean:.{digits}f}"
-    return f"{mean:.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+def spread(values, sign=""):
+    """mean ± sample standard deviation; sign "+": of a difference."""
+    mean = f"{statistics.mean(values):{sign}.1f}".replace("-", "−")
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
 
 
 def table(part):
@@ -231,7 +234,7 @@ def table(part):
         against = "–"
         if gains and arm != first:
             positive = sum(gain > 0 for gain in gains)
-            against = f"{spread(gains)} ({positive} of {len(gains)})"
+            against = f"{spread(gains, '+')} ({positive} of {len(gains)})"
         rows.append([arm, *cells, against, str(len(found))])
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
@@ -244,7 +247,9 @@ def origin(part):
         if result["arm"] in part.arms:
             made = result["environment"]
             commits.add(made["commit"])
-            machines.add(f"torch {made['torch']}, {made['cpu_threads']} thread, {made['platform']}")
+            machines.add(f"{result['machine']}, torch {made['torch']}, threads: {made['cpu_threads']}")
+    if not commits:
+        return "No run of this table is stored yet.\n"
     missing = sum(part.seeds - len(results_of(part, arm)) for arm in part.arms)
     left = f"; {missing} runs still to be made" if missing else ""
     flags = " ".join(part.flags)

@@ -26,7 +26,7 @@ def test_table_of_made_up_results(tmp_path, monkeypatch):
     gains = np.subtract(scores["eclipse"], scores["clip"])
     row = evidence.table(part).splitlines()[-1].split(" | ")
     assert row[1] == f"{np.mean(scores['eclipse']):.1f} ± {np.std(scores['eclipse'], ddof=1):.1f}"
-    assert row[2] == f"{gains.mean():.1f} ± {gains.std(ddof=1):.1f} (2 of 3)"
+    assert row[2] == f"{gains.mean():+.1f} ± {gains.std(ddof=1):.1f} (2 of 3)"
 
 
 @pytest.mark.parametrize("exercise", evidence.EXERCISES, ids=lambda exercise: exercise.name)

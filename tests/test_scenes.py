@@ -44,6 +44,7 @@ def truths(scene):
     said |= {"<0> next to <1>", "<0>, <1> and <2>", "<2>, <0> and <1>"}
     answers = {f"is there {row['phrase']}?": "yes" if row in rows else "no" for row in ROWS}
     answers |= {"how many objects are there?": str(len(rows)), "where is it?": place}
+    answers |= {f"where is {row['phrase']}?": place_of(thing) for row, thing in zip(rows, things)}
     answers["what is the background colour?"] = scene["background"]
     answers["what is in the picture?"] = names[0]
     sides = [("x", "left of", "right of", "to the ", "on the left", "on the right")]
@@ -143,6 +144,15 @@ def test_questions_are_true(difficulty, split):
         known = truths(data.scenes.scene(i // 6))[1]
         assert answers == [known[question]] * 10 and answers[0] in data.answers
         assert re.match(ASKED[data.question_kind(i)], question)
+
+
+def test_no_answer_about_number_or_place_is_mostly_right():
+    """Nor is one of "yes" and "no"."""
+    data, given = EmojiQuestions("train", 500, 40), collections.defaultdict(collections.Counter)
+    for i in range(len(data)):
+        given[data.question_kind(i)][data[i][1][1][0]] += 1
+    for kind in ("number", "presence", "where"):
+        assert given[kind].most_common(1)[0][1] <= 0.5 * given[kind].total(), kind
 
 
 def test_backgrounds_look_as_they_are_called():
