@@ -100,25 +100,11 @@ common.PRESETS["teacher"] = replace(
 
 
 @dataclass
-class Config:
-    data: str = option("emoji", "training data: emoji, cc3m, coco, flickr30k, or any name with "
-                       "--root FOLDER of tar shards; picks preset and recipe", section="run")
-    root: str | None = option(None, "folder of the data (default data/NAME)")
-    keep: str | None = option(None, "train on the samples that this file lists, a key a line")
-    out: str | None = option(None, "run folder (default runs/METHOD-DATA)")
+class Config(common.RunConfig):  # data, out, resume, ablate, seed, device, ...
     stage: str = option("all", "run the stages up to this one; teacher: train a CLIP to be one",
                         ["all", "teacher", "embed", "balance", "cluster", "distil", "evaluate"])
-    resume: bool = option(False, "go on from the last checkpoint in --out")
     evaluate: str | None = option(None, "evaluate this checkpoint, ours or a public one, and stop")
-    eval_data: tuple[str, ...] = option((), "evaluation sets, names or folders (default: --data's)")
     linear_probe: bool = option(False, "with --evaluate, --stage evaluate: a linear classifier")
-    ablate: tuple[str, ...] = option((), "train these arms (names in quotes, or all), tabulate")
-    seeds: tuple[int, ...] = option((0, 1, 2), "seeds of the ablation")
-    jobs: int = option(1, "runs of the ablation at a time: one a core, or one a GPU")
-    seed: int = option(0, "seed of weights, data order and augmentation")
-    device: str = option("auto", "where to run", ["auto", "cuda", "mps", "cpu"])
-    workers: int = option(-1, "loader processes (-1: none for emoji, else up to 8 a process)")
-    log_every: int = option(20, "steps between rows of log.csv")
 
     teacher: str | None = option(None, "the teacher's checkpoint: OpenAI, OpenCLIP or Hugging Face "
                                  "CLIP ViT (emoji: data/teacher_clip.pt)", section="teacher")

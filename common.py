@@ -184,6 +184,26 @@ def known_fields(config_class, values):
             for name, value in values.items() if hasattr(config_class, name)}
 
 
+@dataclass
+class RunConfig:
+    """The options that the three scripts have in common: on what, where and how often it runs."""
+
+    data: str = option("emoji", "training data, with its recipe: emoji, a set of data/README.md, "
+                       "several as coco*2+vg, or any name with --root FOLDER", section="run")
+    root: str | None = option(None, "folder of the data (default data/NAME)")
+    keep: str | None = option(None, "train on the samples of this file of keys, one a line")
+    out: str | None = option(None, "run folder (default runs/METHOD-DATA)")
+    resume: bool = option(False, "go on from the last checkpoint in --out")
+    eval_data: tuple[str, ...] = option((), "evaluation sets, names or folders (default: --data's)")
+    ablate: tuple[str, ...] = option((), "train and tabulate these arms (names in quotes, or all)")
+    seeds: tuple[int, ...] = option((0, 1, 2), "seeds of the ablation")
+    jobs: int = option(1, "runs of the ablation at a time: one a core, or one a GPU")
+    seed: int = option(0, "seed of weights, data order and augmentation")
+    device: str = option("auto", "auto, cuda, mps or cpu")
+    workers: int = option(-1, "loader processes (-1: none for emoji, else up to 8 a process)")
+    log_every: int = option(20, "steps between rows of log.csv")
+
+
 # Flags that may differ when a run goes on.
 FREE = {"out", "resume", "root", "cache", "device", "workers", "log_every", "seeds", "ablate",
         "jobs"}

@@ -95,27 +95,14 @@ NEEDED = {"teacher": ("text_encoder.", "text_decoder.", "vision_proj.", "text_pr
 
 
 @dataclass
-class Config:
+class Config(common.RunConfig):  # data, out, resume, ablate, seed, device, ...
     stage: str = option("all", "all (emoji only): distil, finetune, evaluate; flags are distil's",
-                        ["all", "teacher", "distil", "finetune", "evaluate"], section="run")
+                        ["all", "teacher", "distil", "finetune", "evaluate"])
     task: tuple[str, ...] = option(TASKS, "what to fine-tune for (one a run) or to evaluate",
                                     [*TASKS])
-    data: str = option("emoji", "a set of data/README.md or several, coco*2+vg; picks the recipe")
-    root: str | None = option(None, "folder of the data (default data/NAME)")
-    keep: str | None = option(None, "train on these samples only: a file of keys, one a line")
     teacher: str | None = option(None, "a BLIP checkpoint (emoji: data/teacher_blip.pt)")
     with_teacher: bool = option(True, "--stage all: fine-tune and evaluate the teacher as well")
     init: str | None = option(None, "the BLIP checkpoint that finetune and evaluate take")
-    out: str | None = option(None, "run folder (default runs/METHOD-DATA)")
-    resume: bool = option(False, "go on from the last checkpoint in --out")
-    eval_data: tuple[str, ...] = option((), "evaluation sets, names or folders (default: --data's)")
-    ablate: tuple[str, ...] = option((), "train and tabulate these arms, names in quotes, or all")
-    seeds: tuple[int, ...] = option((0, 1, 2), "seeds of the ablation")
-    jobs: int = option(1, "runs of the ablation at a time: one a core, or one a GPU")
-    seed: int = option(0, "seed of weights, data order and augmentation")
-    device: str = option("auto", "where to run", ["auto", "cuda", "mps", "cpu"])
-    workers: int = option(-1, "loader processes (-1: none for emoji, else up to 8 a process)")
-    log_every: int = option(20, "steps between rows of log.csv")
 
     method: str = option("dlip", "blip: no distillation", ["dlip", "blip"], section="method")
     vlp: bool = option(True, "BLIP's own losses, ITC + ITM + LM, in pre-training")

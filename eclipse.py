@@ -71,23 +71,9 @@ from common import UserError, average_gradients, gather, normalise, option, rank
 
 
 @dataclass
-class Config:
-    data: str = option("emoji", "training data, with its recipe: emoji, cc3m, coco, flickr30k, or "
-                       "any name with --root FOLDER of tar shards")
-    root: str | None = option(None, "folder of the data (default data/NAME)")
-    keep: str | None = option(None, "train on the samples of this file of keys, one a line")
-    out: str | None = option(None, "run folder (default runs/METHOD-DATA)")
-    resume: bool = option(False, "go on from the last checkpoint in --out")
+class Config(common.RunConfig):  # data, out, resume, ablate, seed, device, ...
     evaluate: str | None = option(None, "evaluate this checkpoint, ours or a public CLIP, and stop")
-    eval_data: tuple[str, ...] = option((), "evaluation sets, names or folders (default: --data's)")
     linear_probe: bool = option(False, "with --evaluate: also a linear classifier on the features")
-    ablate: tuple[str, ...] = option((), "train and tabulate these arms (names in quotes, or all)")
-    seeds: tuple[int, ...] = option((0, 1, 2), "seeds of the ablation")
-    jobs: int = option(1, "runs of the ablation at a time: one a core, or one a GPU")
-    seed: int = option(0, "seed of weights, data order and augmentation")
-    device: str = option("auto", "auto, cuda, mps or cpu")
-    workers: int = option(-1, "loader processes (-1: none for emoji, else up to 8 a process)")
-    log_every: int = option(20, "steps between rows of log.csv")
 
     method: str = option("eclipse", "clip: no teacher, no pruning; clip+evit: no teacher",
                          ["eclipse", "clip", "clip+evit"], section="method")
