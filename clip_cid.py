@@ -79,7 +79,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import common
-from common import UserError, average_gradients, gather, option, rank, world_size
+from common import UserError, average_gradients, gather, normalise, option, rank, world_size
 
 # Letters in shape comments: B images or texts in the batch a function is given (in the losses: b of
 # this process against the B of all), N tokens, D width, H heads, E width of the student's joint
@@ -100,25 +100,11 @@ common.PRESETS["teacher"] = replace(
 
 
 @dataclass
-class Config:
-    data: str = option("emoji", "training data: emoji, cc3m, coco, flickr30k, or any name with "
-                       "--root FOLDER of tar shards; picks preset and recipe", section="run")
-    root: str | None = option(None, "folder of the data (default data/NAME)")
-    keep: str | None = option(None, "train on the samples that this file lists, a key a line")
-    out: str | None = option(None, "run folder (default runs/METHOD-DATA)")
+class Config(common.RunConfig):  # data, out, resume, ablate, seed, device, ...
     stage: str = option("all", "run the stages up to this one; teacher: train a CLIP to be one",
                         ["all", "teacher", "embed", "balance", "cluster", "distil", "evaluate"])
-    resume: bool = option(False, "go on from the last checkpoint in --out")
     evaluate: str | None = option(None, "evaluate this checkpoint, ours or a public one, and stop")
-    eval_data: tuple[str, ...] = option((), "evaluation sets, names or folders (default: --data's)")
     linear_probe: bool = option(False, "with --evaluate, --stage evaluate: a linear classifier")
-    ablate: tuple[str, ...] = option((), "train these arms (names in quotes, or all), tabulate")
-    seeds: tuple[int, ...] = option((0, 1, 2), "seeds of the ablation")
-    jobs: int = option(1, "runs of the ablation at a time: one a core, or one a GPU")
-    seed: int = option(0, "seed of weights, data order and augmentation")
-    device: str = option("auto", "where to run", ["auto", "cuda", "mps", "cpu"])
-    workers: int = option(-1, "loader processes (-1: none for emoji, else up to 8 a process)")
-    log_every: int = option(20, "steps between rows of log.csv")
 
     teacher: str | None = option(None, "the teacher's checkpoint: OpenAI, OpenCLIP or Hugging Face "
                                  "CLIP ViT (emoji: data/teacher_clip.pt)", section="teacher")
@@ -187,8 +173,6 @@ EMOJI_TEACHER = dict(
     batch_size=128,
     seed=1000,
 )
-# What --evaluate does not take over from the run it evaluates.
-NOT_INHERITED = dict(device="auto", workers=-1, root=None, keep=None)
 
 
 def weight_decay(cfg):
@@ -215,11 +199,11 @@ def configure(argv=None):
     source = asked.evaluate or asked.init
     if asked.stage == "evaluate":
         source = Path(given["out"], "student.pt")
-    loaded = common.read_checkpoint(source) if source else None
+    loaded = common.read_checkpoint(source)
     if source and not asked.init:  # a run of this script: its data and sizes
         recipe = {**recipe, **common.known_fields(Config, loaded.config), "stage": "all"}
     if asked.evaluate:
-        recipe.update(NOT_INHERITED)
+        recipe.update(root=None, keep=None, device="auto", workers=-1)  # not the run's
     return common.fill_config(Config, recipe, given, stem), given, loaded
 
 
@@ -638,14 +622,13 @@ class CLIPCID(nn.Module):
         cfg = self.cfg
         nce = info_nce(similarities(self.student.logit_scale.exp(), u, v))
         if t_image is None:
-            return nce, {"nce": nce.detach()}
+            return nce, {"nce": nce}
         p = unit(self.project_image(u))  # P_v u, (b, T)
         q = unit(self.project_text(v))  # P_t v, (b, T)
         cluster, terms = self.cluster_loss(p, t_image, label, seed)
         instance = self.instance_loss(u, v, p, q, t_image, t_text)
         loss = cfg.nce_weight * nce + cfg.cluster_weight * cluster + cfg.instance_weight * instance
-        terms.update(nce=nce, instance=instance)
-        return loss, {name: term.detach() for name, term in terms.items()}
+        return loss, {**terms, "nce": nce, "instance": instance}
 
     def cluster_loss(self, p, t_image, label, seed):
         """L_cluster = L_hard + L_kl (A4), and its terms.
@@ -683,7 +666,7 @@ class CLIPCID(nn.Module):
 
 CAPTIONS = 5  # of an image, at most: COCO's
 SHOWN, SHOWN_PIXELS = 12, 96  # pictures in a line of balance.png and clusters.png, their side
-DRAWN = ("seed", "scenes", "concepts", "difficulty", "noise", "long_tail", "duplicates")
+DRAWN = "seed scenes concepts difficulty noise long_tail duplicates".split()
 
 
 class Embeddings:
@@ -808,7 +791,7 @@ def embed_rows(cfg, embeddings, teacher, size, device):
     rows = np.array_split(todo, world_size())[rank()]
     subset = common.Subset(embeddings.data, embeddings.samples[rows])
     loader = common.eval_loader(subset, size.image_size, 256, common.loader_workers(cfg))
-    tokenizer = common.CLIPTokenizer(size.context_length, size.vocab_size)
+    tokenizer = size.tokenizer()
     amp, _ = common.mixed_precision(cfg.precision, device)
     encode_image, encode_text = encoders(teacher, size.pixel_statistics(device), amp)
     doing = f"embedding, in {embeddings.folder}"
@@ -937,11 +920,11 @@ class TaughtSamples(common.TrainSamples):
         return picture, tokens, bad, *teacher, self.label[index]
 
 
-def prepare(cfg, size, tokenizer, device):
+def prepare(cfg, size, device):
     """The stages before the distillation, up to --stage: (the samples that the loop trains on, what
     CLIPCID takes from the teacher); None where it ends before."""
     data = common.training_set(cfg, size.image_size, cfg.long_tail, cfg.duplicates)
-    how = tokenizer, size.image_size, crop_scale(cfg), cfg.seed
+    how = size.tokenizer(), size.image_size, crop_scale(cfg), cfg.seed
     if cfg.method == "clip" and cfg.filter == "none":
         return common.TrainSamples(data, *how), {}
     embeddings = embed(cfg, data, device)
@@ -1023,12 +1006,6 @@ def backward(model, image, text, others, amp, scaler):
     return {name: term.detach() for name, term in {"loss": loss, **terms}.items()}
 
 
-def normalise(image, statistics):
-    """(B, 3, S, S) uint8 -> float32, on the device of the statistics (2, 3, 1, 1)."""
-    mean, std = statistics
-    return image.to(mean.device, non_blocking=True).float().sub_(mean).div_(std)
-
-
 def update(model, optimiser, scaler, lr):
     """One optimiser step on the processes' mean gradient, then the clamp of the logit scales."""
     for group in optimiser.param_groups:
@@ -1041,39 +1018,38 @@ def update(model, optimiser, scaler, lr):
         scale.data.clamp_(0, math.log(100))
 
 
-LOG_COLUMNS = ["step", "epoch", "lr", "loss", "nce", "cluster_hard", "cluster_kl",
-               "teacher_entropy", "instance", "logit_scale", "distil_scale", "val_student"]
+LOG_COLUMNS = """step epoch lr loss nce cluster_hard cluster_kl teacher_entropy instance
+    logit_scale distil_scale val_student""".split()
 
 
 def train(cfg, loaded=None):
     """Prepare the data, distil, validate after every epoch, evaluate at the end."""
     device = common.start_device(cfg.device, cfg.seed)
     amp, scaler = common.mixed_precision(cfg.precision, device)
-    run = common.Run(cfg, LOG_COLUMNS)
-
     size, _ = common.clip_size(cfg, loaded)
-    tokenizer = common.CLIPTokenizer(size.context_length, size.vocab_size)
+    run = common.Run(cfg, size, LOG_COLUMNS)
+
     statistics = size.pixel_statistics(device)
     test = common.evaluation_sets(cfg, size.image_size, "test")  # what is missing is said now
-    validation = next(iter(common.evaluation_sets(cfg, size.image_size, "val").values()), None)
-    samples, taught = prepare(cfg, size, tokenizer, device)
+    validation = common.evaluation_sets(cfg, size.image_size, "val")
+    samples, taught = prepare(cfg, size, device)
 
     torch.manual_seed(cfg.seed)
     model = build(cfg, loaded, **taught).to(device)
     optimiser = build_optimiser(model, cfg, device)
-    parts = {"model": model, "optimiser": optimiser, "scaler": scaler}
-    state = run.load_state(cfg, len(samples), **parts)
+    state = run.load_state(len(samples), model=model, optimiser=optimiser, scaler=scaler)
     steps_per_epoch = len(samples) // cfg.batch_size
     steps = cfg.epochs * steps_per_epoch
     if cfg.samples:
         steps = max(1, cfg.samples // cfg.batch_size)
-    sampler = common.StepSampler(len(samples), cfg.batch_size, steps, state["step"], cfg.seed)
-    loader = common.train_loader(samples, sampler, common.loader_workers(cfg), device)
-    run.start(cfg, state["step"])
+    loader = common.train_loader(samples, cfg, steps, state["step"], device)
+    run.start(state["step"])
     prepare_towers(model, cfg)
-    cells = {"student": encoders(model.student, statistics, amp)}
+    student = model.student
+    cells = {"student": encoders(student, statistics, amp)}
+    trained = {"val_student": cells["student"]}
 
-    progress = common.Progress(steps, state["step"], cfg.batch_size)
+    progress = common.Progress(cfg, state, steps, steps_per_epoch)
     with common.StopRequest() as stop, progress:
         for image, text, bad, *teaching in loader:
             now = schedules(cfg, state["step"], steps)
@@ -1082,29 +1058,27 @@ def train(cfg, loaded=None):
             terms = backward(model, image, text, others, amp, scaler)
             update(model, optimiser, scaler, now["lr"])
 
-            state["step"] += 1
-            state["bad"] += bad
-            progress.update(cfg.batch_size)
-            epoch_ends = state["step"] % steps_per_epoch == 0 or state["step"] == steps
-            logs = epoch_ends or state["step"] % cfg.log_every == 0
+            epoch_ends, logs, saves = progress.count(state, bad)
             stopping = stop.agreed(synchronise=logs)
             if logs:
                 row = common.log_row(state, steps_per_epoch, now, terms, model.logit_scales()[0])
                 if model.distil_scale is not None:
                     row["distil_scale"] = model.distil_scale.exp().item()
                 if epoch_ends:
-                    common.check_epoch(state, len(samples), cfg.data)
-                    if rank() == 0 and validation is not None:
-                        row.update(validate(run, model, cells, validation, tokenizer, state))
+                    common.check_epoch(state, cfg.data)
+                    row.update(common.validate(run, student, trained, validation, state))
                 run.log(row)
                 progress.show(row)
-            if epoch_ends or stopping or state["step"] % common.SAVE_EVERY == 0:
-                run.save_state(cfg, size, state, **parts)
+            if saves or stopping:
+                run.save_state(state)
             if stopping:
-                raise KeyboardInterrupt(f"stopped at step {state['step']}; --resume --out "
-                                        f"{run.folder} goes on")
+                raise KeyboardInterrupt(f"stopped at step {state['step']}: add --resume to go on")
     if rank() == 0:
-        finish(run, model, cells, test, tokenizer, statistics, state)
+        common.write_results(run, cells, test, state, device)
+        if cfg.stage == "teacher":
+            run.save_model("teacher.pt", student.half())  # for --teacher
+        else:
+            run.save_model("student.pt", student)
 
 
 def teaching_inputs(teaching, seed, step, device):
@@ -1117,12 +1091,11 @@ def teaching_inputs(teaching, seed, step, device):
 
 def prepare_towers(model, cfg):
     """--grad-checkpoint and --compile, after the weights are loaded."""
-    visual, text = model.student.visual, model.student.transformer
-    visual.transformer.grad_checkpoint = cfg.grad_checkpoint
-    text.grad_checkpoint = cfg.grad_checkpoint
-    if cfg.compile:  # in place: the parameter names stay as they are
-        visual.compile()
-        text.compile()
+    for module in model.modules():
+        if isinstance(module, Transformer):
+            module.grad_checkpoint = cfg.grad_checkpoint
+        if cfg.compile and isinstance(module, (Transformer, VisionTransformer)):
+            module.compile()  # in place: the parameter names stay as they are
 
 
 # ------------------------------------------------------------------------ evaluation, pictures
@@ -1146,31 +1119,6 @@ def encoders(clip, statistics, amp):
     return encoder_pair(clip, clip.visual, statistics, amp)
 
 
-def validate(run, model, cells, data, tokenizer, state):
-    """{"val_student"}: the main metric; keeps the best student as best.pt."""
-    cfg, size = model.cfg, model.size
-    scores = common.evaluate(cells, tokenizer, data, size.image_size, common.loader_workers(cfg))
-    score = common.main_metric(scores["student"])
-    run.keep_best(score, state, model.student, cfg, size)
-    return {"val_student": score}
-
-
-def finish(run, model, cells, sets, tokenizer, statistics, state):
-    """Test scores and throughput, results.json, the student alone, pictures."""
-    cfg, size = model.cfg, model.size
-    table = common.score_sets(cells, tokenizer, sets, size.image_size, common.loader_workers(cfg))
-    speed = common.throughput(cells, size.image_size, statistics.device)["student"]
-    table["student"]["images_per_second"] = speed
-    common.write_results(run, cfg, table, state)
-    common.draw_retrieval(run.path("retrieval.png"), cells["student"], tokenizer, sets,
-                          size.image_size)
-    name, student = "student.pt", model.student
-    if cfg.stage == "teacher":
-        name, student = "teacher.pt", student.half()  # for --teacher
-    run.save(name, common.checkpoint(student, cfg, size))
-    print(f"pictures, tables and checkpoints: {run.folder}")
-
-
 def evaluate_checkpoint(cfg, loaded):
     """--evaluate: the test scores of a checkpoint, ours or a published one, and --linear-probe.
 
@@ -1179,7 +1127,7 @@ def evaluate_checkpoint(cfg, loaded):
     device = common.start_device(cfg.device, cfg.seed)
     amp, _ = common.mixed_precision(cfg.precision, device)
     model = build(cfg, loaded)
-    clips = {loaded.path.stem: (model.student.to(device).eval(), model.size)}
+    clips = {loaded.path.stem: (model.student.to(device), model.size)}
     if cfg.stage == "evaluate":
         clips["teacher"] = load_teacher(cfg, device)
     table = {}
@@ -1261,7 +1209,7 @@ def main(argv=None):
         evaluate_checkpoint(cfg, loaded)
     elif cfg.stage in ("embed", "balance", "cluster"):
         size, _ = common.clip_size(cfg, loaded)
-        prepare(cfg, size, None, common.start_device(cfg.device, cfg.seed))
+        prepare(cfg, size, common.start_device(cfg.device, cfg.seed))
     else:
         train(cfg, loaded)
         if cfg.stage == "all" and cfg.method == "clip_cid" and rank() == 0:

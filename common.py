@@ -184,6 +184,26 @@ def known_fields(config_class, values):
             for name, value in values.items() if hasattr(config_class, name)}
 
 
+@dataclass
+class RunConfig:
+    """The options that the three scripts have in common: on what, where and how often it runs."""
+
+    data: str = option("emoji", "training data, with its recipe: emoji, a set of data/README.md, "
+                       "several as coco*2+vg, or any name with --root FOLDER", section="run")
+    root: str | None = option(None, "folder of the data (default data/NAME)")
+    keep: str | None = option(None, "train on the samples of this file of keys, one a line")
+    out: str | None = option(None, "run folder (default runs/METHOD-DATA)")
+    resume: bool = option(False, "go on from the last checkpoint in --out")
+    eval_data: tuple[str, ...] = option((), "evaluation sets, names or folders (default: --data's)")
+    ablate: tuple[str, ...] = option((), "train and tabulate these arms (names in quotes, or all)")
+    seeds: tuple[int, ...] = option((0, 1, 2), "seeds of the ablation")
+    jobs: int = option(1, "runs of the ablation at a time: one a core, or one a GPU")
+    seed: int = option(0, "seed of weights, data order and augmentation")
+    device: str = option("auto", "auto, cuda, mps or cpu")
+    workers: int = option(-1, "loader processes (-1: none for emoji, else up to 8 a process)")
+    log_every: int = option(20, "steps between rows of log.csv")
+
+
 # Flags that may differ when a run goes on.
 FREE = {"out", "resume", "root", "cache", "device", "workers", "log_every", "seeds", "ablate",
         "jobs"}
@@ -198,17 +218,12 @@ def fill_config(config_class, recipe, given, folder):
     out, saved = given.get("out", folder), {}
     path = Path(out, "config.json")
     if given.get("resume") and path.is_file():
-        saved = saved_config(config_class, path)
+        saved = known_fields(config_class, read_json(path)["config"])
     for name, value in given.items():
         if name not in FREE and saved.get(name, value) != value:
             raise UserError(f"{flag(name)} {value}: the run in {out} was started with "
                             f"{saved[name]}; leave the flag out, or take another --out")
     return config_class(**{**recipe, **saved, **given, "out": out})
-
-
-def saved_config(config_class, path):
-    """{field: value} of a run's config.json."""
-    return known_fields(config_class, read_json(path)["config"])
 
 
 # ------------------------------------------------------------------------ devices and processes
@@ -378,24 +393,28 @@ class Run:
     """A run folder: config.json, log.csv, last.pt, best.pt, results.json and pictures.
 
     log.csv holds only what a rerun reproduces to the digit. Only rank 0 writes. UserError when the
-    folder holds a run that is not to be resumed.
+    folder holds a run that is not to be resumed. size: of the model, a dataclass.
     """
 
-    def __init__(self, cfg, columns):
-        self.folder, self.columns = Path(cfg.out), columns
-        if rank() == 0 and self.path("log.csv").exists() and not cfg.resume:
+    def __init__(self, cfg, size, columns):
+        self.folder, self.cfg, self.size, self.columns = Path(cfg.out), cfg, size, columns
+        if rank() == 0 and self.path("config.json").exists() and not cfg.resume:
             raise UserError(f"{cfg.out} holds a run: go on with --resume, or choose another --out")
 
     def path(self, name):
         return self.folder / name
 
-    def start(self, cfg, step):
-        """Write config.json at step 0; later rows of an interrupted run are dropped."""
+    def write_config(self):
+        """config.json, unless the run that goes on has left it."""
+        path = self.path("config.json")
+        if rank() == 0 and not path.exists():
+            write_json(path, {"config": dataclasses.asdict(self.cfg), "environment": environment()})
+
+    def start(self, step):
+        """config.json and log.csv; later rows of an interrupted run are dropped."""
+        self.write_config()
         if rank() > 0:
             return
-        if step == 0:
-            write_json(self.path("config.json"), {"config": dataclasses.asdict(cfg),
-                                                  "environment": environment()})
         path = self.path("log.csv")
         rows = read_csv(path) if path.exists() else []
         lines = [self.columns, *(row.values() for row in rows if int(row["step"]) <= step)]
@@ -413,15 +432,15 @@ class Run:
         if rank() == 0:
             replace_file(self.path(name), lambda temporary: torch.save(content, temporary))
 
-    def load_state(self, cfg, samples, **parts):
+    def load_state(self, samples, **parts):
         """The loop's counters at the last checkpoint, its tensors loaded into the parts.
 
         A run that starts, or whose first checkpoint is still to come, gets fresh counters. parts:
         model, optimiser, scaler. UserError when the checkpoint is damaged, or when the training
         set no longer has as many samples: its steps per epoch would be others.
         """
-        path = self.path("last.pt")
-        if not (cfg.resume and path.exists()):
+        path, self.parts = self.path("last.pt"), parts
+        if not (self.cfg.resume and path.exists()):
             return {"step": 0, "best": -1.0, "best_step": 0, "bad": 0, "samples": samples}
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -438,23 +457,28 @@ class Run:
             state["bad"] = 0  # rank 0 holds the sum
         return state
 
-    def keep_best(self, score, state, model, cfg, size):
+    def save_model(self, name, model):
+        """The model alone, to load it from."""
+        self.save(name, checkpoint(model, self.cfg, self.size))
+
+    def keep_best(self, score, state, model):
         """best.pt: the model, where its validation score is the best so far."""
         if score > state["best"]:
             state["best"], state["best_step"] = score, state["step"]
-            self.save("best.pt", checkpoint(model, cfg, size))
+            self.save_model("best.pt", model)
 
-    def save_state(self, cfg, size, state, **parts):
-        """last.pt: the tensors of the parts, the loop's counters and the config.
+    def save_state(self, state):
+        """last.pt: the tensors of load_state's parts, the loop's counters and the config.
 
         Random numbers need no state: they are seeded by (seed, step, sample). Raises
         FloatingPointError instead when a weight is not finite, so the last good one stays.
         """
         state = {**state, "bad": sum(gather_objects(state["bad"]))}
-        states = {name: part.state_dict() for name, part in parts.items()}
+        states = {name: part.state_dict() for name, part in self.parts.items()}
         if not all(tensor.isfinite().all() for tensor in states["model"].values()):
             raise FloatingPointError(f"a weight is not finite at step {state['step']}: {DIVERGED}")
-        self.save("last.pt", {**checkpoint(parts["model"], cfg, size), **states, "state": state})
+        content = checkpoint(self.parts["model"], self.cfg, self.size)
+        self.save("last.pt", {**content, **states, "state": state})
 
 
 def checkpoint(model, cfg, size):
@@ -483,10 +507,22 @@ class Progress(tqdm):
     """Images done, images/s and the time left: on a terminal all the time, in the line of each
     logged row everywhere."""
 
-    def __init__(self, steps, step, batch_size):
-        terminal = rank() == 0 and sys.stderr.isatty()
-        super().__init__(total=steps * batch_size, initial=step * batch_size, unit=" images",
+    def __init__(self, cfg, state, steps, steps_per_epoch):
+        self.cfg, self.steps, self.steps_per_epoch = cfg, steps, steps_per_epoch
+        terminal, batch = rank() == 0 and sys.stderr.isatty(), cfg.batch_size
+        super().__init__(total=steps * batch, initial=state["step"] * batch, unit=" images",
                          ncols=0, file=None if terminal else open(os.devnull, "w"))
+
+    def count(self, state, bad):
+        """Count a step with so many unusable samples. Returns whether an epoch ends with it,
+        whether it gets a row in log.csv, and whether a checkpoint."""
+        state["step"] += 1
+        state["bad"] += bad
+        self.update(self.cfg.batch_size)
+        step = state["step"]
+        epoch_ends = step % self.steps_per_epoch == 0 or step == self.steps
+        logs = epoch_ends or step % self.cfg.log_every == 0
+        return epoch_ends, logs, epoch_ends or step % SAVE_EVERY == 0
 
     def show(self, row):
         """Print a row of log.csv."""
@@ -533,7 +569,8 @@ def run_arms(cfg, given, arms, baselines, first=()):
     given: the flags of this command; arms: {name: {field: value}}, what an arm changes in them;
     cfg.ablate: names of arms, or "all"; baselines: the arms that all are compared with; first:
     [{field: value}] of commands whose work the arms share. Arm and seed have a folder of their own,
-    so an interrupted ablation goes on. Returns {arm: [results.json of each seed]}.
+    so an interrupted ablation goes on. Writes table.md, and difference_to_BASELINE.md of each
+    baseline that was run. Returns {arm: [results.json of each seed]}.
     """
     alone = {name: value for name, value in given.items()
              if name not in ("ablate", "seeds", "jobs")}
@@ -552,7 +589,13 @@ def run_arms(cfg, given, arms, baselines, first=()):
     for name in arms:
         for path in Path(cfg.out, name.replace(" ", "_")).glob("seed*/results.json"):
             found.setdefault(name, []).append(read_json(path))
-    tabulate(found, baselines, Path(cfg.out))
+
+    print_table(over_seeds(found), Path(cfg.out, "table.md"))
+    for arm in baselines:
+        if arm in found:
+            print(f"\ndifference to {arm!r}, subtracted seed by seed (in how many it is positive)")
+            path = Path(cfg.out, f"difference_to_{arm.replace(' ', '_')}.md")
+            print_table(over_seeds(found, found[arm]), path)
     return found
 
 
@@ -596,16 +639,6 @@ def to_flags(fields):
             values = value if isinstance(value, tuple) else [value]
             words += [flag(name), *map(str, values)]
     return words
-
-
-def tabulate(found, baselines, folder):
-    """Print and write table.md, and a difference_to_BASELINE.md for each baseline that was run."""
-    print_table(over_seeds(found), folder / "table.md")
-    for arm in baselines:
-        if arm in found:
-            print(f"\ndifference to {arm!r}, subtracted seed by seed (in how many it is positive)")
-            path = folder / f"difference_to_{arm.replace(' ', '_')}.md"
-            print_table(over_seeds(found, found[arm]), path)
 
 
 def over_seeds(found, baseline=()):
@@ -657,6 +690,9 @@ class Size:
         """Mean and standard deviation of pixels from 0 to 255, (2, 3, 1, 1)."""
         return 255 * torch.tensor([self.mean, self.std], device=device).view(2, 3, 1, 1)
 
+    def tokenizer(self):
+        return CLIPTokenizer(self.context_length, self.vocab_size)
+
 
 OPENAI = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
 VIT_B32 = Size(image_size=224, patch_size=32, vision_width=768, vision_layers=12, vision_heads=12,
@@ -685,11 +721,14 @@ class Checkpoint:
 
 
 def read_checkpoint(path):
-    """The Checkpoint in a .pt, .bin or .safetensors file, or in one of OpenAI's archives.
+    """The Checkpoint in a .pt, .bin or .safetensors file, or in one of OpenAI's archives; of None
+    None.
 
     Nothing in the file is executed. The weights are as stored, but out of their wrapper and
     without what DataParallel and torch.compile put into names. UserError: no checkpoint.
     """
+    if path is None:
+        return None
     path = Path(path)
     try:
         weights = content = read_content(path)
@@ -1018,7 +1057,7 @@ class CLIPTokenizer(Tokenizer):
 
 # --------------------------------------------------------------------------------- BERT's tokenizer
 
-BERT_SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"]
+BERT_SPECIALS = "[PAD] [UNK] [CLS] [SEP] [MASK] [DEC] [ENC]".split()
 IDEOGRAPH = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df"
                        "\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]")
 BLIP_SYMBOLS = r'[.!"()*#:;~]'  # what BLIP takes out of captions and questions
@@ -1559,7 +1598,7 @@ class TorchvisionSet(ConcatDataset):
 
 # ------------------------------------------------------------------------- what a Config names
 
-PREPARED = ("coco", "flickr30k", "vg", "sbu", "nocaps", "vqav2", "cc3m")
+PREPARED = "coco flickr30k vg sbu nocaps vqav2 cc3m".split()
 
 
 def parts_of(data):
@@ -1778,39 +1817,23 @@ class TrainSamples:
                         f"(last: {reason})")
 
 
-@dataclass
-class StepSampler:
-    """This rank's share of the global batches of steps start..steps - 1, lists of (epoch, index).
+def step_batches(n, batch, steps, start, seed):
+    """Yields this rank's share of the global batches of steps start..steps - 1, lists of
+    (epoch, index).
 
     Every epoch is a new permutation of the n samples, cut into global batches; the rest is
     dropped. Rank r takes each world-th sample of a batch, so the global batch is the same for any
-    number of ranks. UserError when a batch is larger than the set or cannot be shared evenly.
+    number of ranks.
     """
-
-    n: int
-    batch: int
-    steps: int
-    start: int
-    seed: int
-
-    def __post_init__(self):
-        if self.batch % world_size():
-            raise UserError(f"--batch-size {self.batch} cannot be shared evenly by {world_size()} "
-                            "processes")
-        if self.n < self.batch:
-            raise UserError(f"the training set has {self.n} samples, fewer than one batch of "
-                            f"{self.batch}: lower --batch-size")
-
-    def __iter__(self):
-        for step in range(self.start, self.steps):
-            epoch, position = divmod(step, self.n // self.batch)
-            if position == 0 or step == self.start:
-                sequence = np.random.SeedSequence((self.seed, epoch))
-                seed = int(sequence.generate_state(1, np.uint64)[0])
-                generator = torch.Generator().manual_seed(seed)
-                batches = torch.randperm(self.n, generator=generator).split(self.batch)
-            share = batches[position][rank()::world_size()]
-            yield [(epoch, index) for index in share.tolist()]
+    for step in range(start, steps):
+        epoch, position = divmod(step, n // batch)
+        if position == 0 or step == start:
+            sequence = np.random.SeedSequence((seed, epoch))
+            drawn = int(sequence.generate_state(1, np.uint64)[0])
+            generator = torch.Generator().manual_seed(drawn)
+            batches = torch.randperm(n, generator=generator).split(batch)
+        share = batches[position][rank()::world_size()]
+        yield [(epoch, index) for index in share.tolist()]
 
 
 class Loader(DataLoader):
@@ -1823,13 +1846,22 @@ class Loader(DataLoader):
             raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
 
 
-def train_loader(samples, sampler, workers, device):
-    """Yields images uint8 (B, 3, S, S), tokens int64 (B, context), number of unusable samples.
+def train_loader(samples, cfg, steps, start, device):
+    """Yields, for the steps from `start` on, images uint8 (B, 3, S, S), tokens int64 (B, context),
+    number of unusable samples.
 
-    What `samples` returns beyond these three follows, stacked.
+    What `samples` returns beyond these three follows, stacked. UserError when a batch is larger
+    than the set or cannot be shared evenly.
     """
-    return Loader(samples, batch_sampler=sampler, num_workers=workers, collate_fn=collate_train,
-                  worker_init_fn=ignore_ctrl_c, pin_memory=torch.device(device).type == "cuda")
+    n, batch = len(samples), cfg.batch_size
+    if batch % world_size():
+        raise UserError(f"--batch-size {batch} cannot be shared evenly by {world_size()} processes")
+    if n < batch:
+        raise UserError(f"the training set has {n} samples, fewer than one batch of {batch}: lower "
+                        "--batch-size")
+    return Loader(samples, batch_sampler=step_batches(n, batch, steps, start, cfg.seed),
+                  num_workers=loader_workers(cfg), collate_fn=collate_train,
+                  worker_init_fn=ignore_ctrl_c, pin_memory=device.type == "cuda")
 
 
 def eval_loader(data, image_size, batch_size, workers, resize=resize_center_crop):
@@ -1865,6 +1897,12 @@ def collate_train(batch):
     return torch.stack(images), tokens, sum(bad), *map(torch.stack, more)
 
 
+def normalise(image, statistics):
+    """(B, 3, S, S) uint8 -> float32, on the device of the statistics (2, 3, 1, 1)."""
+    mean, std = statistics
+    return image.to(mean.device, non_blocking=True).float().sub_(mean).div_(std)
+
+
 def trim_padding(tokens, multiple=16):
     """(B, context) -> (B, n): without the columns of padding that none of the texts needs.
 
@@ -1892,10 +1930,10 @@ def check_bad(bad, good, where):
             print(line)
 
 
-def check_epoch(state, samples, name):
+def check_epoch(state, name):
     """check_bad of what the processes met in an epoch; the count starts anew."""
     bad = collections.Counter(unreadable=sum(gather_objects(state["bad"])))
-    check_bad(bad, samples - bad.total(), name)
+    check_bad(bad, state["samples"] - bad.total(), name)
     state["bad"] = 0
 
 
@@ -1912,21 +1950,16 @@ def batches(data, image_size, workers, doing, resize=resize_whole, batch_size=64
 
 
 @torch.no_grad()
-def embed_images(encoders, data, image_size, workers, probed=False):
+def embed_images(encoders, data, image_size, workers):
     """One pass over a set: the features (E, N, D) float32 by E encoders, and N targets.
 
-    encoders as in evaluate(). Images that cannot be read are left out; UserError if all are, and
-    where features that a linear probe is to learn from are no numbers.
+    encoders as in evaluate(). Images that cannot be read are left out; UserError if all are.
     """
     features, targets = [], []
     loader = batches(data, image_size, workers, "embedding", resize_center_crop, 128)
-    for images, indices, batch_targets in loader:
-        batch = torch.stack([encode(images).float() for encode, _ in encoders.values()])
-        for i, finite in zip(indices, batch.isfinite().all(2).all(0).tolist()):
-            if probed and not finite:
-                raise UserError(f"linear probe: the features of image {data.key(i)} are no finite "
-                                "numbers")
-        features.append(batch)
+    for images, _, batch_targets in loader:
+        batch = [encode(images).float() for encode, _ in encoders.values()]
+        features.append(torch.stack(batch))
         targets += batch_targets
     return torch.cat(features, 1), targets
 
@@ -1946,8 +1979,7 @@ def evaluate(encoders, tokenizer, data, image_size, workers, train=None):
     images that a linear probe of the classes learns from. Images that could not be read are left
     out and counted as "unreadable".
     """
-    probed = train is not None
-    features, targets = embed_images(encoders, data, image_size, workers, probed)
+    features, targets = embed_images(encoders, data, image_size, workers)
     scores = {}
     for x, (key, (_, encode_text)) in zip(features, encoders.items()):
         if data.kind == "classes":
@@ -1957,9 +1989,9 @@ def evaluate(encoders, tokenizer, data, image_size, workers, train=None):
             texts = embed_texts(encode_text, tokenizer, list(itertools.chain(*targets)))
             found = retrieval(x, texts, owners(targets))
         scores[key] = found | unreadable(data, targets)
-    if probed:
+    if train is not None:
         test = features, targets
-        train = embed_images(encoders, train, image_size, workers, probed)
+        train = embed_images(encoders, train, image_size, workers)
         for i, key in enumerate(encoders):
             splits = [(x[i], torch.tensor(y, device=x.device)) for x, y in (train, test)]
             scores[key] |= linear_probe(*splits, len(data.classes))
@@ -2125,13 +2157,15 @@ def linear_probe(train, test, classes):
 
     A split is (features (N, D), labels (N,)). The inverse regularisation (scikit-learn's C:
     minimise C * sum of losses + |W|^2 / 2) is chosen on every fifth training image, then all are
-    fitted anew.
+    fitted anew. UserError where a feature is no finite number.
     """
     def accuracy(train, test, c):
         x, y = test
         return percent(fit_logistic(*train, classes, c)(x).argmax(1) == y)
 
     x, y = train
+    if not (x.isfinite().all() and test[0].isfinite().all()):
+        raise UserError("linear probe: some features are no finite numbers: try --precision fp32")
     held = torch.arange(len(y)) % 5 == 4
     scores = {c: accuracy((x[~held], y[~held]), (x[held], y[held]), c) for c in STRENGTHS}
     best = max(scores, key=scores.get)
@@ -2164,8 +2198,8 @@ def test_checkpoint(cfg, size, encoders):
     """
     sets = evaluation_sets(cfg, size.image_size, "test")
     training = evaluation_sets(cfg, size.image_size, "train") if cfg.linear_probe else {}
-    tokenizer, workers = CLIPTokenizer(size.context_length, size.vocab_size), loader_workers(cfg)
-    cells = score_sets(encoders, tokenizer, sets, size.image_size, workers, training)
+    cells = score_sets(encoders, size.tokenizer(), sets, size.image_size, loader_workers(cfg),
+                       training)
     for cell in cells.values():
         top1 = [cell[f"{name}_top1"] for name, data in sets.items() if data.kind == "classes"]
         if len(top1) > 1:
@@ -2173,11 +2207,27 @@ def test_checkpoint(cfg, size, encoders):
     return cells
 
 
-def write_results(run, cfg, cells, state):
-    """results.json, the table on stdout and curves.png.
+def validate(run, model, encoders, sets, state):
+    """{column: main metric} of {column: encoders} on the first of {name: set}, on rank 0; best.pt,
+    the model, by the best of them. {} where there is no set."""
+    if rank() > 0 or not sets:
+        return {}
+    size, data = run.size, next(iter(sets.values()))
+    scores = evaluate(encoders, size.tokenizer(), data, size.image_size, loader_workers(run.cfg))
+    row = {column: main_metric(found) for column, found in scores.items()}
+    run.keep_best(max(row.values()), state, model)
+    return row
 
-    cells: {label: {metric: value}}; state: the training loop's counters.
-    """
+
+def write_results(run, encoders, sets, state, device):
+    """results.json, the test scores and throughput of {label: encoders}; the table on stdout,
+    curves.png, retrieval.png of the first of them. state: the training loop's counters."""
+    cfg, side, tokenizer = run.cfg, run.size.image_size, run.size.tokenizer()
+    cells = score_sets(encoders, tokenizer, sets, side, loader_workers(cfg))
+    images = torch.randint(256, (256, 3, side, side), dtype=torch.uint8, device=device)
+    calls = {name: functools.partial(encode, images) for name, (encode, _) in encoders.items()}
+    for name, milliseconds in compare_latency(calls, device, 5).items():
+        cells[name]["images_per_second"] = 1000 * len(images) / milliseconds
     write_json(run.path("results.json"), {
         "cells": cells,
         "seed": cfg.seed,
@@ -2187,15 +2237,9 @@ def write_results(run, cfg, cells, state):
     })
     print_table(cells)
     plot_curves(run.path("curves.png"), f"{cfg.method} on {cfg.data}")
-
-
-def throughput(encoders, image_size, device, count=256):
-    """{key: images/s} of image encoders on images of noise; encoders as in evaluate()."""
-    shape = (count, 3, image_size, image_size)
-    images = torch.randint(256, shape, dtype=torch.uint8, device=device)
-    calls = {key: functools.partial(encode, images) for key, (encode, _) in encoders.items()}
-    times = compare_latency(calls, device, 5)
-    return {key: 1000 * count / milliseconds for key, milliseconds in times.items()}
+    first, *_ = encoders.values()
+    draw_retrieval(run.path("retrieval.png"), first, tokenizer, sets, side)
+    print(f"pictures, tables and checkpoints: {run.folder}")
 
 
 def compare_latency(functions, device, rounds=15):

@@ -64,7 +64,7 @@ import math
 import re
 import sys
 from collections import Counter, OrderedDict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -75,7 +75,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import common
-from common import UserError, average_gradients, gather, option, rank, world_size
+from common import UserError, average_gradients, gather, normalise, option, rank, world_size
 
 # Letters in shape comments: B images or texts (in the losses: b of this process against the B of
 # all), N tokens, M tokens attended to, D width, E width of the joint embedding, Q length of a
@@ -95,27 +95,14 @@ NEEDED = {"teacher": ("text_encoder.", "text_decoder.", "vision_proj.", "text_pr
 
 
 @dataclass
-class Config:
+class Config(common.RunConfig):  # data, out, resume, ablate, seed, device, ...
     stage: str = option("all", "all (emoji only): distil, finetune, evaluate; flags are distil's",
-                        ["all", "teacher", "distil", "finetune", "evaluate"], section="run")
+                        ["all", "teacher", "distil", "finetune", "evaluate"])
     task: tuple[str, ...] = option(TASKS, "what to fine-tune for (one a run) or to evaluate",
                                     [*TASKS])
-    data: str = option("emoji", "a set of data/README.md or several, coco*2+vg; picks the recipe")
-    root: str | None = option(None, "folder of the data (default data/NAME)")
-    keep: str | None = option(None, "train on these samples only: a file of keys, one a line")
     teacher: str | None = option(None, "a BLIP checkpoint (emoji: data/teacher_blip.pt)")
     with_teacher: bool = option(True, "--stage all: fine-tune and evaluate the teacher as well")
     init: str | None = option(None, "the BLIP checkpoint that finetune and evaluate take")
-    out: str | None = option(None, "run folder (default runs/METHOD-DATA)")
-    resume: bool = option(False, "go on from the last checkpoint in --out")
-    eval_data: tuple[str, ...] = option((), "evaluation sets, names or folders (default: --data's)")
-    ablate: tuple[str, ...] = option((), "train and tabulate these arms, names in quotes, or all")
-    seeds: tuple[int, ...] = option((0, 1, 2), "seeds of the ablation")
-    jobs: int = option(1, "runs of the ablation at a time: one a core, or one a GPU")
-    seed: int = option(0, "seed of weights, data order and augmentation")
-    device: str = option("auto", "where to run", ["auto", "cuda", "mps", "cpu"])
-    workers: int = option(-1, "loader processes (-1: none for emoji, else up to 8 a process)")
-    log_every: int = option(20, "steps between rows of log.csv")
 
     method: str = option("dlip", "blip: no distillation", ["dlip", "blip"], section="method")
     vlp: bool = option(True, "BLIP's own losses, ITC + ITM + LM, in pre-training")
@@ -688,21 +675,6 @@ class BLIP(nn.Module):
         return torch.stack(best)
 
 
-def untied(blip):
-    """A BLIP with shared=False and the same weights: the start of BLIP's VQA fine-tuning.
-
-    Its decoder reads text states instead of image states: where the widths differ, keys and values
-    of its cross-attention start afresh (A7).
-    """
-    other = BLIP(blip.size, shared=False)
-    weights = blip.state_dict()
-    if blip.size.vision.width != blip.size.text.width:
-        fresh = re.compile(r"text_decoder\..*crossattention\.self\.(key|value)")
-        weights = {name: w for name, w in weights.items() if not fresh.match(name)}
-    other.load_state_dict(weights, strict=False)
-    return other
-
-
 def count_parameters(blip):
     """{module: number}. The paper counts visual_encoder and text_encoder, with cross-attention;
     text_decoder has only what it does not share."""
@@ -1051,18 +1023,24 @@ CLASSIFIER = "text_decoder.cls.predictions.decoder.weight"
 SPARE = "predictions.decoder.weight", "predictions.decoder.bias", "position_ids"
 
 
-def load_blip(checkpoint, image_size=None, dropout=0.0, need=()):
+def load_blip(checkpoint, image_size=None, dropout=0.0, need=(), untie=False):
     """A BLIP with the weights of a common.Checkpoint: ours, BLIP's own or Hugging Face's.
 
     image_size: position embeddings are resized to it. A captioner has no text encoder, a retriever
-    no decoder: what is missing stays random, unless its name begins with one of `need`.
+    no decoder: what is missing stays random, unless its name begins with one of `need`. untie: two
+    networks also of shared weights, the start of BLIP's VQA fine-tuning. The decoder then reads
+    text states instead of image states: where the widths differ, keys and values of its
+    cross-attention start afresh (A7).
     """
     weights = blip_names(checkpoint.weights)
     size = blip_size(checkpoint, weights)
     vision = replace(size.vision, image_size=image_size or size.vision.image_size)
     size = replace(size, vision=vision, text=replace(size.text, dropout=dropout))
     shared = alike(weights, f"text_encoder.{WORDS}", f"text_decoder.bert.{WORDS}")
-    blip = BLIP(size, shared)
+    blip = BLIP(size, shared and not untie)
+    if shared and untie and vision.width != size.text.width:
+        fresh = re.compile(r"text_decoder\..*crossattention\.self\.(key|value)")
+        weights |= {name: w for name, w in blip.state_dict().items() if fresh.match(name)}
     load_named(blip, weights, checkpoint.path, ("visual_encoder.", *need))
     return blip
 
@@ -1137,7 +1115,7 @@ def size_of(cfg, tokenizer):
     """The BLIPSize that --vit and --bert name."""
     visions, texts = sizes(cfg)
     vision = replace(visions[cfg.vit], image_size=cfg.image_size)
-    special = {name: getattr(tokenizer, name) for name in ("pad", "cls", "sep", "dec", "enc")}
+    special = {name: getattr(tokenizer, name) for name in "pad cls sep dec enc".split()}
     text = texts[cfg.bert]
     fusion = min(cfg.fusion_layers, text.layers)
     text = replace(text, vocab=tokenizer.vocab_size, dropout=dropout(cfg), fusion_layers=fusion,
@@ -1149,9 +1127,10 @@ def dropout(cfg):
     return 0.0 if cfg.data == "emoji" else 0.1  # BERT's
 
 
-def open_blip(path, cfg, tokenizer, need=()):
-    """A BLIP from a checkpoint at --image-size. UserError when it does not fit the data."""
-    blip = load_blip(common.read_checkpoint(path), cfg.image_size, dropout(cfg), need)
+def open_blip(path, cfg, tokenizer, *how):
+    """A BLIP from a checkpoint at --image-size; how: what load_blip takes behind the dropout.
+    UserError when it does not fit the data."""
+    blip = load_blip(common.read_checkpoint(path), cfg.image_size, dropout(cfg), *how)
     vocab = blip.size.text.vocab
     if vocab != tokenizer.vocab_size:
         raise UserError(f"{path} has a vocabulary of {vocab:,} tokens, --data {cfg.data} "
@@ -1162,9 +1141,8 @@ def open_blip(path, cfg, tokenizer, need=()):
 def build(cfg, tokenizer):
     """DLIP around a new student, or around the one of --init."""
     if cfg.stage == "finetune":
-        student = open_blip(cfg.init, cfg, tokenizer, NEEDED[cfg.task[0]])
-        if cfg.task == ("vqa",) and student.shared:
-            student = untied(student)
+        untie = cfg.task == ("vqa",)
+        student = open_blip(cfg.init, cfg, tokenizer, NEEDED[cfg.task[0]], untie)
     else:
         student = BLIP(size_of(cfg, tokenizer))
         if cfg.vision_init:
@@ -1233,12 +1211,6 @@ def schedules(cfg, peak, step, steps, steps_per_epoch):
     return {"lr": lr, "alpha": cfg.alpha * min(1.0, step / ramp if ramp else 1.0)}
 
 
-def normalise(image, statistics):
-    """(B, 3, S, S) uint8 -> float32, on the device of the statistics (2, 3, 1, 1)."""
-    mean, std = statistics
-    return image.to(mean.device, non_blocking=True).float().sub_(mean).div_(std)
-
-
 def update(student, optimiser, scaler, lr):
     """One optimiser step on the processes' mean gradient, then the clamp of the temperature."""
     for group in optimiser.param_groups:
@@ -1246,9 +1218,8 @@ def update(student, optimiser, scaler, lr):
     average_gradients(student.parameters())
     scaler.step(optimiser)
     scaler.update()
-    optimiser.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        student.temp.clamp_(0.001, 0.5)
+    optimiser.zero_grad()
+    student.temp.data.clamp_(0.001, 0.5)
 
 
 class Samples(common.TrainSamples):
@@ -1287,8 +1258,8 @@ def encode_pairs(tokenizer, pairs):
     return torch.cat([tokenizer(questions), tokenizer(answers)], 1)
 
 
-KEPT = ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness",
-        "Sharpness", "AutoContrast", "Equalize")
+KEPT = """Identity ShearX ShearY TranslateX TranslateY Rotate Brightness Sharpness AutoContrast
+    Equalize""".split()
 
 
 def augment(image, rng):
@@ -1331,9 +1302,8 @@ def training_samples(cfg, tokenizer):
     return Samples(data, encode, cfg.image_size, (least, 1.0), cfg.seed, change)
 
 
-LOG_COLUMNS = ["step", "epoch", "lr", "alpha", "loss", "itc", "itm", "lm", "hr_img", "hr_text",
-               "hr_vl_e", "hr_vl_d", "at_self", "at_cross", "logit_scale",
-               "val_retrieval", "val_caption", "val_vqa"]
+LOG_COLUMNS = """step epoch lr alpha loss itc itm lm hr_img hr_text hr_vl_e hr_vl_d at_self at_cross
+    logit_scale val_retrieval val_caption val_vqa""".split()
 
 
 def train(cfg):
@@ -1352,22 +1322,23 @@ def train(cfg):
     amp, scaler = common.mixed_precision(cfg.precision, device)
     samples = training_samples(cfg, tokenizer)
     asked = Asked(student, cfg, tokenizer, device)
-    validation = next(iter(task_sets(cfg, cfg.task[0], "val").values()), None)
+    validation = task_sets(cfg, cfg.task[0], "val")
 
-    run = common.Run(cfg, LOG_COLUMNS)
-    parts = {"model": model, "optimiser": optimiser, "scaler": scaler}
-    state = run.load_state(cfg, len(samples), **parts)
+    run = common.Run(cfg, student.size, LOG_COLUMNS)
+    state = run.load_state(len(samples), model=model, optimiser=optimiser, scaler=scaler)
     steps_per_epoch = len(samples) // cfg.batch_size
     steps = max(1, round(cfg.epochs * steps_per_epoch))
-    sampler = common.StepSampler(len(samples), cfg.batch_size, steps, state["step"], cfg.seed)
-    loader = common.train_loader(samples, sampler, common.loader_workers(cfg), device)
-    run.start(cfg, state["step"])
-    prepare_encoders(model, teacher, cfg)
+    loader = common.train_loader(samples, cfg, steps, state["step"], device)
+    run.start(state["step"])
+    student.visual_encoder.grad_checkpoint = cfg.grad_checkpoint
+    if cfg.compile:
+        for blip in filter(None, (student, model.momentum, teacher)):
+            blip.visual_encoder.compile()  # in place: the parameter names stay as they are
     peak = peak_lr(cfg, student.size.text.width)
     if rank() == 0:
-        print(f"\n{cfg.out}: {steps} steps, peak learning rate {peak:g}", flush=True)
+        print(f"\n{cfg.out}: {steps} steps, peak learning rate {peak:g}")
 
-    progress = common.Progress(steps, state["step"], cfg.batch_size)
+    progress = common.Progress(cfg, state, steps, steps_per_epoch)
     with common.StopRequest() as stop, progress:
         for image, ids, bad, number in loader:
             now = schedules(cfg, peak, state["step"], steps, steps_per_epoch)
@@ -1381,45 +1352,32 @@ def train(cfg):
             scaler.scale(loss).backward()
             update(student, optimiser, scaler, now["lr"])
 
-            state["step"] += 1
-            state["bad"] += bad
-            progress.update(cfg.batch_size)
-            epoch_ends = state["step"] % steps_per_epoch == 0 or state["step"] == steps
-            logs = epoch_ends or state["step"] % cfg.log_every == 0
+            epoch_ends, logs, saves = progress.count(state, bad)
             stopping = stop.agreed(synchronise=logs)
             if logs:
                 scale = -student.temp.log()
                 row = common.log_row(state, steps_per_epoch, now, terms, scale)
                 if epoch_ends:
-                    common.check_epoch(state, len(samples), cfg.data)
-                    if rank() == 0 and validation is not None:
-                        row.update(validate(run, asked, validation, state))
+                    common.check_epoch(state, cfg.data)
+                    row.update(validate(run, asked, validation, state))
                     model.train()
                 run.log(row)
                 progress.show(row)
-            if epoch_ends or stopping or state["step"] % common.SAVE_EVERY == 0:
-                run.save_state(cfg, student.size, state, **parts)
+            if saves or stopping:
+                run.save_state(state)
             if stopping:
-                raise KeyboardInterrupt(f"stopped at step {state['step']}; the same command with "
-                                        f"--resume --out {Path(cfg.out).parent} goes on")
-    common.on_first(partial(finish, run, cfg, student, state))
+                raise KeyboardInterrupt(f"stopped at step {state['step']}: add --resume to go on")
+    common.on_first(partial(finish, run, student, state))
 
 
-def finish(run, cfg, student, state):
+def finish(run, student, state):
     """blip.pt, the model alone; results.json; curves.png."""
+    cfg = run.cfg
     if cfg.stage == "teacher":  # for data/, where half the size matters more than the digits
         student = student.half()
-    run.save("blip.pt", common.checkpoint(student, cfg, student.size))
+    run.save_model("blip.pt", student)
     common.write_json(run.path("results.json"), {"seed": cfg.seed, **state})
     common.plot_curves(run.path("curves.png"), f"{cfg.stage} on {cfg.data}")
-
-
-def prepare_encoders(model, teacher, cfg):
-    """--grad-checkpoint and --compile, after the weights are loaded."""
-    model.student.visual_encoder.grad_checkpoint = cfg.grad_checkpoint
-    if cfg.compile:
-        for blip in filter(None, (model.student, model.momentum, teacher)):
-            blip.visual_encoder.compile()  # in place: the parameter names stay as they are
 
 
 # ------------------------------------------------------------------------ evaluation, pictures
@@ -1431,8 +1389,7 @@ class Asked:
     def __init__(self, blip, cfg, tokenizer, device):
         self.blip, self.cfg, self.tokenizer = blip, cfg, tokenizer
         self.amp, _ = common.mixed_precision(cfg.precision, device)
-        values = torch.tensor(list(common.OPENAI.values()), device=device)  # CLIP's, as BLIP's
-        self.statistics = 255 * values.view(2, 3, 1, 1)
+        self.statistics = common.Size(**common.OPENAI).pixel_statistics(device)  # CLIP's [BLIP]
 
     def encode_image(self, image):
         """States (B, M, D) and ITC features (B, E)."""
@@ -1514,14 +1471,18 @@ def scores_of(asked, data, rerank_k, answers=None):
     return common.caption_scores(data, cfg.image_size, asked.caption, workers)
 
 
-def validate(run, asked, data, state):
-    """{"val_TASK"}: the main score, of retrieval by ITC alone; keeps the best as best.pt."""
-    scores, task = scores_of(asked, data, rerank_k=0), asked.cfg.task[0]
+def validate(run, asked, sets, state):
+    """{"val_TASK"}: the main score on the first set, of retrieval by ITC alone; keeps the best as
+    best.pt. {} where there is no set, and but for rank 0."""
+    if rank() > 0 or not sets:
+        return {}
+    data, task = next(iter(sets.values())), asked.cfg.task[0]
+    scores = scores_of(asked, data, rerank_k=0)
     if task == "retrieval":
         value = common.main_metric(scores)
     else:
         value = scores["cider" if task == "caption" else "vqa_accuracy"]
-    run.keep_best(float(value), state, asked.blip, asked.cfg, asked.blip.size)
+    run.keep_best(float(value), state, asked.blip)
     return {f"val_{task}": value}
 
 
@@ -1553,12 +1514,8 @@ def finetunings(cfg):
 
 def run_stages(cfg):
     """What --stage names, in folders below --out."""
-    common.start_device(cfg.device, cfg.seed)  # joins the processes: on_first needs them
-    path = Path(cfg.out, "config.json")
-    if path.exists() and not cfg.resume:
-        raise UserError(f"{cfg.out} holds a run: go on with --resume, or choose another --out")
-    content = {"config": asdict(cfg), "environment": common.environment()}
-    common.on_first(lambda: path.exists() or common.write_json(path, content))
+    device = common.start_device(cfg.device, cfg.seed)
+    common.Run(cfg, None, ()).write_config()
     if not cfg.init:
         stage = "teacher" if cfg.stage == "teacher" else "distil"
         train(replace(cfg, stage=stage, task=("retrieval",), out=f"{cfg.out}/{stage}", resume=True))
@@ -1566,7 +1523,7 @@ def run_stages(cfg):
         for own in finetunings(cfg).values():
             train(own)
     if cfg.stage in ("all", "evaluate"):
-        common.on_first(partial(evaluate, cfg))
+        common.on_first(partial(evaluate, cfg, device))
 
 
 def open_asked(path, cfg, device, need=()):
@@ -1576,9 +1533,9 @@ def open_asked(path, cfg, device, need=()):
     return Asked(blip, cfg, tokenizer, device)
 
 
-def evaluate(cfg):
+def evaluate(cfg, device):
     """The test scores of the models on the tasks, their costs, the table and the pictures."""
-    device, folder = common.start_device(cfg.device, cfg.seed), Path(cfg.out)
+    folder = Path(cfg.out)
     models = {who: open_asked(path, cfg, device) for who, path in models_of(cfg).items()}
     cells, tuned = costs(models, device), {}
     for (who, task), own in finetunings(cfg).items():

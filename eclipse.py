@@ -61,7 +61,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import common
-from common import UserError, average_gradients, gather, option, rank
+from common import UserError, average_gradients, gather, normalise, option, rank
 
 # Letters in shape comments: B images or texts in the batch a function is given (in the losses: b of
 # this process against the B of all), N tokens, D width, H heads, E width of the joint embedding,
@@ -71,23 +71,9 @@ from common import UserError, average_gradients, gather, option, rank
 
 
 @dataclass
-class Config:
-    data: str = option("emoji", "training data, with its recipe: emoji, cc3m, coco, flickr30k, or "
-                       "any name with --root FOLDER of tar shards")
-    root: str | None = option(None, "folder of the data (default data/NAME)")
-    keep: str | None = option(None, "train on the samples of this file of keys, one a line")
-    out: str | None = option(None, "run folder (default runs/METHOD-DATA)")
-    resume: bool = option(False, "go on from the last checkpoint in --out")
+class Config(common.RunConfig):  # data, out, resume, ablate, seed, device, ...
     evaluate: str | None = option(None, "evaluate this checkpoint, ours or a public CLIP, and stop")
-    eval_data: tuple[str, ...] = option((), "evaluation sets, names or folders (default: --data's)")
     linear_probe: bool = option(False, "with --evaluate: also a linear classifier on the features")
-    ablate: tuple[str, ...] = option((), "train and tabulate these arms (names in quotes, or all)")
-    seeds: tuple[int, ...] = option((0, 1, 2), "seeds of the ablation")
-    jobs: int = option(1, "runs of the ablation at a time: one a core, or one a GPU")
-    seed: int = option(0, "seed of weights, data order and augmentation")
-    device: str = option("auto", "auto, cuda, mps or cpu")
-    workers: int = option(-1, "loader processes (-1: none for emoji, else up to 8 a process)")
-    log_every: int = option(20, "steps between rows of log.csv")
 
     method: str = option("eclipse", "clip: no teacher, no pruning; clip+evit: no teacher",
                          ["eclipse", "clip", "clip+evit"], section="method")
@@ -162,8 +148,7 @@ def configure(argv=None):
     if asked.method == "clip":
         given["keep_rate"] = 1.0
     recipe = RECIPES.get(asked.data, LARGE)
-    source = asked.evaluate or asked.init
-    loaded = common.read_checkpoint(source) if source else None
+    loaded = common.read_checkpoint(asked.evaluate or asked.init)
     if asked.evaluate:
         recipe = {**recipe, "method": "clip+evit", "keep_rate": 1.0}  # of public weights
         recipe.update(common.known_fields(Config, loaded.config),
@@ -570,12 +555,6 @@ def backward(model, image, text, others, amp, scaler):
     return {name: term.detach() for name, term in {"loss": loss, **terms}.items()}
 
 
-def normalise(image, statistics):
-    """(B, 3, S, S) uint8 -> float32, on the device of the statistics (2, 3, 1, 1)."""
-    mean, std = statistics
-    return image.to(mean.device, non_blocking=True).float().sub_(mean).div_(std)
-
-
 def update(model, optimiser, scaler, lr):
     """One optimiser step on the processes' mean gradient, then the clamp of the logit scales."""
     for group in optimiser.param_groups:
@@ -600,25 +579,23 @@ def train(cfg, loaded=None):
     amp, scaler = common.mixed_precision(cfg.precision, device)
 
     size = model.size
-    tokenizer = common.CLIPTokenizer(size.context_length, size.vocab_size)
     statistics = size.pixel_statistics(device)
     data = common.training_set(cfg, size.image_size)
     test = common.evaluation_sets(cfg, size.image_size, "test")  # what is missing is said now
-    validation = next(iter(common.evaluation_sets(cfg, size.image_size, "val").values()), None)
+    validation = common.evaluation_sets(cfg, size.image_size, "val")
+    tokenizer = size.tokenizer()
     samples = common.TrainSamples(data, tokenizer, size.image_size, crop_scale(cfg), cfg.seed)
 
-    run = common.Run(cfg, LOG_COLUMNS)
-    parts = {"model": model, "optimiser": optimiser, "scaler": scaler}
-    state = run.load_state(cfg, len(samples), **parts)
+    run = common.Run(cfg, size, LOG_COLUMNS)
+    state = run.load_state(len(samples), model=model, optimiser=optimiser, scaler=scaler)
     steps_per_epoch = len(samples) // cfg.batch_size
     steps = cfg.epochs * steps_per_epoch
-    sampler = common.StepSampler(len(samples), cfg.batch_size, steps, state["step"], cfg.seed)
-    loader = common.train_loader(samples, sampler, common.loader_workers(cfg), device)
-    run.start(cfg, state["step"])
+    loader = common.train_loader(samples, cfg, steps, state["step"], device)
+    run.start(state["step"])
     prepare_towers(model, cfg)
-    cells = cells_of(model, statistics, amp)
+    trained, cells = encoders_of(model, statistics, amp)
 
-    progress = common.Progress(steps, state["step"], cfg.batch_size)
+    progress = common.Progress(cfg, state, steps, steps_per_epoch)
     with common.StopRequest() as stop, progress:
         for image, text, bad in loader:
             now = schedules(cfg, state["step"], steps, steps_per_epoch)
@@ -630,27 +607,23 @@ def train(cfg, loaded=None):
             update(model, optimiser, scaler, now["lr"])
             model.update_momentum(cfg.ema)
 
-            state["step"] += 1
-            state["bad"] += bad
-            progress.update(cfg.batch_size)
-            epoch_ends = state["step"] % steps_per_epoch == 0
-            logs = epoch_ends or state["step"] % cfg.log_every == 0
+            epoch_ends, logs, saves = progress.count(state, bad)
             stopping = stop.agreed(synchronise=logs)
             if logs:
                 row = common.log_row(state, steps_per_epoch, now, terms, model.online.logit_scale)
                 if epoch_ends:
-                    common.check_epoch(state, len(samples), cfg.data)
-                    if rank() == 0 and validation is not None:
-                        row.update(validate(run, model, cells, validation, tokenizer, state))
+                    common.check_epoch(state, cfg.data)
+                    row.update(common.validate(run, model, trained, validation, state))
                 run.log(row)
                 progress.show(row)
-            if epoch_ends or stopping or state["step"] % common.SAVE_EVERY == 0:
-                run.save_state(cfg, size, state, **parts)
+            if saves or stopping:
+                run.save_state(state)
             if stopping:
-                raise KeyboardInterrupt(f"stopped at step {state['step']}; --resume --out "
-                                        f"{run.folder} goes on")
+                raise KeyboardInterrupt(f"stopped at step {state['step']}: add --resume to go on")
     if rank() == 0:
-        finish(run, model, cells, test, tokenizer, statistics, state)
+        common.write_results(run, cells, test, state, device)
+        if cfg.keep_rate < 1:
+            draw_kept_tokens(run.path("tokens.png"), model, statistics, test)
 
 
 def prepare_towers(model, cfg):
@@ -679,43 +652,19 @@ def encoder_pair(clip, visual, statistics, amp, *view):
     return encode_image, encode_text
 
 
-def cells_of(model, statistics, amp):
-    """{"online κ=0.7": its encoders, ...}: the rows of the table."""
-    networks = {"online": (model.online, model.online.visual)}
+def encoders_of(model, statistics, amp):
+    """Encoders as trained, of each column of validation: {"val_online": a pair, ...}; and those of
+    the rows of the table: {"online κ=0.7": a pair, ...}, as trained first."""
+    own, teachers = model.cfg.keep_rate, model.cfg.teacher_keep_rate
+    networks = {"online": (own, model.online, model.online.visual)}
     if model.momentum is not None:
-        networks["momentum"] = model.momentum_text or model.online, model.momentum
-    cells = {}
-    for network, towers in networks.items():
-        for rate in (model.cfg.keep_rate, model.cfg.teacher_keep_rate, 1.0):
+        networks["momentum"] = teachers, model.momentum_text or model.online, model.momentum
+    trained, cells = {}, {}
+    for network, (rate_in_training, *towers) in networks.items():
+        for rate in (own, teachers, 1.0):
             cells[f"{network} κ={rate:g}"] = encoder_pair(*towers, statistics, amp, rate)
-    return cells
-
-
-def validate(run, model, cells, data, tokenizer, state):
-    """{"val_online", "val_momentum"}: the main metric of the encoders as trained; keeps best.pt."""
-    cfg, size = model.cfg, model.size
-    trained = {"val_online": cells[f"online κ={cfg.keep_rate:g}"]}
-    if model.momentum is not None:
-        trained["val_momentum"] = cells[f"momentum κ={cfg.teacher_keep_rate:g}"]
-    scores = common.evaluate(trained, tokenizer, data, size.image_size, common.loader_workers(cfg))
-    row = {column: common.main_metric(found) for column, found in scores.items()}
-    run.keep_best(max(row.values()), state, model, cfg, size)
-    return row
-
-
-def finish(run, model, cells, sets, tokenizer, statistics, state):
-    """Test scores and throughput of every cell, results.json, pictures."""
-    cfg, size = model.cfg, model.size
-    table = common.score_sets(cells, tokenizer, sets, size.image_size, common.loader_workers(cfg))
-    speeds = common.throughput(cells, size.image_size, statistics.device)
-    for name, speed in speeds.items():
-        table[name]["images_per_second"] = speed
-    common.write_results(run, cfg, table, state)
-    trained = cells[f"online κ={cfg.keep_rate:g}"]
-    common.draw_retrieval(run.path("retrieval.png"), trained, tokenizer, sets, size.image_size)
-    if cfg.keep_rate < 1:
-        draw_kept_tokens(run.path("tokens.png"), model, statistics, sets)
-    print(f"pictures, tables and checkpoints: {run.folder}")
+        trained[f"val_{network}"] = cells[f"{network} κ={rate_in_training:g}"]
+    return trained, cells
 
 
 @common.picture
@@ -745,7 +694,7 @@ def evaluate_checkpoint(cfg, loaded):
     device = common.start_device(cfg.device, cfg.seed)
     model = build(cfg, loaded).to(device)
     amp, _ = common.mixed_precision(cfg.precision, device)
-    cells = cells_of(model, model.size.pixel_statistics(device), amp)
+    _, cells = encoders_of(model, model.size.pixel_statistics(device), amp)
     common.print_table(common.test_checkpoint(cfg, model.size, cells))
 
 

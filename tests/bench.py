@@ -17,6 +17,7 @@ import time
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import clip_cid
@@ -196,12 +197,12 @@ def reading(args, count=64, batch=32):
     with tempfile.TemporaryDirectory() as folder:
         write_shards(folder, count)
         samples = common.TrainSamples(common.TarShards(folder), common.CLIPTokenizer(), side, scale, 0)
-        sampler = common.StepSampler(count, batch, count // batch, 0, 0)
-        ours = common.train_loader(samples, sampler, 0, "cpu")
+        cfg = SimpleNamespace(batch_size=batch, seed=0, workers=0)
+        ours = partial(common.train_loader, samples, cfg, count // batch, 0, torch.device("cpu"))
         theirs = webdataset.WebDataset(f"{folder}/{{00000..00001}}.tar", shardshuffle=False).decode("pil")
         theirs = theirs.to_tuple("jpg", "txt").map_tuple(transform, lambda text: tokenizer(text)[0]).batched(batch)
         compare(args, f"reading {count} COCO pairs, {side} px",
-                {"TarShards": lambda: read(ours, partial(eclipse.normalise, statistics=pixels)),
+                {"TarShards": lambda: read(ours(), partial(common.normalise, statistics=pixels)),
                  "webdataset": lambda: read(theirs, torch.Tensor.float)}, ">= 1.2", longer=3)
 
 

@@ -17,7 +17,6 @@ import torch
 from common import (
     BadSample,
     Mixture,
-    StepSampler,
     TarShards,
     TorchvisionSet,
     TrainSamples,
@@ -32,6 +31,7 @@ from common import (
     random_resized_crop,
     resize_center_crop,
     resize_whole,
+    step_batches,
     train_loader,
     training_set,
 )
@@ -555,36 +555,37 @@ def test_keep(corpora, tmp_path):
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_batches_are_independent_of_the_number_of_ranks(world, monkeypatch):
     n, batch, steps = 50, 8, 14  # 6 steps an epoch: three epochs are touched
-    whole, parts = list(StepSampler(n, batch, steps, 0, 3)), []
+    whole, parts = list(step_batches(n, batch, steps, 0, 3)), []
     monkeypatch.setattr(common, "world_size", lambda: world)
     for place in range(world):
         monkeypatch.setattr(common, "rank", lambda: place)
-        parts.append(list(StepSampler(n, batch, steps, 0, 3)))
+        parts.append(list(step_batches(n, batch, steps, 0, 3)))
     for step in range(steps):
         shares = zip(*(part[step] for part in parts))
         assert list(itertools.chain.from_iterable(shares)) == whole[step]
 
 
 def test_every_sample_once_an_epoch_and_resume():
-    sampler = StepSampler(48, 8, 18, 0, 1)
-    batches = list(sampler)
+    batches = list(step_batches(48, 8, 18, 0, 1))
     orders = [[index for batch in batches[6 * e:6 * e + 6] for epoch, index in batch if epoch == e]
               for e in range(3)]
     assert all(sorted(order) == list(range(48)) for order in orders)
-    assert orders[0] != orders[1] != orders[2] and batches != list(StepSampler(48, 8, 18, 0, 2))
+    assert orders[0] != orders[1] != orders[2] and batches != list(step_batches(48, 8, 18, 0, 2))
     for start in (0, 1, 6, 11, 18):
-        assert list(StepSampler(48, 8, 18, start, 1)) == batches[start:]
+        assert list(step_batches(48, 8, 18, start, 1)) == batches[start:]
 
 
-def test_sampler_errors(monkeypatch):
-    assert "7" in refusal(StepSampler, 7, 8, 1, 0, 0)
+def test_batches_that_cannot_be(monkeypatch):
+    cfg, cpu = SimpleNamespace(batch_size=8), torch.device("cpu")
+    assert "7" in refusal(train_loader, range(7), cfg, 1, 0, cpu)
     monkeypatch.setattr(common, "world_size", lambda: 3)
-    assert "3" in refusal(StepSampler, 100, 8, 1, 0, 0)
+    assert "3" in refusal(train_loader, range(100), cfg, 1, 0, cpu)
 
 
 def loaded(data, workers, method=None, start=0):
     samples = TrainSamples(data, tokenize, 32, (0.5, 1.0), seed=5)
-    loader = train_loader(samples, StepSampler(len(data), 4, 5, start, 5), workers, "cpu")
+    cfg = SimpleNamespace(batch_size=4, seed=5, workers=workers)
+    loader = train_loader(samples, cfg, 5, start, torch.device("cpu"))
     if method:
         loader.multiprocessing_context = method
     return list(loader)
@@ -622,7 +623,7 @@ def test_bad_samples_are_replaced_by_the_next():
     expected, expected_tokens, none = samples[7, 4]
     assert bad == 1 and none == 0
     assert (image == expected).all() and (tokens == expected_tokens).all()
-    places = [index for batch in StepSampler(10, 4, 5, 0, 5) for _, index in batch]
+    places = [index for batch in step_batches(10, 4, 5, 0, 5) for _, index in batch]
     assert sum(batch[2] for batch in loaded(Pictures(), 0)) == places.count(3)
 
 

@@ -363,7 +363,8 @@ def test_sizes_of_published_checkpoints():
 def test_untied_decoder(width):
     """VQA's start: copies that share nothing; keys and values of another width start afresh."""
     blip = ours(size=resized(width=width))
-    model, before = dlip.untied(blip), blip.state_dict()
+    before = blip.state_dict()
+    model = load(before, blip.size, untie=True)
     assert not model.shared
     kept = {name for name, w in model.state_dict().items() if torch.equal(w, before[name])}
     afresh = before.keys() - kept
