@@ -356,10 +356,11 @@ def read_keys(path):
 
 
 def read_csv(path):
-    """The rows of a log.csv; what a power cut left of the last one is passed over."""
+    """The rows of a log.csv; what a power cut left of the last one is passed over, as any that
+    has not a cell a column."""
     text = read_text(path, errors="replace").replace("\0", "")
-    return [row for row in csv.DictReader(text.splitlines())
-            if row["step"].isdigit() and None not in row.values()]
+    return [row for row in csv.DictReader(text.splitlines(), restval="?")
+            if row.get("step", "").isdecimal() and None not in row and "?" not in row.values()]
 
 
 def environment():
@@ -1279,6 +1280,8 @@ class TarShards:
         shards = sorted(files_below(root, ".tar"))
         train = [path for path in shards if not is_held_out(path.relative_to(root))]
         self.shards = train or shards
+        folders = sorted({str(path.parent) for path in self.shards})
+        self.opened = f"{len(self.shards)} shards in {' '.join(folders)}"
         self.rows, self.keys, self.bad = load_index(Path(root), self.shards)
 
     def __len__(self):
@@ -1386,6 +1389,10 @@ def scan_shard(path, bad):
     return samples
 
 
+RECORD = {"captions": {"key", "image", "captions"},
+          "questions": {"key", "image", "question", "answers"}}
+
+
 class Listed:
     """Captions of images, or questions about them, in a list that data/prepare.py has made.
 
@@ -1395,11 +1402,15 @@ class Listed:
 
     def __init__(self, path):
         self.path, folder = Path(path), Path(path).parent
+        self.opened = path
         with open(path, "rb") as file:
             self.ends = np.cumsum([len(line) for line in file])  # of the first line, then records
         try:
             head = json.loads(read_bytes(path, 0, self.ends[0]))
             self.kind, self.answers = head["kind"], head.get("answers")
+            self.needed = RECORD[self.kind]
+            if head["samples"] != len(self):
+                raise ValueError
             self.bad = collections.Counter(head["unusable"])
             self.command = (f"run python data/prepare.py {head['name']} "
                             f"{shlex.quote(os.path.normpath(folder / head['root']))} "
@@ -1409,7 +1420,7 @@ class Listed:
                 if file.exists() and stamp(file) != [source["size"], source["time"]]:
                     raise UserError(f"{file} has changed since {path} was made: {self.command}")
         except (ValueError, KeyError, TypeError, IndexError):
-            raise UserError(f"{path} is no list of data/prepare.py") from None
+            raise UserError(f"{path} is no list of data/prepare.py, or not whole") from None
 
     def __len__(self):
         return len(self.ends) - 1
@@ -1418,8 +1429,11 @@ class Listed:
         """What the list says of a sample, a dict."""
         start, end = self.ends[i:i + 2]
         try:
-            return json.loads(read_bytes(self.path, start, end - start))
-        except ValueError:
+            record = json.loads(read_bytes(self.path, start, end - start))
+            if self.needed <= record.keys():
+                return record
+            raise ValueError
+        except (ValueError, AttributeError):
             raise UserError(f"{self.path}, line {i + 2}, is damaged: {self.command}") from None
 
     def key(self, i):
@@ -1623,9 +1637,12 @@ def open_captions(root, split, ending, reader):
         return None
     data = reader(path)
     check_bad(data.bad, len(data), path)
+    opened = data.opened
     if held_out and split in ("train", "val"):
         cut = len(data) - min(5000, len(data) // 100)
         data = Subset(data, range(cut) if split == "train" else range(cut, len(data)))
+    if rank() == 0:
+        print(f"{split}: {len(data):,} images with {data.kind}, of {opened}")
     return data if len(data) else None
 
 
@@ -1643,8 +1660,6 @@ def training_set(cfg, image_size, long_tail=0.0, duplicates=0.0):
             if data is None or data.kind != "captions":
                 raise UserError(f"{name}: no captioned images to train on in {folder} (see "
                                 "data/README.md)")
-            if rank() == 0:
-                print(f"{name}: {len(data):,} training images in {folder}")
         if len(names) > 1:
             data = Mixture(names, [parts[name] for name in names])
     if not cfg.keep:
@@ -2488,6 +2503,7 @@ def picture(draw):
     @functools.wraps(draw)
     def guarded(path, *args):
         try:
+            os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed here
             import matplotlib
 
             with matplotlib.rc_context(STYLE), warnings.catch_warnings():

@@ -170,7 +170,7 @@ def checkpoint(folder, rng):
 
 
 def read_checkpoint(path):
-    weights, size, _ = common.read_clip(path)
+    weights, size = common.clip_weights(common.read_checkpoint(path), "gelu")
     clip = eclipse.CLIP(size, eclipse.PruningVisionTransformer(size, fuse=True))
     common.load_weights(clip, weights, path)
     return "whole"
@@ -185,8 +185,9 @@ def log(folder, rng):
 
 def read_log(path):
     rows = common.read_csv(path)
-    run = common.Run(path.parent, ["step", "epoch", "loss"])
-    run.start(eclipse.Config(out=str(path.parent), resume=True), 20)
+    cfg = eclipse.Config(out=str(path.parent), resume=True)
+    run = common.Run(cfg, ["step", "epoch", "loss"])
+    run.start(cfg, 20)
     return "whole" if len(rows) == 29 else "counted"
 
 

@@ -67,7 +67,7 @@ def photos_run(photos, tmp_path_factory):
 def emoji_run(tmp_path_factory):
     """A run as a user starts it, without --out; a notebook's and a launcher's variables are left over."""
     cwd = tmp_path_factory.mktemp("cwd")
-    env = {**os.environ, "MPLBACKEND": "module://no_such_backend", "RANK": "1", "WORLD_SIZE": ""}
+    env = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline", "RANK": "1", "WORLD_SIZE": ""}
     finished = subprocess.run([*PYTHON, *map(str, EMOJI)], cwd=cwd, env=env, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     return cwd / "runs" / "eclipse-emoji"
@@ -246,6 +246,15 @@ def test_disk_full(tmp_path):
     with pytest.raises(common.UserError, match="last.pt.*No space left on device"):
         common.replace_file(tmp_path / "last.pt", write)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["whole"]
+
+
+@pytest.mark.parametrize("text, steps", [
+    ("step,loss\n1,2\n2\n,3\n3,4,5\n²,1\nx,1\n4,\n5,6", ["1", "4", "5"]),
+    ("stop,loss\n1,2", []), ("step\n1\n2,3", ["1"]), ("\0\0\0", []), ("", []),
+])
+def test_damaged_rows_of_a_log_are_passed_over(tmp_path, text, steps):
+    (tmp_path / "log.csv").write_text(text)
+    assert [row["step"] for row in common.read_csv(tmp_path / "log.csv")] == steps
 
 
 # ------------------------------------------------------------------------------------ user errors
