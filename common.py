@@ -699,6 +699,8 @@ def read_checkpoint(path):
         weights = {name.replace("_orig_mod.", "").removeprefix("module."): tensor.detach()
                    for name, tensor in weights.items()}
         size = content.get("size")
+        if not isinstance(size, dict):  # of others
+            size = None
         return Checkpoint(path, weights, content["config"] if size else {}, size)
     except Exception as error:  # what is damaged or no table of tensors raises many types
         reason = f"absent, cut off, damaged or no table of weights ({type(error).__name__})"
@@ -1520,6 +1522,9 @@ class ImageFolder:
         path, label = self.images[i]
         return read_bytes(path), label
 
+    def key(self, i):
+        return self.images[i][0]
+
 
 def imagenet_names(folders):
     """The class names of folders that are called by wnid (n01440764)."""
@@ -1939,8 +1944,8 @@ def embed_images(encoders, data, image_size, workers, probed=False):
         batch = torch.stack([encode(images).float() for encode, _ in encoders.values()])
         for i, finite in zip(indices, batch.isfinite().all(2).all(0).tolist()):
             if probed and not finite:
-                raise UserError(f"linear probe: the features of image {data.key(i)} are no finite "
-                                "numbers")
+                name = getattr(data, "key", str)(i)
+                raise UserError(f"linear probe: the features of image {name} are no finite numbers")
         features.append(batch)
         targets += batch_targets
     return torch.cat(features, 1), targets

@@ -277,7 +277,7 @@ def add_rows(lists, split, path, captions, folder):
             if "\ufffd" in texts[0]:
                 raise BadSample("caption that is no UTF-8")
             beside = files[row].with_suffix(".txt")  # img2dataset's, whose keys may not be rows
-            if beside.is_file() and read_text(beside).split() != texts[0].split():
+            if beside.is_file() and read_text(beside, errors="replace").split() != texts[0].split():
                 raise UserError(f"{beside} is not the caption of row {row} of {path}: download "
                                 "with 10,000 images a shard (see data/README.md)")
             lists.add(split, f"{row:09d}", files[row], captions=texts)

@@ -170,8 +170,9 @@ def test_images_named_by_row(tmp_path, text):
     beside = tmp_path / "images" / "00000" / "000000001.txt"
     beside.write_text("caption 1")
     run(name, tmp_path)
-    beside.write_text("caption 7")
-    assert "000000001.txt is not the caption of row 1" in refusal(name, tmp_path)
+    for other in (b"caption 7", b"\xff"):
+        beside.write_bytes(other)
+        assert "000000001.txt is not the caption of row 1" in refusal(name, tmp_path)
 
 
 @pytest.mark.parametrize("rows, text, words", [

@@ -363,6 +363,14 @@ def test_evaluate_on_a_folder_of_classes_with_linear_probe(photos_run, classes, 
         assert cell["colours_top5"] == 100 and cell["colours_probe_top1"] >= 80  # two colours
 
 
+def test_a_feature_that_is_no_number_names_its_image(photos_run, classes, tmp_path):
+    broken = checkpoint(photos_run)
+    broken["model"]["online.visual.proj"].fill_(np.nan)
+    torch.save(broken, tmp_path / "nan.pt")
+    flags = ["--evaluate", tmp_path / "nan.pt", "--eval-data", classes, "--workers", 0]
+    assert f"image {classes}/test/colour_0/50.jpg " in error("eclipse", *flags, "--linear-probe")
+
+
 def test_init_starts_from_the_weights(photos, photos_run, tmp_path):
     run("eclipse", *photos, "--init", photos_run / "last.pt", "--lr", 0, "--epochs", 1, "--out", tmp_path / "run")
     before, after = checkpoint(photos_run)["model"], checkpoint(tmp_path / "run")["model"]
