@@ -890,7 +890,7 @@ def draw_groups(path, embeddings, rows, group, score, title):
     for number in sizes.argsort(descending=True, stable=True)[:10]:
         members = (group == number).nonzero().squeeze(1)
         best = score[members].argsort(descending=True, stable=True)[:SHOWN]
-        places = embeddings.samples[rows[members[best]]]
+        places = embeddings.samples[rows[members[best].numpy()]]
         images, _, _ = common.load_images(embeddings.data, SHOWN_PIXELS,
                                           common.resize_center_crop, places)
         lines.append(images)

@@ -371,10 +371,11 @@ def read_keys(path):
 
 
 def read_csv(path):
-    """The rows of a log.csv; what a power cut left of the last one is passed over."""
+    """The rows of a log.csv; what a power cut left of the last one is passed over, as any that
+    has not a cell a column."""
     text = read_text(path, errors="replace").replace("\0", "")
-    return [row for row in csv.DictReader(text.splitlines())
-            if row["step"].isdigit() and None not in row.values()]
+    return [row for row in csv.DictReader(text.splitlines(), restval="?")
+            if row.get("step", "").isdecimal() and None not in row and "?" not in row.values()]
 
 
 def environment():
@@ -737,6 +738,8 @@ def read_checkpoint(path):
         weights = {name.replace("_orig_mod.", "").removeprefix("module."): tensor.detach()
                    for name, tensor in weights.items()}
         size = content.get("size")
+        if not isinstance(size, dict):  # of others
+            size = None
         return Checkpoint(path, weights, content["config"] if size else {}, size)
     except Exception as error:  # what is damaged or no table of tensors raises many types
         reason = f"absent, cut off, damaged or no table of weights ({type(error).__name__})"
@@ -1318,6 +1321,8 @@ class TarShards:
         shards = sorted(files_below(root, ".tar"))
         train = [path for path in shards if not is_held_out(path.relative_to(root))]
         self.shards = train or shards
+        folders = sorted({str(path.parent) for path in self.shards})
+        self.opened = f"{len(self.shards)} shards in {' '.join(folders)}"
         self.rows, self.keys, self.bad = load_index(Path(root), self.shards)
 
     def __len__(self):
@@ -1425,6 +1430,10 @@ def scan_shard(path, bad):
     return samples
 
 
+RECORD = {"captions": {"key", "image", "captions"},
+          "questions": {"key", "image", "question", "answers"}}
+
+
 class Listed:
     """Captions of images, or questions about them, in a list that data/prepare.py has made.
 
@@ -1434,11 +1443,15 @@ class Listed:
 
     def __init__(self, path):
         self.path, folder = Path(path), Path(path).parent
+        self.opened = path
         with open(path, "rb") as file:
             self.ends = np.cumsum([len(line) for line in file])  # of the first line, then records
         try:
             head = json.loads(read_bytes(path, 0, self.ends[0]))
             self.kind, self.answers = head["kind"], head.get("answers")
+            self.needed = RECORD[self.kind]
+            if head["samples"] != len(self):
+                raise ValueError
             self.bad = collections.Counter(head["unusable"])
             self.command = (f"run python data/prepare.py {head['name']} "
                             f"{shlex.quote(os.path.normpath(folder / head['root']))} "
@@ -1448,7 +1461,7 @@ class Listed:
                 if file.exists() and stamp(file) != [source["size"], source["time"]]:
                     raise UserError(f"{file} has changed since {path} was made: {self.command}")
         except (ValueError, KeyError, TypeError, IndexError):
-            raise UserError(f"{path} is no list of data/prepare.py") from None
+            raise UserError(f"{path} is no list of data/prepare.py, or not whole") from None
 
     def __len__(self):
         return len(self.ends) - 1
@@ -1457,8 +1470,11 @@ class Listed:
         """What the list says of a sample, a dict."""
         start, end = self.ends[i:i + 2]
         try:
-            return json.loads(read_bytes(self.path, start, end - start))
-        except ValueError:
+            record = json.loads(read_bytes(self.path, start, end - start))
+            if self.needed <= record.keys():
+                return record
+            raise ValueError
+        except (ValueError, AttributeError):
             raise UserError(f"{self.path}, line {i + 2}, is damaged: {self.command}") from None
 
     def key(self, i):
@@ -1544,6 +1560,9 @@ class ImageFolder:
     def __getitem__(self, i):
         path, label = self.images[i]
         return read_bytes(path), label
+
+    def key(self, i):
+        return self.images[i][0]
 
 
 def imagenet_names(folders):
@@ -1662,9 +1681,12 @@ def open_captions(root, split, ending, reader):
         return None
     data = reader(path)
     check_bad(data.bad, len(data), path)
+    opened = data.opened
     if held_out and split in ("train", "val"):
         cut = len(data) - min(5000, len(data) // 100)
         data = Subset(data, range(cut) if split == "train" else range(cut, len(data)))
+    if rank() == 0:
+        print(f"{split}: {len(data):,} images with {data.kind}, of {opened}")
     return data if len(data) else None
 
 
@@ -1682,8 +1704,6 @@ def training_set(cfg, image_size, long_tail=0.0, duplicates=0.0):
             if data is None or data.kind != "captions":
                 raise UserError(f"{name}: no captioned images to train on in {folder} (see "
                                 "data/README.md)")
-            if rank() == 0:
-                print(f"{name}: {len(data):,} training images in {folder}")
         if len(names) > 1:
             data = Mixture(names, [parts[name] for name in names])
     if not cfg.keep:
@@ -2163,9 +2183,12 @@ def linear_probe(train, test, classes):
         x, y = test
         return percent(fit_logistic(*train, classes, c)(x).argmax(1) == y)
 
+    for features, _ in (train, test):
+        broken = (~features.isfinite().all(1)).nonzero()
+        if len(broken):
+            raise UserError(f"linear probe: image {broken[0].item()} (from 0, of those that can be "
+                            "read) has features that are no finite numbers")
     x, y = train
-    if not (x.isfinite().all() and test[0].isfinite().all()):
-        raise UserError("linear probe: some features are no finite numbers: try --precision fp32")
     held = torch.arange(len(y)) % 5 == 4
     scores = {c: accuracy((x[~held], y[~held]), (x[held], y[held]), c) for c in STRENGTHS}
     best = max(scores, key=scores.get)
@@ -2532,6 +2555,7 @@ def picture(draw):
     @functools.wraps(draw)
     def guarded(path, *args):
         try:
+            os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed here
             import matplotlib
 
             with matplotlib.rc_context(STYLE), warnings.catch_warnings():

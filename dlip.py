@@ -1155,7 +1155,13 @@ def load_teacher(cfg, tokenizer, device):
     """The frozen teacher in evaluation mode; None where nothing is distilled."""
     if cfg.stage == "finetune" or not distils(cfg):
         return None
-    teacher = open_blip(teacher_file(cfg), cfg, tokenizer, NEEDED["teacher"])
+    path = teacher_file(cfg)
+    teacher = open_blip(path, cfg, tokenizer, NEEDED["teacher"])
+    ours, theirs = ([size.embed_dim, size.text.heads, size.vision.patch]
+                    for size in (size_of(cfg, tokenizer), teacher.size))
+    if ours != theirs:
+        raise UserError(f"{path} does not fit the student: joint width, heads of the text network "
+                        f"and pixels of a patch are {theirs}, not {ours}")
     return teacher.to(device).eval().requires_grad_(False)
 
 

@@ -102,16 +102,21 @@ class Lists:
                 continue
             check_bad(bad, len(lines), path)
             notes = +self.notes[split]
-            head |= {"unusable": bad, "notes": notes}
+            head |= {"samples": len(lines), "unusable": bad, "notes": notes}
             text = "\n".join([json.dumps(head), *lines.values()]) + "\n"
             write_text(path, text)
             for found, number in {"samples": len(lines), **notes}.items():
                 print(f"{path}: {number:,} {found}")
 
 
+def field(entry, name):
+    """entry[name], or None."""
+    return entry.get(name) if isinstance(entry, dict) else None
+
+
 def take(entry, name, kind=str):
     """entry[name], which must be of this type and not empty, else BadSample."""
-    value = entry.get(name)
+    value = field(entry, name)
     if not isinstance(value, kind) or value in ("", []):
         raise BadSample(f'no {kind.__name__} under "{name}"')
     return value
@@ -137,21 +142,22 @@ def image_file(root, folders, name):
 def read_captions(lists, split, path, find, digits=0):
     """A json in COCO's form: images with id and file_name, annotations with image_id, caption."""
     content, captions = lists.read(path), defaultdict(list)
-    for i, annotation in enumerate(content["annotations"]):
+    for i, annotation in enumerate(take(content, "annotations", list)):
         with lists.entry(lists.notes, split, f"{path}, annotation {i}"):
             caption = take(annotation, "caption")
             captions[take(annotation, "image_id", int)] += clean_captions(caption)
-    ids = Counter(image["id"] for image in content["images"])
-    for i, image in enumerate(content["images"]):
+    images = take(content, "images", list)
+    ids = Counter(str(field(image, "id")) for image in images)
+    for i, image in enumerate(images):
         with lists.entry(lists.bad, split, f"{path}, image {i}"):
             number, file = take(image, "id", int), take(image, "file_name")
-            if ids[number] > 1:
+            if ids[str(number)] > 1:
                 raise BadSample("with an id that another image has too")
             if not captions[number]:
                 raise BadSample("without caption")
             lists.add(split, str(number).zfill(digits), find(file), captions=captions[number],
                       domain=image.get("domain"))
-    unlisted = sum(len(texts) for number, texts in captions.items() if number not in ids)
+    unlisted = sum(len(texts) for number, texts in captions.items() if str(number) not in ids)
     lists.notes[split]["captions of images that are not listed"] += unlisted
 
 
@@ -160,9 +166,11 @@ KARPATHY = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 
 
 def read_karpathy(lists, path, key_of, find):
-    for i, image in enumerate(lists.read(path)["images"]):
-        split = KARPATHY[image["split"]]
-        with lists.entry(lists.bad, split, f"{path}, image {i}"):
+    for i, image in enumerate(take(lists.read(path), "images", list)):
+        split = KARPATHY.get(str(field(image, "split")))
+        with lists.entry(lists.bad, split or "train", f"{path}, image {i}"):
+            if not split:
+                raise BadSample("of no split")
             captions = [take(sentence, "raw") for sentence in take(image, "sentences", list)]
             lists.add(split, key_of(image), find(take(image, "filename")),
                       captions=clean_captions(captions))
@@ -227,7 +235,7 @@ def held_back_by_coco(lists):
 
 def sbu(lists):
     path = lists.root / "sbu-captions-all.json"
-    add_rows(lists, "train", path, lists.read(path)["captions"], lists.root)
+    add_rows(lists, "train", path, take(lists.read(path), "captions", list), lists.root)
 
 
 def cc3m(lists):
@@ -269,7 +277,7 @@ def add_rows(lists, split, path, captions, folder):
             if "\ufffd" in texts[0]:
                 raise BadSample("caption that is no UTF-8")
             beside = files[row].with_suffix(".txt")  # img2dataset's, whose keys may not be rows
-            if beside.is_file() and read_text(beside).split() != texts[0].split():
+            if beside.is_file() and read_text(beside, errors="replace").split() != texts[0].split():
                 raise UserError(f"{beside} is not the caption of row {row} of {path}: download "
                                 "with 10,000 images a shard (see data/README.md)")
             lists.add(split, f"{row:09d}", files[row], captions=texts)
@@ -292,17 +300,21 @@ def vqav2(lists):
             read_questions(lists, split, part, path)
 
 
+FEW = ("with fewer than ten answers: the official accuracy cannot reach 100 where they are fewer "
+       "than four")
+
+
 def read_questions(lists, split, part, path):
     folders = part.replace("-dev", ""), "train2017", "val2017"
     given, answered = {}, split in ("train", "val")
     if answered:
         annotations = lists.root / f"v2_mscoco_{part}_annotations.json"
-        for i, annotation in enumerate(lists.read(annotations)["annotations"]):
+        for i, annotation in enumerate(take(lists.read(annotations), "annotations", list)):
             with lists.entry(lists.notes, split, f"{annotations}, annotation {i}"):
                 answers = [take(answer, "answer") for answer in take(annotation, "answers", list)]
                 kind = annotation.get("answer_type")
                 given[take(annotation, "question_id", int)] = answers, kind
-    for i, entry in enumerate(lists.read(path)["questions"]):
+    for i, entry in enumerate(take(lists.read(path), "questions", list)):
         with lists.entry(lists.bad, split, f"{path}, question {i}"):
             number, question = take(entry, "question_id", int), take(entry, "question")
             answers, kind = given.get(number, ([], None))
@@ -311,7 +323,7 @@ def read_questions(lists, split, part, path):
             image = image_file(lists.root, folders, f"{take(entry, 'image_id', int):012d}.jpg")
             lists.add(split, str(number), image, question_id=number, question=question,
                       answers=answers, kind=kind)
-            lists.notes[split]["with fewer than ten answers"] += 0 < len(answers) < 10
+            lists.notes[split][FEW] += 0 < len(answers) < 10
 
 
 SETS = {"coco": coco, "flickr30k": flickr30k, "vg": vg, "sbu": sbu, "nocaps": nocaps,
@@ -329,7 +341,7 @@ def main(argv=None):
     lists = Lists(given.dir, given.out or given.dir)
     try:
         SETS[given.name](lists)
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, BadSample) as error:
         raise UserError(f"{lists.latest} is not of the official form (see data/README.md): "
                         f"{error}") from error
     lists.write(given.name)

@@ -52,6 +52,7 @@ def run(script, *flags):
     """call(), which must end well; returns stdout."""
     code, out, err = call(script, *flags)
     assert code == 0, err
+    assert "could not draw" not in out, out
     return out
 
 

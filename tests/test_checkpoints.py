@@ -157,7 +157,8 @@ def test_hugging_face_as_transformers_4_saved_it(tmp_path):
 def test_open_clip_config_is_used_whatever_the_file_holds(tmp_path):
     """Mean, std, activation, head width, text heads; a foreign config does not hide them."""
     model = open_clip_model(heads=4, head_width=16)
-    torch.save({"state_dict": model.state_dict(), "config": {"act": "gelu"}}, tmp_path / "x.pt")
+    torch.save({"state_dict": model.state_dict(), "config": {"act": "gelu"}, "size": 3},
+               tmp_path / "x.pt")
     vision = {"width": 128, "head_width": 16}
     config = {"quick_gelu": True, "vision_cfg": vision, "text_cfg": {"heads": 4}}
     pixels = {"mean": [0.5] * 3, "std": [0.5] * 3}
@@ -201,6 +202,7 @@ def test_safetensors_equals_the_package(tmp_path):
     ({"loss": np.float64(1)}, "re-save"),
     ({"epoch": 1}, "no table of weights"),
     ({"visual.positional_embedding": None}, "visual.positional_embedding"),
+    ({"visual.positional_embedding": torch.ones(9, 16)}, r"positional_embedding: .*\[9, .*\[5, "),
     ({"ln_final.bias": None}, "Missing key.*ln_final.bias"),
     ({"ln_final.bias": torch.ones(5)}, r"ln_final.bias: .*\[5\].*\[16\]")], ids=str)
 def test_faulty_weights_are_one_line(tmp_path, changed, message):

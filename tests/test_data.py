@@ -371,7 +371,7 @@ def test_what_is_for_validation_is_not_trained_on(tmp_path, capsys):
     keys = ["cc3m-train-0000/cc3m-train-0000", "link/latest/linked"]
     assert [data.key(i) for i in range(len(data))] == keys
     out = capsys.readouterr().out
-    assert f"2 training images in {root}" in out
+    assert f"train: 2 images with captions, of 2 shards in {root} {root}/link" in out
 
 
 # ---------------------------------------------------------------------------- classes, questions
@@ -445,6 +445,7 @@ def write_list(root, split, count, kind="captions", **head):
     """A list as data/prepare.py writes it, of `count` images."""
     root.mkdir(parents=True, exist_ok=True)
     head = {"name": root.name, "kind": kind, "made_from": [], "unusable": {}, "notes": {},
+            "samples": count,
             "root": ".", **head}
     records = [{"key": f"{split}-{i}", "image": f"{i}.jpg", "captions": [f"{root.name} {i}"]}
                for i in range(count)]

@@ -315,6 +315,11 @@ def wrong(folder, teacher, words_blip):
     torch.save({"layer.weight": torch.zeros(3, 3)}, found / "other.pt")
     weights = {name: w for name, w in content["model"].items() if "text_decoder" not in name}
     torch.save({**content, "model": weights}, found / "no_decoder.pt")
+    own = torch.load(teacher, weights_only=True)
+    for name, part, value in (("heads", "text", {**own["size"]["text"], "heads": 2}),
+                              ("patch", "vision", {**own["size"]["vision"], "patch": 4})):
+        blip = dlip.BLIP(dlip.blip_size(common.Checkpoint("", {}, {}, {**own["size"], part: value}), {}))
+        torch.save({**own, "model": blip.state_dict(), "size": {**own["size"], part: value}}, found / f"{name}.pt")
     (found / "cut.pt").write_bytes(teacher.read_bytes()[:5000])
     (found / "file").write_text("")
     return found
@@ -337,6 +342,8 @@ ERRORS = {
     "--teacher {wrong}/missing.pt": "{wrong}/missing.pt",
     "--teacher {wrong}/cut.pt": "{wrong}/cut.pt",
     "--teacher {wrong}": "{wrong}",
+    "--teacher {wrong}/heads.pt": "{wrong}/heads.pt heads 2 4",
+    "--teacher {wrong}/patch.pt": "{wrong}/patch.pt patch 4 8",
     "--teacher {words}": "{words} vocabulary 30,524 emoji",
     "--vision-init {wrong}/other.pt": "{wrong}/other.pt",
     "--init {words} --stage distil": "distil --init finetune evaluate",
@@ -393,7 +400,7 @@ def test_photographs(tmp_path):
 
 def write_questions(root, split, answers):
     """A prepared list of 16 questions about photographs, three an image."""
-    lines = [{"made_from": [], "unusable": {}, "notes": {}, "root": ".", "name": "vqav2",
+    lines = [{"made_from": [], "samples": 16, "unusable": {}, "notes": {}, "root": ".", "name": "vqav2",
               "kind": "questions", "answers": ["yes", "no", "red"]}]
     for i in range(16):
         name = f"{split}{i // 3}.jpg"

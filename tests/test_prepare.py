@@ -170,8 +170,9 @@ def test_images_named_by_row(tmp_path, text):
     beside = tmp_path / "images" / "00000" / "000000001.txt"
     beside.write_text("caption 1")
     run(name, tmp_path)
-    beside.write_text("caption 7")
-    assert "000000001.txt is not the caption of row 1" in refusal(name, tmp_path)
+    for other in (b"caption 7", b"\xff"):
+        beside.write_bytes(other)
+        assert "000000001.txt is not the caption of row 1" in refusal(name, tmp_path)
 
 
 @pytest.mark.parametrize("rows, text, words", [
@@ -230,7 +231,7 @@ def test_vqa_v2_reads_the_folders_of_2017(tmp_path):
 
 
 @pytest.mark.parametrize("changed, reason", [
-    ({"answers": [{"answer": "yes"}] * 3}, "with fewer than ten answers"),
+    ({"answers": [{"answer": "yes"}] * 3}, "with fewer than ten answers: the official accuracy cannot reach 100"),
     ({"answers": []}, "without answers"), ({"answers": 5}, "without answers"),
     ({"answers": [{"answer": 5}]}, "without answers"),
     ({"question": None}, 'no str under "question"'),
@@ -264,6 +265,9 @@ def captions_file(**fields):
     (captions_file(images=changed(IMAGES, file_name=5)), 0, '1 no str under "file_name"'),
     (captions_file(images=changed(IMAGES, file_name="9.jpg")), 0, "1 missing image file"),
     (captions_file(images=changed(IMAGES, id=None)), 0, '1 no int under "id"'),
+    (captions_file(images=[*IMAGES, 3]), 2, '1 no int under "id"'),
+    (captions_file(images=[*IMAGES, {"file_name": "1.jpg"}]), 2, '1 no int under "id"'),
+    (captions_file(annotations=[*CAPTIONS, 3]), 2, '1 no str under "caption"'),
     (captions_file(images=[*IMAGES, {"id": 0, "file_name": "000000000005.jpg"}]), 0, "id that"),
 ])
 def test_one_entry_of_many_is_counted(tmp_path, capsys, monkeypatch, content, first, words):
@@ -278,9 +282,11 @@ def test_one_entry_of_many_is_counted(tmp_path, capsys, monkeypatch, content, fi
 
 
 @pytest.mark.parametrize("content, words", [
-    ([captions_file()], "official form"),
-    ({"annotations": CAPTIONS}, "'images'"), ({"images": IMAGES}, "'annotations'"),
-    (captions_file(images=[3]), "official form"), (captions_file(annotations=[3]), "official form"),
+    ([captions_file()], "official form"), ({"annotations": CAPTIONS}, 'no list under "images"'),
+    (captions_file(images={"0": 3}), 'no list under "images"'),
+    ({"images": IMAGES}, 'no list under "annotations"'),
+    (captions_file(images=[3]), 'image 0: no int under "id"'),
+    (captions_file(annotations=[3]), 'annotation 0: no str under "caption"'),
     ({"images": IMAGES, "annotations": [{"image_id": 0, "bbox": [1, 2, 3, 4]}]},
      'annotation 0: no str under "caption"'),
     ("{", "no valid json"), ('{"images": "\udcff"}', "no valid json"),
@@ -305,7 +311,8 @@ def test_a_file_of_another_form_is_one_line(tmp_path, content, words):
     ("sbu", {}, "sbu-captions-all.json"), ("nocaps", {}, "nocaps_val_4500_captions.json"),
     ("vqav2", {"answer_list.json": {"yes": 1}}, "no list of texts"),
     ("vqav2", {"answer_list.json": [1]}, "no list of texts"), ("cc3m", {}, "list nothing"),
-    ("flickr30k", {"dataset_flickr30k.json": {"images": [{"filename": "0.jpg"}]}}, "'split'"),
+    ("flickr30k", {"dataset_flickr30k.json": {"images": [{"filename": "0.jpg"}]}}, "image 0: of no split"),
+    ("sbu", {"sbu-captions-all.json": {"captions": {"0": "a"}}}, 'no list under "captions"'),
     ("vg", {"region_descriptions.json": [], "image_data.json": [3], "../coco/dataset_coco.json":
             {"images": []}}, "image_data.json is not of the official form"),
     ("flickr30k", {"dataset_flickr30k.json": {"images": [{"filename": "0.jpg", "split": "test"}]}},
@@ -328,10 +335,11 @@ def test_lists_that_have_aged(tmp_path):
     run("coco", tmp_path / "a b", "--out", tmp_path / "lists")
     path = tmp_path / "lists" / "train.jsonl"
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join([*lines[:3], lines[3][:20] + "\n", *lines[4:]]))
-    data = Listed(path)
-    with pytest.raises(UserError, match="line 4, is damaged"):
-        data[2]
+    for line in (lines[3][:20] + "\n", lines[3].replace("captions", "captains"), "[3]\n"):
+        path.write_text("".join([*lines[:3], line, *lines[4:]]))
+        data = Listed(path)
+        with pytest.raises(UserError, match="line 4, is damaged"):
+            data[2]
     (tmp_path / "a b" / "train2017" / "000000000001.jpg").unlink()
     with pytest.raises(common.BadSample, match="unreadable file"):
         data[0]
@@ -340,9 +348,10 @@ def test_lists_that_have_aged(tmp_path):
     with pytest.raises(UserError) as caught:
         Listed(path)
     assert command in str(caught.value) and "has changed since" in str(caught.value)
-    path.write_text("{}\n")
-    with pytest.raises(UserError, match="is no list of data/prepare.py"):
-        Listed(path)
+    for text in ("", "{}\n", "".join(lines[:-1])):
+        path.write_text(text)
+        with pytest.raises(UserError, match="is no list of data/prepare.py, or not whole"):
+            Listed(path)
 
 
 def test_main_script(tmp_path, capsys):

@@ -67,7 +67,7 @@ def photos_run(photos, tmp_path_factory):
 def emoji_run(tmp_path_factory):
     """A run as a user starts it, without --out; a notebook's and a launcher's variables are left over."""
     cwd = tmp_path_factory.mktemp("cwd")
-    env = {**os.environ, "MPLBACKEND": "module://no_such_backend", "RANK": "1", "WORLD_SIZE": ""}
+    env = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline", "RANK": "1", "WORLD_SIZE": ""}
     finished = subprocess.run([*PYTHON, *map(str, EMOJI)], cwd=cwd, env=env, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     return cwd / "runs" / "eclipse-emoji"
@@ -248,6 +248,15 @@ def test_disk_full(tmp_path):
     assert [path.read_text() for path in tmp_path.iterdir()] == ["whole"]
 
 
+@pytest.mark.parametrize("text, steps", [
+    ("step,loss\n1,2\n2\n,3\n3,4,5\n²,1\nx,1\n4,\n5,6", ["1", "4", "5"]),
+    ("stop,loss\n1,2", []), ("step\n1\n2,3", ["1"]), ("\0\0\0", []), ("", []),
+])
+def test_damaged_rows_of_a_log_are_passed_over(tmp_path, text, steps):
+    (tmp_path / "log.csv").write_text(text)
+    assert [row["step"] for row in common.read_csv(tmp_path / "log.csv")] == steps
+
+
 # ------------------------------------------------------------------------------------ user errors
 
 
@@ -352,6 +361,14 @@ def test_evaluate_on_a_folder_of_classes_with_linear_probe(photos_run, classes, 
     assert tables[0].keys() == CELLS
     for cell in tables[0].values():
         assert cell["colours_top5"] == 100 and cell["colours_probe_top1"] >= 80  # two colours
+
+
+def test_a_feature_that_is_no_number_names_its_image(photos_run, classes, tmp_path):
+    broken = checkpoint(photos_run)
+    broken["model"]["online.visual.proj"].fill_(np.nan)
+    torch.save(broken, tmp_path / "nan.pt")
+    flags = ["--evaluate", tmp_path / "nan.pt", "--eval-data", classes, "--workers", 0]
+    assert f"image {classes}/test/colour_0/50.jpg " in error("eclipse", *flags, "--linear-probe")
 
 
 def test_init_starts_from_the_weights(photos, photos_run, tmp_path):
