@@ -1,12 +1,12 @@
 """ECLIPSE: Expediting Contrastive Language-Image Pretraining via Self-distilled Encoders
 Kim, Kim, Jo, Kim (LG AI Research), AAAI 2024, https://arxiv.org/abs/2312.12659. No official code.
 
-The online image encoder is made cheap by dropping tokens (EViT): it sees a partial view of every
-image. Its moving average, the momentum image encoder, sees the full view. Both are aligned with
-ONE text encoder, so that the same batch has two matrices of image-text similarities, and the
-online matrix learns to match the momentum matrix: soft targets that say which captions fit an
-image better than its own, possibly wrong, one. At test time the online encoder runs without any
-tuning, pruned for speed.
+The online image encoder is made cheap by dropping tokens (EViT): each pruning block keeps the share
+κ of them, a partial view of every image. Its moving average, the momentum image encoder, sees the
+full view. Both are aligned with ONE text encoder, so that the same batch has two matrices of
+image-text similarities, and the online matrix learns to match the momentum matrix: soft targets
+that say which captions fit an image better than its own, possibly wrong, one. At test time the
+online encoder runs without any tuning, pruned for speed; or in full capacity, if trained at κ = 1.
 
     python eclipse.py                                  # emoji scenes, a few minutes on a laptop
     python eclipse.py --ablate all --jobs 2            # the ladder of ablations on them
@@ -21,18 +21,21 @@ CLIP. Not run at the paper's scale.
 
 From the paper: the three networks and what each sees; the KL from the momentum matrix to the online
 one; the stop-gradient on the texts of the online matrix (here in KD only, see A2); momentum 0.994,
-κ = 0.7, learning rate 5e-4, 40 epochs on CC3M, built on SLIP's code and EViT's pruning.
+κ = 0.7, learning rate 5e-4, 40 epochs on CC3M, built on SLIP's code and EViT's pruning. EViT is
+Liang et al. 2022, SLIP Mu et al. 2022, ALBEF Li et al. 2021; [code] of theirs was read.
 
 Assumptions, where the public text is silent. Each is ours, not the paper's:
-  A1  NCE is symmetric. KD is the mean over rows and columns of KL(teacher || student), weighted by
-      λ = 1 (--kd-weight). λ rises from 0 as ALBEF's does (--kd-ramp): over 10-30 % of the emoji
-      run, over the first fortieth of the others.
-  A2  Who trains the text encoder (--text-grad), where the default departs from the paper. It stops
-      the gradient of the texts in the online matrix A, so that NCE(A) trains the images and NCE(Ā)
-      the texts: "momentum". "online" (default: the cheapest, and three seeds on the emoji scenes
-      do not separate them) lets NCE(A) train both and leaves NCE(Ā) out; "both" adds the two. In
-      KD the texts are stopped in every reading, unless the teacher has a text encoder of its own.
-      NCE(A) always stays: KD's gradient vanishes where student = teacher, as at the start.
+  A1  The total, NCE of both matrices (A2) + λ KD, is put together from these parts. NCE is CLIP's
+      symmetric loss of a matrix. KD is half the KL(teacher || student) of the rows, images over
+      texts, plus half that of the columns, with λ = 1 (--kd-weight). λ rises from 0 as ALBEF's does
+      (--kd-ramp): over 10-30 % of the emoji run, over the first fortieth of the others.
+  A2  Who trains the text encoder (--text-grad), where the default departs from the paper. The paper
+      stops the gradient of the texts in the online matrix A, so that NCE(A) trains the images and
+      NCE(Ā) the texts: --text-grad momentum. --text-grad online (default: one loss less, and three
+      seeds on the emoji scenes do not separate them) lets NCE(A) train both and leaves NCE(Ā) out;
+      --text-grad both adds the two. In KD the texts are stopped in every reading, unless the
+      teacher has a text encoder of its own. NCE(A) always stays: KD's gradient vanishes where
+      student = teacher, as at the start.
   A3  One learnable logit scale, from 1/0.07, clamped to [1, 100] as in SLIP. Every term trains it
       but for the teacher's side of KD.
   A4  The teacher starts equal to the student, its projection included, and moves after every
@@ -42,8 +45,8 @@ Assumptions, where the public text is silent. Each is ours, not the paper's:
   A6  Pruning as in EViT's code: the blocks at a quarter, half and three quarters of the depth (3,
       6, 9 of 12, from 0), but never the last one, since only CLS is read behind it; tokens ranked
       by the CLS attention, averaged over heads; dropped ones fused into one (--fuse); κ constant.
-  A7  The towers are CLIP's, QuickGELU and the norm before the first image block included, so that
-      CLIP weights load.
+  A7  The towers are CLIP's, QuickGELU (GELU in the demo) and the norm before the first image block
+      included, so that CLIP weights load.
   A8  Recipe for large data: SLIP's CLIP recipe for CC3M; for COCO and Flickr30k the same with batch
       1024.
 """
@@ -65,7 +68,8 @@ from common import UserError, average_gradients, gather, normalise, option, rank
 
 # Letters in shape comments: B images or texts in the batch a function is given (in the losses: b of
 # this process against the B of all), N tokens, D width, H heads, E width of the joint embedding,
-# S image side in pixels. Blocks are counted from 0 everywhere.
+# S image side in pixels, n tokens kept or images shown; s = exp(logit scale), M any matrix of
+# similarities, m the momentum of the moving average. Blocks are counted from 0 everywhere.
 
 # -------------------------------------------------------------------------------------- config
 
@@ -111,7 +115,8 @@ class Config(common.RunConfig):  # data, out, resume, ablate, seed, device, ...
     noise: float = option(0.4, "share of training scenes with another scene's caption", (0, 1))
 
 
-# SLIP's CLIP recipe (A8) with the paper's momentum (A4) and a short ramp (A1); flags override it.
+# SLIP's CLIP recipe (A8) with the paper's learning rate, epochs and momentum (A4) and a short ramp
+# (A1); flags override it. A data set of your own takes LARGE, or gets a line in RECIPES.
 LARGE = dict(
     preset="vit_b16",
     epochs=40,
@@ -123,19 +128,19 @@ LARGE = dict(
 SMALLER = {**LARGE, "batch_size": 1024}
 RECIPES = {  # of any other data: LARGE
     "emoji": {},
-    "yfcc15m": {**LARGE, "epochs": 25},
+    "yfcc15m": {**LARGE, "epochs": 25},  # SLIP's
     "coco": SMALLER,
     "flickr30k": SMALLER,
 }
 
 
 def weight_decay(cfg):
-    return 0.2 if cfg.data == "emoji" else 0.5  # SLIP's
+    return 0.2 if cfg.data == "emoji" else 0.5  # 0.5: SLIP's
 
 
 def crop_scale(cfg):
     """Least and largest area of the random crop, as a share of the image."""
-    return (0.8 if cfg.data == "emoji" else 0.5, 1.0)  # SLIP's
+    return (0.8 if cfg.data == "emoji" else 0.5, 1.0)  # 0.5: SLIP's
 
 
 def configure(argv=None):
@@ -145,12 +150,12 @@ def configure(argv=None):
     """
     given = common.parse_command_line(Config, __doc__, argv)
     asked = Config(**given)
-    if asked.method == "clip":
+    if asked.method == "clip":  # whatever --keep-rate says: plain CLIP is not pruned in training
         given["keep_rate"] = 1.0
     recipe = RECIPES.get(asked.data, LARGE)
     loaded = common.read_checkpoint(asked.evaluate or asked.init)
     if asked.evaluate:
-        recipe = {**recipe, "method": "clip+evit", "keep_rate": 1.0}  # of public weights
+        recipe = {**recipe, "method": "clip+evit", "keep_rate": 1.0}  # a public CLIP: no teacher
         recipe.update(common.known_fields(Config, loaded.config),
                       root=None, device="auto", workers=-1)
     stem = "runs/ablation" if asked.ablate else f"runs/{asked.method}-{asked.data}"
@@ -159,7 +164,7 @@ def configure(argv=None):
         raise UserError("--kd-ramp takes two fractions of training")
     if cfg.text_teacher == "momentum" and cfg.text_grad != "online":
         raise UserError("--text-teacher momentum needs --text-grad online: the loss of its own "
-                        "matrix has no gradient")
+                        "matrix has no gradient to the text")
     return cfg, given, loaded
 
 
@@ -413,7 +418,8 @@ class ECLIPSE(nn.Module):
     """Online image encoder (partial view), momentum image encoder (full view), one text encoder.
 
     `online` is a whole CLIP: the online image encoder, the shared text encoder, the logit scale.
-    `momentum` is the moving average of online.visual. A training step:
+    `momentum` is the moving average of online.visual. Another image tower: replace
+    PruningVisionTransformer here. A training step, as in `train`:
 
         u, v = online(image, κ), text(caption)        partial view, and the text       embed
         ū = momentum(image)                           full view, no gradient           teach
@@ -429,7 +435,7 @@ class ECLIPSE(nn.Module):
         if cfg.method == "eclipse":
             teacher = copy.deepcopy(self.online).eval().requires_grad_(False)
             self.momentum = teacher.visual
-            if cfg.text_teacher == "momentum":
+            if cfg.text_teacher == "momentum":  # the text side alone is left in it
                 teacher.visual = nn.Identity()
                 self.momentum_text = teacher
 
@@ -442,7 +448,7 @@ class ECLIPSE(nn.Module):
 
     @torch.no_grad()
     def teach(self, image, text):
-        """ū (b, E), the full view of the images, and v̄ (b, E); each None without such a teacher."""
+        """ū (b, E), the full view of the images, and v̄ (b, E); None without such a teacher."""
         u_bar = v_bar = None
         if self.momentum is not None:
             u_bar = unit(self.momentum(image, self.cfg.teacher_keep_rate))
@@ -454,14 +460,17 @@ class ECLIPSE(nn.Module):
         """The loss and its terms, from A = s<u, v> and Ā = s<ū, v>; sg stops the gradient.
 
         text_grad  loss                                             the text is trained by (A2)
-        momentum   NCE(s<u, sg v>) + NCE(Ā) + λ KD(Ā, s<u, sg v>)   NCE(Ā)
-        online     NCE(A)                   + λ KD(Ā, s<u, sg v>)   NCE(A)
+        momentum   NCE(s<u, sg v>) + NCE(Ā) + λ KD(Ā, s<u, sg v>)   NCE(Ā) (the paper's stop)
+        online     NCE(A)                   + λ KD(Ā, s<u, sg v>)   NCE(A) (default)
         both       NCE(A)          + NCE(Ā) + λ KD(Ā, s<u, sg v>)   both
 
         The online images get gradients from every term with u, the scale from every term; nothing
         trains ū but the moving average, and KD has no gradient to Ā. With a momentum text encoder
         Ā = s<ū, v̄>, and the student's side of KD is A: it trains both towers. Without a teacher
         the loss is NCE(A).
+
+        To add a loss: its function above, its term here, its weight in Config, its name in the
+        dict that is returned and in LOG_COLUMNS.
         """
         scale = self.online.logit_scale.exp()
         A = similarities(scale, u, v)
@@ -497,7 +506,7 @@ def build(cfg, loaded=None):
     model = ECLIPSE(cfg, size)
     if loaded:
         common.load_weights(model.online, weights, loaded.path)
-        model.update_momentum(0.0)  # teacher = student
+        model.update_momentum(0.0)  # teacher = student, also where a run's --init goes on training
     if cfg.evaluate and "momentum.proj" in loaded.weights:  # a run's: the teacher as well
         for tower in ("online.visual", "momentum"):
             common.resize_positions(loaded.weights, tower, size)
@@ -543,7 +552,7 @@ def backward(model, image, text, others, amp, scaler):
     with amp, torch.set_grad_enabled(k == 1):
         embedded = [model.embed(*chunk) for chunk in chunks]
     u, v = map(torch.cat, zip(*embedded))
-    u.requires_grad_()
+    u.requires_grad_()  # without effect where they have a graph, k = 1
     v.requires_grad_()
     loss, terms = model.loss(u, v, *others)  # outside of autocast
     scaler.scale(loss).backward()
@@ -680,7 +689,7 @@ def draw_kept_tokens(path, model, statistics, sets):
     rows, names = [images], ["image"]
     for block, kept in zip(visual.prune_blocks, kept_positions):
         if kept is not None:
-            patch = F.pad(patch.gather(1, kept.cpu()), (0, 1), value=-1)  # the fused one is none
+            patch = F.pad(patch.gather(1, kept.cpu()), (0, 1), value=-1)  # a fused one is no patch
         left = (patch[:, :, None] == number).any(1).float().view(-1, 1, grid, grid)
         left = F.interpolate(left, scale_factor=size.patch_size)
         rows.append(images.where(left > 0, images // 5))
@@ -744,7 +753,7 @@ def draw_sweet_spot(path, arms, results):
             name, *_ = cells[0]  # as trained: "online κ=0.7"
             speeds = [cell[name]["images_per_second"] / cell["online κ=1"]["images_per_second"]
                       for cell in cells]
-            scores = [next(iter(cell[name].values())) for cell in cells]  # top-1 or R@1
+            scores = [next(iter(cell[name].values())) for cell in cells]  # top-1 or i2t R@1
             point = np.mean(speeds), np.mean(scores)
             curve = curves.setdefault(arms[arm].get("method", "eclipse"), [])
             curve.append((*point, np.std(scores, ddof=1)))
