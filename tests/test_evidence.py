@@ -1,6 +1,7 @@
 """README.md and tests/EVIDENCE.md say what the stored results say; means and differences against numpy's."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -33,3 +34,15 @@ def test_table_of_made_up_results(tmp_path, monkeypatch):
 def test_an_exercise_changes_its_script(exercise, tmp_path, monkeypatch):
     monkeypatch.setattr(evidence, "RUNS", tmp_path)
     evidence.edited_copy(exercise)
+
+
+def test_readme_names_what_there_is():
+    """Every function, test and flag in README's tables and text stands somewhere in the code."""
+    paths = [*evidence.REPO.glob("*.py"), *evidence.REPO.glob("data/*.py"), *evidence.REPO.glob("tests/*.py")]
+    code = "".join(path.read_text("utf-8") for path in paths)
+    text = (evidence.REPO / "README.md").read_text("utf-8")
+    for name in re.findall(r"`(?:\w+\.)?([A-Za-z_]\w+)`", text):
+        assert re.search(rf"(def |class |^|\.){name}\b", code, re.M), name
+    for flag in set(re.findall(r"--[a-z][a-z-]+", text)) - {"--nproc", "--upgrade"}:
+        field = flag[2:].replace("-", "_").removeprefix("no_")
+        assert re.search(rf"^    {field}: |[\"']{field}[\"']|[\"']{flag}[\"']", code, re.M), flag
