@@ -170,7 +170,7 @@ def checkpoint(folder, rng):
 
 
 def read_checkpoint(path):
-    weights, size = common.clip_weights(common.read_checkpoint(path))
+    weights, size = common.clip_weights(common.read_checkpoint(path), "gelu")
     clip = eclipse.CLIP(size, eclipse.PruningVisionTransformer(size, fuse=True))
     common.load_weights(clip, weights, path)
     return "whole"
