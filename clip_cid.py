@@ -1072,7 +1072,8 @@ def train(cfg, loaded=None):
             if saves or stopping:
                 run.save_state(state)
             if stopping:
-                raise KeyboardInterrupt(f"stopped at step {state['step']}: add --resume to go on")
+                raise KeyboardInterrupt(f"stopped at step {state['step']}; --resume --out "
+                                        f"{run.folder} goes on")
     if rank() == 0:
         common.write_results(run, cells, test, state, device)
         if cfg.stage == "teacher":

@@ -1372,7 +1372,8 @@ def train(cfg):
             if saves or stopping:
                 run.save_state(state)
             if stopping:
-                raise KeyboardInterrupt(f"stopped at step {state['step']}: add --resume to go on")
+                raise KeyboardInterrupt(f"stopped at step {state['step']}; the same command with "
+                                        f"--resume --out {Path(cfg.out).parent} goes on")
     common.on_first(partial(finish, run, student, state))
 
 
