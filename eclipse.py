@@ -681,7 +681,10 @@ def encoders_of(model, statistics, amp):
 def draw_kept_tokens(path, model, statistics, sets):
     """Images, and what is left of them after each pruning block: dropped patches are darkened."""
     visual, size = model.online.visual, model.size
-    images, captions = common.example_images(sets, size.image_size, 8)
+    examples = common.example_images(sets, size.image_size, 8)
+    if not examples:
+        return
+    images, captions = examples
     with torch.no_grad():
         _, kept_positions = visual.prune(normalise(images, statistics), model.cfg.keep_rate)
     grid = size.image_size // size.patch_size

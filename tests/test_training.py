@@ -368,7 +368,7 @@ def test_a_feature_that_is_no_number_names_its_image(photos_run, classes, tmp_pa
     broken["model"]["online.visual.proj"].fill_(np.nan)
     torch.save(broken, tmp_path / "nan.pt")
     flags = ["--evaluate", tmp_path / "nan.pt", "--eval-data", classes, "--workers", 0]
-    assert f"image {classes}/test/colour_0/50.jpg " in error("eclipse", *flags, "--linear-probe")
+    assert "image 0 (from 0" in error("eclipse", *flags, "--linear-probe")
 
 
 def test_init_starts_from_the_weights(photos, photos_run, tmp_path):
