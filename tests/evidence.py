@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
+from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 REPO = HERE.parent
@@ -275,7 +276,9 @@ def write():
         common.replace_file(path, lambda new, text=text: new.write_text(text, "utf-8"))
     for name, source in PICTURES.items():
         if (RUNS / source).is_file():
-            shutil.copy(RUNS / source, REPO / "data/pictures" / name)
+            picture = Image.open(RUNS / source).convert("RGB")
+            picture.thumbnail((1200, 1200))
+            picture.save(REPO / "data/pictures" / name)
 
 
 def main():
