@@ -5,39 +5,46 @@ code.
 A BLIP (Li et al. 2022, https://arxiv.org/abs/2201.12086, whose code is public, [BLIP] below), the
 teacher, is distilled in pre-training into one of 22 % of its parameters, which still retrieves,
 captions and answers questions. Both are an image encoder (ViT) and a text network in three modes:
-unimodal encoder (for ITC), image-grounded encoder (for ITM and for questions), image-grounded
-decoder (for captions and answers); encoder and decoder share all but self-attention. To BLIP's
-three losses DLIP adds two, on the same pairs: the student's representations point where the
-teacher's do (L_HR), and its last layers attend where the teacher's attend (L_AT).
+unimodal encoder (for image-text contrast, ITC), image-grounded "fusion" encoder (for image-text
+matching, ITM, and for questions), image-grounded decoder (for language modelling, LM: captions and
+answers); encoder and decoder share all but self-attention. To BLIP's three losses (together "VLP")
+DLIP adds two, on the same pairs: the student's representations point where the teacher's do (L_HR),
+and its last layers attend where the teacher's attend (L_AT).
 
     python dlip.py                               # emoji scenes: distil, fine-tune, evaluate
     python dlip.py --ablate vlp dlip --jobs 2    # beside the paper's ablations, emoji scenes
     torchrun --nproc_per_node=8 dlip.py --stage distil --data 'coco*5+vg*8+cc3m+sbu' \\
-        --teacher model_base_14M.pth
+        --teacher model_base_14M.pth --out runs/dlip-coco
     python dlip.py --stage finetune --data vqav2 --init runs/dlip-coco/distil/blip.pt
     python dlip.py --stage evaluate --task retrieval --data coco --init model_base_retrieval.pth
 
-The stages leave a run folder each below --out: distil/, then retrieval/, caption/, vqa/ of the
-student and teacher-retrieval/ ... of the teacher; each has blip.pt, the model alone. What is done
-is not done again.
+Without flags (--stage all) the teacher comes from data/teacher_blip.pt, which --stage teacher once
+made. Below --out follow, in this order: the run folder distil/; for each task T of retrieval,
+caption, vqa the run folder T/ of the student and teacher-T/ of the teacher; results.json, table.md
+and pictures, in --out itself. A run folder has blip.pt, the model alone. An --out that holds a run
+is refused; with --resume trainings that are done are not done again, and one cut short goes on.
 
 Measured on the emoji scenes, 54,000 samples of pre-training, 3 seeds, 2 CPU cores, torch 2.13.0
 (README has the table, the commands and the commit): TR@1 20.7 ± 1.5, IR@1 14.9 ± 0.9, CIDEr 147 ±
 6, against 0.6 ± 0.4, 1.7 ± 0.8, 107 ± 9 for the same student without distillation, and 23.7 ± 1.2,
 16.2 ± 0.9, 160 ± 2 for the teacher, which saw 200,000 samples. Not run at the paper's scale.
 
+Sources: [paper] its text, tables or figures; [BLIP] BLIP's paper or code; [near] a public
+reimplementation that looks derived from the authors' code (jfan1256/dlip-v2); [choice] ours.
+
 From the paper: the sizes of its Table 1; all weights 1; distillation in pre-training only; L_HR of
 image, text, fusion encoder and decoder, the text's from the last layer; L_AT of the last layers'
-self- and cross-attention as KL; learning rate 5e-4 times 0.85 an epoch, 20 epochs.
+self- and cross-attention as KL; learning rate 5e-4 times 0.85 an epoch, 20 epochs, weight decay
+0.02; a larger fine-tuning rate for small text networks.
 
 Assumptions, where the public text is silent. Each is ours, not the paper's:
-  A1  L_HR is the sum of four batch means of 1 - cosine: at the CLS of image and text, at [ENC] and
-      at [DEC], each after the ITC projection of its own model; the teacher's is frozen, since a
-      learned one could agree on a constant (--hr, --lambda-hr). [DEC] comes first in a causal
-      decoder: VL_D sees the image and no word.
-  A2  L_AT is the sum over self-attention of fusion encoder and decoder, and cross-attention of the
-      fusion encoder, each the mean over heads and queries without the padded ones (--attn,
-      --lambda-at). L_HR and L_AT see matching pairs only.
+  A1  L_HR is the sum of four batch means of 1 - cosine [near]: at the CLS of image and text, at
+      [ENC] and at [DEC], each after the ITC projection of its own model; the teacher's is frozen,
+      since a learned one could agree on a constant (--hr, --lambda-hr). [DEC] comes first in a
+      causal decoder: VL_D sees the image and no word.
+  A2  L_AT is the sum over self-attention of fusion encoder and decoder (the decoder's: [near]), and
+      cross-attention of the fusion encoder, each the mean over heads and queries without the padded
+      ones (--attn, --lambda-at). L_HR and L_AT see matching pairs only.
   A3  ITC's keys are the momentum features of all processes' batches and the queue; BLIP has its own
       process's and the queue. The momentum encoders run without dropout.
   A4  ITM's negatives come from the process's own batch, as in BLIP's pre-training, drawn by the
@@ -52,9 +59,10 @@ Assumptions, where the public text is silent. Each is ours, not the paper's:
   A7  Encoder and decoder are tied in pre-training only; for VQA they are two networks, as in BLIP's
       code. Where image and text widths differ, the keys and values of the answer decoder's
       cross-attention start afresh.
-  A8  VQA is trained on VQAv2's train split at 384 px, so that val can measure it; BLIP adds val and
-      Visual Genome's questions, at 480 px. Validation takes the first 5,000 questions. BLIP's VQA
-      fine-tuning has drop path 0.1 in the ViT: left out.
+  A8  VQA is trained on VQAv2's train split at 384 px; BLIP adds val and Visual Genome's questions,
+      at 480 px. So val can measure it: its first 5,000 questions do, after every epoch. Evaluation
+      takes the test split, whose answers only VQA's server has: it leaves answers_model.json for
+      the server, and no accuracy. BLIP's VQA fine-tuning has drop path 0.1 in the ViT: left out.
   A9  Sizes, schedules and fine-tuning of the emoji run are ours. Its fine-tuning captions are never
       wrong, as COCO's are cleaner than the web's.
 """
@@ -78,9 +86,11 @@ import common
 from common import UserError, average_gradients, gather, normalise, option, rank, world_size
 
 # Letters in shape comments: B images or texts (in the losses: b of this process against the B of
-# all), N tokens, M tokens attended to, D width, E width of the joint embedding, Q length of a
-# queue, H heads, V vocabulary, K beams, R rows of the decoder (B, or several an image), P tokens
-# of the prompt with [DEC], L of the longest text, A answers to choose from.
+# all), S pixels of an image's side, N tokens, M tokens attended to, D width, E width of the joint
+# embedding, Q length of a queue, H heads, V vocabulary, K beams, R rows of the decoder (B, or
+# several an image), P tokens of the prompt with [DEC], L of the longest text, A answers to choose
+# from, T captions of B images, n any number, context the length a tokenizer pads to. "texts" are
+# strings, "ids" their tokens, "states" a network's output, "scores" attention before its softmax.
 
 # -------------------------------------------------------------------------------------- config
 
@@ -96,7 +106,8 @@ NEEDED = {"teacher": ("text_encoder.", "text_decoder.", "vision_proj.", "text_pr
 
 @dataclass
 class Config(common.RunConfig):  # data, out, resume, ablate, seed, device, ...
-    stage: str = option("all", "all (emoji only): distil, finetune, evaluate; flags are distil's",
+    stage: str = option("all", "all (emoji only): distil, finetune, evaluate; --epochs, --lr, "
+                               "--warmup-steps, --alpha-ramp, --noise are then distil's alone",
                         ["all", "teacher", "distil", "finetune", "evaluate"])
     task: tuple[str, ...] = option(TASKS, "what to fine-tune for (one a run) or to evaluate",
                                     [*TASKS])
@@ -104,6 +115,8 @@ class Config(common.RunConfig):  # data, out, resume, ablate, seed, device, ...
     with_teacher: bool = option(True, "--stage all: fine-tune and evaluate the teacher as well")
     init: str | None = option(None, "the BLIP checkpoint that finetune and evaluate take")
 
+    # vlp: BLIP's three losses, as the paper's ablation calls them. L_AT is --attn by its maps,
+    # --lambda-at by its weight, at_self and at_cross in log.csv.
     method: str = option("dlip", "blip: no distillation", ["dlip", "blip"], section="method")
     vlp: bool = option(True, "BLIP's own losses, ITC + ITM + LM, in pre-training")
     hr: tuple[str, ...] = option(HR_PARTS, "representations to distil", [*HR_PARTS, "none"])
@@ -142,31 +155,38 @@ class Config(common.RunConfig):  # data, out, resume, ablate, seed, device, ...
     noise: float = option(0.2, "share of scenes with another's caption, in pre-training", (0, 1))
 
 
-# By stage, or by task in fine-tuning. For large data the paper's, and BLIP's where it is silent.
+# Recipes by stage, or by task in fine-tuning: what replaces Config's defaults (weight decay 0.05 of
+# fine-tuning: [BLIP]). For large data the paper's, and BLIP's where it is silent.
+#
+# A new set of captions needs no code: --data NAME --root FOLDER (data/README.md). One of questions
+# needs its name beside vqav2's in configure() and check(). A recipe of its own goes into
+# configure(), as flickr30k's rerank_k; training_samples() and task_sets() open the data.
 PAPER = dict(image_size=224, queue_size=57600, momentum=0.995,  # [BLIP]
              rerank_k=256, answer_k=128)  # [BLIP]
 PRETRAIN = {**PAPER, "epochs": 20, "lr": (5e-4,), "weight_decay": 0.02,  # [paper]
             "batch_size": 1152, "warmup_steps": 3000}  # [near] [BLIP]
 FINETUNE = {**PAPER, "image_size": 384, "batch_size": 256, "warmup_steps": 0,
-            "alpha_ramp": 5.0}  # [BLIP]
+            "alpha_ramp": 5.0}  # [BLIP]; its one epoch of COCO's captions is five of ours (A5)
 LARGE = {
     "distil": PRETRAIN,
     "teacher": {**PRETRAIN, "vit": "base", "bert": "base", "weight_decay": 0.05},  # [BLIP]
-    # epochs: [BLIP] 6 and 5 over images x 5 captions; a small text network's rate: [paper]
+    # epochs: [BLIP] 6 and 5 over images x 5 captions; a small text network's rate, the second:
+    # [paper]
     "retrieval": {**FINETUNE, "epochs": 30, "lr": (1e-5, 5e-5)},
     "caption": {**FINETUNE, "epochs": 25, "lr": (1e-5,)},
     "vqa": {**FINETUNE, "epochs": 10, "lr": (2e-5,)},  # [BLIP]
 }
 SHORT = dict(warmup_steps=20, epochs=1.0, noise=0.0, alpha_ramp=0.0,
              lr=(4e-4, 2e-3))  # [choice], as all of EMOJI
-EMOJI = {
+EMOJI = {  # distil: Config's defaults
+    # seed 1000: other scenes than the student's, whose seeds are 0, 1, 2
     "teacher": dict(vit="base", bert="base", scenes=40000, epochs=5.0, warmup_steps=300,
                     lr=(1e-3,), seed=1000),
     "retrieval": SHORT,
     "caption": SHORT,
     "vqa": {**SHORT, "epochs": 0.5, "lr": (1e-3,)},
 }
-TEXT_LENGTH = {"retrieval": 35, "caption": 40, "vqa": 35}  # tokens, on large data; else 30 [BLIP]
+TEXT_LENGTH = {"retrieval": 35, "caption": 40, "vqa": 35}  # tokens [BLIP]; see tokenizer_of
 
 
 def configure(argv=None):
@@ -176,8 +196,8 @@ def configure(argv=None):
     stage = given.get("stage", "all" if data == "emoji" else "distil")
     tasks = {"emoji": TASKS, "vqav2": ("vqa",)}
     task = given.get("task", tasks.get(data, ("retrieval", "caption")))
-    part = task[0] if stage in ("finetune", "evaluate") else stage
-    recipe = (EMOJI if data == "emoji" else LARGE).get(part, {})
+    key = task[0] if stage in ("finetune", "evaluate") else stage
+    recipe = (EMOJI if data == "emoji" else LARGE).get(key, {})
     values = {**recipe, "stage": stage, "task": task}
     if data == "flickr30k":
         values["rerank_k"] = 128  # [BLIP]
@@ -209,8 +229,8 @@ def check(cfg):
 
 def distils(cfg):
     """Whether pre-training learns from a teacher."""
-    parts = {*cfg.hr, *cfg.attn}
-    return cfg.stage != "teacher" and cfg.method == "dlip" and parts != {"none"}
+    distilled = {*cfg.hr, *cfg.attn}
+    return cfg.stage != "teacher" and cfg.method == "dlip" and distilled != {"none"}
 
 
 @dataclass(frozen=True)
@@ -234,7 +254,7 @@ class TextSize:
     positions: int = 512
     dropout: float = 0.1
     tied_head: bool = True  # the LM head classifies with the word embeddings
-    pad: int = 0
+    pad: int = 0  # of a tokenizer; never another than PAD below
     cls: int = 101
     sep: int = 102
     dec: int = 30522
@@ -249,6 +269,7 @@ class BLIPSize:
 
 
 # DLIP's Table 1. Every BERT keeps 12 heads, so that text maps match the teacher's head for head.
+# VisionSize(width, layers, heads), TextSize(width, layers, fusion_layers).
 VIT = {"tiny": VisionSize(192, 12, 3),
        "small": VisionSize(384, 12, 6),
        "middle": VisionSize(576, 12, 9),
@@ -260,6 +281,8 @@ BERT = {"tiny": TextSize(192, 4, 4),
 
 
 # The same for the emoji scenes: small + small, the student, has 22.6 % of base + base.
+# VisionSize(width, layers, heads, patch, image_size),
+# TextSize(width, layers, fusion_layers, heads).
 DEMO_VIT = {"tiny": VisionSize(32, 4, 2, 8, 40),
             "small": VisionSize(64, 4, 2, 8, 40),
             "middle": VisionSize(96, 4, 3, 8, 40),
@@ -278,7 +301,9 @@ def sizes(cfg):
 # ---------------------------------------------------------------------------------------- model
 
 
-PAD = 0  # [PAD], in BERT's vocabulary and in the small one of the emoji scenes
+# [PAD], in BERT's vocabulary and in the small one of the emoji scenes. Masks and losses, which have
+# ids and no TextSize, compare with it.
+PAD = 0
 
 
 def sequence(**layers):
@@ -286,11 +311,11 @@ def sequence(**layers):
     return nn.Sequential(OrderedDict(layers))
 
 
-def initialise(module, draw):
-    """N(0, 0.02) for matrices, zero for biases."""
+def initialise(module, fill):
+    """N(0, 0.02) for matrices, by a function of nn.init, zero for biases."""
     for name, parameter in module.named_parameters():  # each once
         if parameter.ndim == 2:
-            draw(parameter, std=0.02)
+            fill(parameter, std=0.02)
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)
 
@@ -319,7 +344,13 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """ViT without a head, named as timm's: all tokens, CLS first, after the final norm."""
+    """ViT without a head, named as timm's: all tokens, CLS first, after the final norm.
+
+    For another image tower: a module (B, 3, S, S) -> (B, M, D) whose first token is ITC's, with a
+    flag grad_checkpoint, built as visual_encoder in BLIP.__init__; its sizes in VisionSize and VIT
+    (their names in Config.vit), how files name its weights in VISION_NAMES and blip_size. L_AT's
+    cross-attention needs M as in the teacher: load_teacher compares the patches.
+    """
 
     def __init__(self, size):
         super().__init__()
@@ -392,8 +423,9 @@ class Attention(nn.Module):
     def forward(self, x, keys_values, with_scores=False):
         """(B, N, D) -> (B, N, D), and the scores q k^T / sqrt(D/H) (B, H, N, M) or None.
 
-        Scores are float32, the least number where attention is not allowed; the fused kernel,
-        which keeps them to itself, runs where nobody asks for them.
+        Scores are float32, and where attention is not allowed the least finite number: with -inf
+        the KL of L_AT would be 0 * (-inf + inf), not a number. The fused kernel, which keeps them
+        to itself, runs where nobody asks for them.
         """
         q, (k, v, mask) = self.project("query", x), keys_values
         dropout = self.dropout if self.training else 0.0
@@ -412,8 +444,9 @@ class Attention(nn.Module):
 class TextLayer(nn.Module):
     """Self-attention, cross-attention to a source, feed-forward.
 
-    source_width: None where there is no cross-attention. In pre-training a layer of the decoder
-    shares all but self-attention with its `twin`, the encoder's layer.
+    source_width: None where there is no cross-attention. twin: given to a layer of the decoder in
+    pre-training, the encoder's layer at the same height, with which it shares all but
+    self-attention.
     """
 
     def __init__(self, size, source_width, twin=None):
@@ -481,7 +514,11 @@ class Encoded(NamedTuple):
 
 
 class TextModel(nn.Module):
-    """BERT with cross-attention, in the top layers, to a source; `twin`: see TextLayer."""
+    """BERT with cross-attention, in the top layers, to a source.
+
+    twin: given to the decoder in pre-training, the encoder, whose embeddings and, but for
+    self-attention, layers it shares.
+    """
 
     def __init__(self, size, source_width, causal=False, twin=None):
         super().__init__()
@@ -542,16 +579,21 @@ class PredictionHead(nn.Module):
 
 
 def exactly(head, states):
-    """head(states) in fp32 also under autocast: what is sorted or compared would lose digits."""
+    """head(states) computed in fp32, with autocast off: in bf16 what is sorted or compared after it
+    would lose digits."""
     with torch.autocast(states.device.type, enabled=False):
         return head(states.float())
 
 
 def init_text(encoder, decoder, head):
-    """As in BERT; what the two share is drawn once."""
+    """As in BERT; what the two share is drawn once.
+
+    The order means nothing but which random numbers go where: another gives each seed, and so the
+    README's results, other digits.
+    """
     order = [encoder.embeddings]
-    for layer, twin in zip(encoder.encoder.layer, decoder.encoder.layer):
-        order += [layer.attention, twin, layer]
+    for layer, decoder_layer in zip(encoder.encoder.layer, decoder.encoder.layer):
+        order += [layer.attention, decoder_layer, layer]
     initialise(nn.ModuleList([*order, decoder, head.transform]), nn.init.normal_)
 
 
@@ -629,24 +671,24 @@ class BLIP(nn.Module):
         return F.normalize(exactly(self.text_proj, states[:, 0]), dim=1)
 
     def match(self, states):
-        """Fused states -> (B, 2) logits of no match and match."""
+        """Fused states -> (B, 2) logits of no match and match, of ITM."""
         return exactly(self.itm_head, states[:, 0])
 
     @torch.no_grad()
     def generate(self, source, prompt=(), **setting):
         """A caption of each source (B, M, its width): token ids from [DEC] to [SEP], B lists.
 
-        prompt: token ids that follow [DEC]. setting: of beam_search.
+        prompt: token ids that follow [DEC]. setting: of beam_search, whose lengths count both.
         """
         text = self.size.text
         decoder = self.text_decoder.bert
         read = decoder.read(source)
         past = [[] for _ in read]
 
-        def next_log_p(texts, rows):
-            """R lists of N ids, and which texts of the last call they go on with ->
+        def next_log_p(prefixes, rows):
+            """R lists of N ids, and which rows of the last call they go on with ->
             log-probabilities (R, V) of the token that follows."""
-            ids = torch.tensor(texts, device=source.device)
+            ids = torch.tensor(prefixes, device=source.device)
             if past[0]:  # only the last token is new
                 ids = ids[:, -1:]
                 for pair in past:
@@ -703,39 +745,39 @@ def beam_search(next_log_p, prompts, sep, num_beams=3, min_length=5, max_length=
     B = len(prompts)
     P = len(prompts[0])
     K = num_beams
-    # of each beam its log-probability, its ids, the row of `texts` that it goes on with
+    # of each beam its log-probability, its ids, the row of `prefixes` that it goes on with
     running = [[(0.0, prompt, 0)] for prompt in prompts]
     finished = [[] for _ in prompts]  # log-probability / length and ids of each text
     done = [False] * B
     for n in range(P + 1, max_length + 1):  # n tokens after this step
-        scores, texts, rows = map(list, zip(*sum(running, [])))  # of R beams
-        log_p = next_log_p(texts, rows)  # (R, V)
+        totals, prefixes, rows = map(list, zip(*sum(running, [])))  # of R beams
+        log_p = next_log_p(prefixes, rows)  # (R, V)
         if n <= min_length:
             log_p[:, sep] = -math.inf
-        log_p = log_p + log_p.new_tensor(scores)[:, None]
-        scores, places = log_p.view(B, -1).topk(2 * K)  # (B, 2K)
+        log_p = log_p + log_p.new_tensor(totals)[:, None]
+        totals, places = log_p.view(B, -1).topk(2 * K)  # (B, 2K)
         V = log_p.shape[1]
         length = n - 1 if released else n - P
-        for image, best in enumerate(zip(scores.tolist(), places.tolist())):
+        for image, best in enumerate(zip(totals.tolist(), places.tolist())):
             beams = running[image]
-            texts = finished[image]
+            ended = finished[image]
             longer = []
-            for score, place in zip(*best):
+            for total, place in zip(*best):
                 beam, word = divmod(place, V)
-                longer.append((score, [*beams[beam][1], word], image * len(beams) + beam))
+                longer.append((total, [*beams[beam][1], word], image * len(beams) + beam))
             running[image] = [beam for beam in longer if beam[1][-1] != sep][:K]
             if not done[image]:
-                texts += [(score / length, ids) for score, ids, _ in longer[:K] if ids[-1] == sep]
+                ended += [(total / length, ids) for total, ids, _ in longer[:K] if ids[-1] == sep]
                 left = longer if released else running[image]
-                done[image] = len(texts) >= K and sorted(texts)[-K][0] >= left[0][0] / length
+                done[image] = len(ended) >= K and sorted(ended)[-K][0] >= left[0][0] / length
         if all(done):
             break
 
     length = max_length if released else max_length - P
     for image in range(B):
         if not done[image]:
-            finished[image] += [(score / length, ids) for score, ids, _ in running[image]]
-    return [max(texts)[1] for texts in finished]
+            finished[image] += [(total / length, ids) for total, ids, _ in running[image]]
+    return [max(ended)[1] for ended in finished]
 
 
 # --------------------------------------------------------------------------------------- losses
@@ -774,17 +816,17 @@ def itc_loss(query, query_m, keys, same, temp, alpha):
 
 
 @torch.no_grad()
-def draw_negatives(scores, same, floor=0.0):
+def draw_negatives(similarities, same, floor=0.0):
     """For each row the index of another pair, (b, b) -> (b,); -1 where all are of the same image.
 
-    Drawn with probability softmax(scores) + floor outside of `same`: BLIP's floor is 1e-4 in
+    Drawn with probability softmax(similarities) + floor outside of `same`: BLIP's floor is 1e-4 in
     pre-training, which keeps easy negatives coming, and 0 in fine-tuning. The maximum of
     log-probability + Gumbel noise has this distribution, and unlike torch.multinomial it makes
     nobody wait for the device.
     """
-    log_floor = torch.full_like(scores, floor).log()
-    log_p = torch.logaddexp(scores.log_softmax(1), log_floor)
-    gumbel = -torch.empty_like(scores).exponential_().log()
+    log_floor = torch.full_like(similarities, floor).log()
+    log_p = torch.logaddexp(similarities.log_softmax(1), log_floor)
+    gumbel = -torch.empty_like(similarities).exponential_().log()
     drawn = (log_p + gumbel).masked_fill(same, -math.inf).argmax(1)
     return drawn.masked_fill(same.all(1), -1)
 
@@ -815,7 +857,8 @@ def attention_loss(student, teacher, queries):
     Scores (b, H, N, M), whose softmax is the map; queries (b, N) are True at tokens, False at
     padding. Trains the student alone.
     """
-    student, teacher = student.log_softmax(-1), teacher.detach().log_softmax(-1)
+    student = student.log_softmax(-1)
+    teacher = teacher.detach().log_softmax(-1)
     kl = F.kl_div(student, teacher, reduction="none", log_target=True)
     return mean_where(kl.sum(-1).mean(1), queries)  # (b, N) -> scalar
 
@@ -825,7 +868,7 @@ def attention_loss(student, teacher, queries):
 
 @dataclass
 class Forward:
-    """A BLIP's forward pass over b image-text pairs; a part runs when it is first asked for.
+    """A BLIP's forward pass over b image-text pairs; a property is computed when first read.
 
     img, text, vl_e and vl_d (b, E) are the paper's four representations, after the ITC projection
     of the model itself (A1): CLS of the image, CLS of the text, [ENC] of the fusion encoder, [DEC]
@@ -873,7 +916,9 @@ class Forward:
 class DLIP(nn.Module):
     """The student, a BLIP, with BLIP's momentum encoders and queues: pre-training and fine-tuning.
 
-    The teacher, another BLIP, is no part of it: it never changes.
+    "Student" is the model being trained, also in --stage teacher, where nobody teaches it. The
+    teacher, another BLIP, is no part of this module: it never changes. Below, `ours` is the
+    student's Forward, `theirs` the teacher's, `slow` that of the momentum encoders.
     """
 
     def __init__(self, cfg, student, prompt_length=1):
@@ -882,7 +927,7 @@ class DLIP(nn.Module):
         self.student = student
         self.prompt_length = prompt_length  # P, [DEC] included
         self.momentum = None
-        if cfg.task == ("retrieval",) if cfg.stage == "finetune" else cfg.vlp:
+        if (cfg.task == ("retrieval",)) if cfg.stage == "finetune" else cfg.vlp:  # where ITC is
             self.momentum = copy.deepcopy(student).requires_grad_(False)
             del self.momentum.text_decoder, self.momentum.itm_head, self.momentum.temp
             Q = cfg.queue_size
@@ -891,14 +936,14 @@ class DLIP(nn.Module):
             self.register_buffer("text_queue", F.normalize(torch.randn(Q, E), dim=1))
             self.register_buffer("number_queue", torch.full((Q,), -1))
 
-    def forward(self, image, texts, number, alpha, teacher=None):
+    def forward(self, image, token_ids, number, alpha, teacher=None):
         """(loss, terms) of a batch.
 
-        image (b, 3, S, S); texts [ids (b, N)], for VQA [questions, answers]; number (b,) of the
-        image in the data.
+        image (b, 3, S, S); token_ids [captions' (b, N)], for VQA [questions', answers']; number
+        (b,) of the image in the data, which retrieval fine-tuning alone uses.
         """
         with_scores = teacher is not None and self.cfg.attn != ("none",)
-        ours = Forward(self.student, image, texts[0], with_scores)
+        ours = Forward(self.student, image, token_ids[0], with_scores)
         if self.cfg.stage != "finetune":
             loss, terms = self.pretrain(ours, alpha, teacher)
         else:
@@ -907,8 +952,8 @@ class DLIP(nn.Module):
             elif self.cfg.task == ("caption",):  # what follows the prompt
                 terms = {"lm": lm_loss(ours.logits, ours.ids, self.prompt_length)}
             else:  # answers, given the states of the fused questions
-                logits = self.student.decode(texts[1], ours.fused.states, ours.ids != PAD)
-                terms = {"lm": lm_loss(logits, texts[1], per_text=True).mean()}
+                logits = self.student.decode(token_ids[1], ours.fused.states, ours.ids != PAD)
+                terms = {"lm": lm_loss(logits, token_ids[1], per_text=True).mean()}
             loss = sum(terms.values())
         terms = {"loss": loss, **terms}
         return loss, {name: term.detach() for name, term in terms.items()}
@@ -916,8 +961,16 @@ class DLIP(nn.Module):
     def pretrain(self, ours, alpha, teacher):
         """L = L_ITC + L_ITM + L_LM + lambda_HR L_HR + lambda_AT L_AT; the paper's lambdas are 1.
 
-        BLIP's three losses, then the teacher's two [paper] on the same pairs. What no term reads
-        is not computed.
+        What of the student each term trains (nothing of the teacher or the momentum encoders):
+        ITC  ViT, text encoder without cross-attention, both projections, temperature
+        ITM  ViT, text encoder with cross-attention, itm_head
+        LM   ViT, decoder with the layers and embeddings it shares, LM head
+        HR   img: ViT, vision_proj. text: text encoder without cross-attention, text_proj.
+             vl_e: ViT, text encoder with cross-attention, text_proj. vl_d: ViT, decoder, text_proj
+        AT   ViT, text encoder, decoder: all up to the last layers' queries and keys, no heads
+        To add a loss: its function, under "losses"; its line here, in vlp, hr or at, or in a new
+        dict that `loss` and `return` add; its weight, in Config (a field is a flag) and in `loss`;
+        its name in LOG_COLUMNS, which makes log.csv and the curves show it.
         """
         cfg = self.cfg
         ids = ours.ids
@@ -933,11 +986,10 @@ class DLIP(nn.Module):
 
         if teacher:
             theirs = Forward(teacher, ours.image, ids, ours.with_scores)
-            for part in HR_PARTS:  # Forward has the four by name
-                if part in cfg.hr:
-                    student, target = getattr(ours, part), getattr(theirs, part)
-                    hr[f"hr_{part}"] = representation_loss(student, target)
-
+            for name in HR_PARTS:  # Forward has the four by name
+                if name in cfg.hr:
+                    student, target = getattr(ours, name), getattr(theirs, name)
+                    hr[f"hr_{name}"] = representation_loss(student, target)
             tokens = ids != PAD
             if "self" in cfg.attn:  # of fusion encoder and decoder
                 at["at_self"] = (
@@ -994,9 +1046,9 @@ class DLIP(nn.Module):
     def matching(self, ours, wrong_text, wrong_image):
         """L_ITM: cross-entropy on [ENC] over b pairs, b images with a wrong text, b texts with a
         wrong image; those that have no wrong one (-1) do not count."""
-        texts = torch.cat([ours.ids[wrong_text], ours.ids])
-        images = torch.cat([ours.image_states, ours.image_states[wrong_image]])
-        negative = self.student.match(self.student.fuse(texts, images).states)
+        ids = torch.cat([ours.ids[wrong_text], ours.ids])
+        states = torch.cat([ours.image_states, ours.image_states[wrong_image]])
+        negative = self.student.match(self.student.fuse(ids, states).states)
         positive = self.student.match(ours.fused.states)
         absent = torch.cat([wrong_text, wrong_image]) < 0
         target = torch.cat([torch.ones_like(wrong_text), torch.where(absent, -100, 0)])
@@ -1024,13 +1076,13 @@ SPARE = "predictions.decoder.weight", "predictions.decoder.bias", "position_ids"
 
 
 def load_blip(checkpoint, image_size=None, dropout=0.0, need=(), untie=False):
-    """A BLIP with the weights of a common.Checkpoint: ours, BLIP's own or Hugging Face's.
+    """A BLIP with the weights of a common.Checkpoint (ours, BLIP's own or Hugging Face's), in which
+    no name may be missing that begins with one of `need`.
 
     image_size: position embeddings are resized to it. A captioner has no text encoder, a retriever
-    no decoder: what is missing stays random, unless its name begins with one of `need`. untie: two
-    networks also of shared weights, the start of BLIP's VQA fine-tuning. The decoder then reads
-    text states instead of image states: where the widths differ, keys and values of its
-    cross-attention start afresh (A7).
+    no decoder: what is missing and not needed stays random. untie: two networks also of shared
+    weights, the start of BLIP's VQA fine-tuning. The decoder then reads text states instead of
+    image states: where the widths differ, keys and values of its cross-attention start afresh (A7).
     """
     weights = blip_names(checkpoint.weights)
     size = blip_size(checkpoint, weights)
@@ -1046,9 +1098,10 @@ def load_blip(checkpoint, image_size=None, dropout=0.0, need=(), untie=False):
 
 
 def load_named(module, weights, path, need):
-    """Those of the weights that the module has, position embeddings at its size.
+    """Load those of the weights that the module has; UserError where one is missing whose name
+    begins with one of `need`.
 
-    What else it has stays as it is; UserError where its name begins with one of `need`.
+    What else it has and they lack stays as it is. Position embeddings are resized to the module's.
     """
     own = module.state_dict()  # not copies: of two names of one tensor either will do
     for name, tensor in own.items():
@@ -1067,14 +1120,15 @@ def blip_names(weights):
     for name, tensor in weights.items():
         name = name.removeprefix("student.")  # of a run of ours
         if name.startswith("vision_model."):
-            for theirs, ours in VISION_NAMES.items():
-                name = name.replace(theirs, ours)
+            for old, new in VISION_NAMES.items():
+                name = name.replace(old, new)
         renamed[name] = tensor
     return renamed
 
 
 def alike(weights, *names):
-    """Whether the tensors of these names, so far as they are there, are equal."""
+    """Whether the tensors of these names, so far as they are there, are equal: a file does not say
+    which were one parameter, but those that were are equal."""
     tensors = [weights[name] for name in names if name in weights]
     return all(torch.equal(tensor, tensors[0]) for tensor in tensors)
 
@@ -1103,20 +1157,23 @@ def blip_size(checkpoint, weights):
 
 
 def tokenizer_of(cfg):
-    """BERT's tokens, of texts as long as the part needs; of the emoji scenes only what occurs."""
-    length, words = TEXT_LENGTH[cfg.task[0]] if cfg.init else 30, None
+    """BERT's tokens, of texts as long as the task needs, 30 in pre-training [BLIP]; of the emoji
+    scenes only the words that occur, and 24 tokens always [choice]."""
+    length = TEXT_LENGTH[cfg.task[0]] if cfg.init else 30
+    words = None
     if cfg.data == "emoji":
         from data.emoji import scenes
-        length, words = 24, scenes.emoji_words(cfg.concepts)
+        length = 24
+        words = scenes.emoji_words(cfg.concepts)
     return common.BertTokenizer(length, words)
 
 
 def size_of(cfg, tokenizer):
     """The BLIPSize that --vit and --bert name."""
-    visions, texts = sizes(cfg)
-    vision = replace(visions[cfg.vit], image_size=cfg.image_size)
+    vits, berts = sizes(cfg)
+    vision = replace(vits[cfg.vit], image_size=cfg.image_size)
     special = {name: getattr(tokenizer, name) for name in "pad cls sep dec enc".split()}
-    text = texts[cfg.bert]
+    text = berts[cfg.bert]
     fusion = min(cfg.fusion_layers, text.layers)
     text = replace(text, vocab=tokenizer.vocab_size, dropout=dropout(cfg), fusion_layers=fusion,
                    **special)
@@ -1157,11 +1214,11 @@ def load_teacher(cfg, tokenizer, device):
         return None
     path = teacher_file(cfg)
     teacher = open_blip(path, cfg, tokenizer, NEEDED["teacher"])
-    ours, theirs = ([size.embed_dim, size.text.heads, size.vision.patch]
-                    for size in (size_of(cfg, tokenizer), teacher.size))
-    if ours != theirs:
+    needed, found = ([size.embed_dim, size.text.heads, size.vision.patch]
+                     for size in (size_of(cfg, tokenizer), teacher.size))
+    if needed != found:
         raise UserError(f"{path} does not fit the student: joint width, heads of the text network "
-                        f"and pixels of a patch are {theirs}, not {ours}")
+                        f"and pixels of a patch are {found}, not {needed}")
     return teacher.to(device).eval().requires_grad_(False)
 
 
@@ -1175,7 +1232,8 @@ def build_optimiser(student, cfg, device):
     """AdamW with torch's betas and eps, weight decay on matrices only; fused where that exists.
 
     Adam's steps do not shrink with the temperature: at the emoji run's learning rate it would
-    collapse within a hundred steps, so there it has a share of that rate.
+    collapse within a hundred steps, so there it has a share of that rate [choice], at the peak 7e-5
+    in stage teacher and 8e-4 in distil.
     """
     share = 1.0
     if cfg.data == "emoji":
@@ -1193,8 +1251,8 @@ def build_optimiser(student, cfg, device):
 
 def peak_lr(cfg, text_width):
     """--lr; of two the second where the text network is small or tiny."""
-    _, texts = sizes(cfg)
-    small = text_width <= texts["small"].width
+    _, berts = sizes(cfg)
+    small = text_width <= berts["small"].width
     return cfg.lr[-1] if small else cfg.lr[0]
 
 
@@ -1214,7 +1272,7 @@ def schedules(cfg, peak, step, steps, steps_per_epoch):
         done = (step - warmup) / (steps - warmup)
         lr = lowest + (peak - lowest) * (1 + math.cos(math.pi * done)) / 2
     ramp = cfg.alpha_ramp * steps_per_epoch
-    return {"lr": lr, "alpha": cfg.alpha * min(1.0, step / ramp if ramp else 1.0)}
+    return {"lr": lr, "alpha": cfg.alpha * min(1.0, (step / ramp) if ramp else 1.0)}
 
 
 def update(student, optimiser, scaler, lr):
@@ -1229,7 +1287,7 @@ def update(student, optimiser, scaler, lr):
 
 
 class Samples(common.TrainSamples):
-    """TrainSamples with the image's number in the training set behind the three."""
+    """TrainSamples that give a fourth thing: the image's number in the training set."""
 
     def __getitem__(self, place):
         image, ids, bad, index, _ = self.draw(place)
@@ -1302,9 +1360,11 @@ def training_samples(cfg, tokenizer):
         prompt = PROMPT if cfg.task == ("caption",) else ""
         encode = partial(encode_captions, tokenizer, prompt)
     # least area of the random crop [BLIP]
-    least, change = 0.5 if cfg.stage == "finetune" else 0.2, augment
+    least = 0.5 if cfg.stage == "finetune" else 0.2
+    change = augment
     if cfg.data == "emoji":  # captions tell left from right: no mirror images
-        least, change = 0.8, None
+        least = 0.8
+        change = None
     return Samples(data, encode, cfg.image_size, (least, 1.0), cfg.seed, change)
 
 
@@ -1315,7 +1375,8 @@ LOG_COLUMNS = """step epoch lr alpha loss itc itm lm hr_img hr_text hr_vl_e hr_v
 def train(cfg):
     """Train, validate after every epoch, save the student; a run folder of its own.
 
-    What is done is not done again; what was interrupted goes on.
+    With cfg.resume, which run_stages sets (--out itself asks for --resume), what is done is not
+    done again, and what was interrupted goes on.
     """
     if Path(cfg.out, "results.json").is_file():
         return
@@ -1349,12 +1410,13 @@ def train(cfg):
         for image, ids, bad, number in loader:
             now = schedules(cfg, peak, state["step"], steps, steps_per_epoch)
             image, number = normalise(image, asked.statistics), number.to(device)
-            texts = ids.split(tokenizer.context_length, 1)  # captions, or questions and answers
-            texts = [common.trim_padding(each, 4).to(device) for each in texts]
+            ids = ids.split(tokenizer.context_length, 1)  # captions, or questions and answers
+            # to multiples of 4 tokens, not of 16: no text network is compiled
+            ids = [common.trim_padding(each, 4).to(device) for each in ids]
             # dropout and the negatives of ITM: the same after --resume
             torch.manual_seed(cfg.seed * 10 ** 9 + state["step"] * world_size() + rank())
             with amp:
-                loss, terms = model(image, texts, number, now["alpha"], teacher)
+                loss, terms = model(image, ids, number, now["alpha"], teacher)
             scaler.scale(loss).backward()
             update(student, optimiser, scaler, now["lr"])
 
@@ -1391,7 +1453,8 @@ def finish(run, student, state):
 
 
 class Asked:
-    """A BLIP that is asked about images (B, 3, S, S) uint8, in strings."""
+    """A BLIP that can be asked: pixels (B, 3, S, S) uint8 and strings go in, features, logits and
+    strings come out. It has the tokenizer, the autocast and the pixel statistics for that."""
 
     def __init__(self, blip, cfg, tokenizer, device):
         self.blip, self.cfg, self.tokenizer = blip, cfg, tokenizer
@@ -1415,19 +1478,24 @@ class Asked:
             return ids, self.blip.text_feature(self.blip.encode_text(ids))
 
     def match(self, states, ids):
-        """ITM logits (n,) of texts (n, context) with the states (1, M, D) of one image."""
+        """ITM logits (n,) of texts, ids (n, context), with the states (1, M, D) of one image.
+
+        In retrieval common.rerank_retrieval adds them to the ITC cosines of the rerank_k best by
+        cosine, and that sum ranks; the rest have no chance.
+        """
         ids = common.trim_padding(ids, 4)
         with self.amp:
             fused = self.blip.fuse(ids, states)
             return self.blip.match(fused.states)[:, 1]
 
     def caption(self, image):
-        """Captions by beam search, 3 beams, 5 to 20 tokens [BLIP], without the prompt."""
+        """Captions by beam search, 3 beams, 5 to 20 tokens [BLIP] of which [DEC] and the prompt are
+        the first; returned without them."""
         prompt = self.tokenizer.encode(PROMPT)
         states, _ = self.encode_image(image)
         with self.amp:
-            texts = self.blip.generate(states, prompt)
-        return [self.tokenizer.decode(ids[1 + len(prompt):]) for ids in texts]
+            found = self.blip.generate(states, prompt)
+        return [self.tokenizer.decode(ids[1 + len(prompt):]) for ids in found]
 
     def answer(self, answers, image, questions):
         """The likeliest of a list of answers to each question."""
@@ -1449,6 +1517,7 @@ def task_sets(cfg, task, split):
         return {cfg.data: data}
     if cfg.data == "emoji":
         from data.emoji import scenes
+        # 300 scenes [choice]: few, so that every epoch of the demo can be validated
         return {"emoji": scenes.EmojiScenes(split, 300, cfg.image_size, concepts=cfg.concepts,
                                             difficulty=cfg.difficulty)}
     sets = common.evaluation_sets(cfg, cfg.image_size, split)
@@ -1456,25 +1525,28 @@ def task_sets(cfg, task, split):
 
 
 @torch.inference_mode()
-def scores_of(asked, data, rerank_k, answers=None):
+def metrics_of(asked, data, rerank_k, answers=None):
     """{metric: percent} of the task of asked.cfg on a set.
 
     rerank_k: candidates of re-ranking; 0: retrieval by ITC alone. answers: the file for what only
     VQA's server can score.
     """
-    cfg, workers = asked.cfg, common.loader_workers(asked.cfg)
+    cfg = asked.cfg
+    workers = common.loader_workers(cfg)
     asked.blip.eval()
     if cfg.task == ("retrieval",):
-        half = torch.float16 if asked.amp._enabled else torch.float32
+        # of the image states that wait for re-ranking: half the bytes where autocast is on, which
+        # torch.autocast tells only under this private name
+        dtype = torch.float16 if asked.amp._enabled else torch.float32
         return common.rerank_retrieval(data, cfg.image_size, asked.encode_image,
-                                       asked.encode_text, asked.match, rerank_k, workers, half)
+                                       asked.encode_text, asked.match, rerank_k, workers, dtype)
     if cfg.task == ("vqa",):
         answer = partial(asked.answer, data.answers)
-        given, scores = common.answer_questions(data, cfg.image_size, answer, workers)
-        if "accuracy" not in scores:
+        given, metrics = common.answer_questions(data, cfg.image_size, answer, workers)
+        if "accuracy" not in metrics:
             given = [{**each, "question_id": int(each["question_id"])} for each in given]
             common.write_json(answers, given)
-        return common.prefixed("vqa", scores)
+        return common.prefixed("vqa", metrics)
     return common.caption_scores(data, cfg.image_size, asked.caption, workers)
 
 
@@ -1483,12 +1555,13 @@ def validate(run, asked, sets, state):
     best.pt. {} where there is no set, and but for rank 0."""
     if rank() > 0 or not sets:
         return {}
-    data, task = next(iter(sets.values())), asked.cfg.task[0]
-    scores = scores_of(asked, data, rerank_k=0)
+    data = next(iter(sets.values()))
+    task = asked.cfg.task[0]
+    metrics = metrics_of(asked, data, rerank_k=0)
     if task == "retrieval":
-        value = common.main_metric(scores)
+        value = common.main_metric(metrics)
     else:
-        value = scores["cider" if task == "caption" else "vqa_accuracy"]
+        value = metrics["cider" if task == "caption" else "vqa_accuracy"]
     run.keep_best(float(value), state, asked.blip)
     return {f"val_{task}": value}
 
@@ -1507,7 +1580,8 @@ def models_of(cfg):
 
 
 def finetunings(cfg):
-    """{(who, task): Config}; --stage all takes the task's recipe, its flags are distil's."""
+    """{(who, task): Config}, in the order of the runs. In --stage all EMOJI[task] replaces the few
+    flags that are distil's (see --stage), the others hold throughout."""
     found = {}
     for task in cfg.task:
         values = EMOJI[task] if cfg.stage == "all" else {}
@@ -1520,7 +1594,8 @@ def finetunings(cfg):
 
 
 def run_stages(cfg):
-    """What --stage names, in folders below --out."""
+    """What --stage names, in folders below --out; common.Run refuses one that holds a run already,
+    unless --resume."""
     device = common.start_device(cfg.device, cfg.seed)
     common.Run(cfg, None, ()).write_config()
     if not cfg.init:
@@ -1553,24 +1628,24 @@ def evaluate(cfg, device):
                             "--eval-data")
         tuned[who, task] = asked = open_asked(path, own, device, NEEDED[task])
         for name, data in sets.items():
-            scores = scores_of(asked, data, own.rerank_k, folder / f"answers_{who}.json")
+            metrics = metrics_of(asked, data, own.rerank_k, folder / f"answers_{who}.json")
             if len(sets) > 1:
-                scores = common.prefixed(name, scores)
-            cells[who].update(scores)
+                metrics = common.prefixed(name, metrics)
+            cells[who].update(metrics)
     if "teacher" in cells:
-        theirs = cells["teacher"]
-        cells["kept, %"] = {name: 100 * value / theirs[name]
-                            for name, value in cells["student"].items() if theirs.get(name)}
+        whole = cells["teacher"]
+        cells["kept, %"] = {name: 100 * value / whole[name]
+                            for name, value in cells["student"].items() if whole.get(name)}
     common.write_json(folder / "results.json", {"cells": cells, "seed": cfg.seed})
     common.print_table(cells, folder / "table.md")
     if cfg.task != ("vqa",):
-        draw(folder, cfg, models, tuned)
+        draw_pictures(folder, cfg, models, tuned)
     print(f"pictures, tables and checkpoints: {folder}")
 
 
 @common.picture
 @torch.inference_mode()
-def draw(folder, cfg, models, tuned):
+def draw_pictures(folder, cfg, models, tuned):
     """captions.png and attention.png, on images of the first test set."""
     sets = task_sets(cfg, "caption", "test")
     images, captions = common.example_images(sets, cfg.image_size, 8, common.resize_whole)
@@ -1585,7 +1660,8 @@ def draw(folder, cfg, models, tuned):
 def draw_attention(path, models, images, captions):
     """Where the fusion encoders look when they read the longest word of a caption.
 
-    Cross-attention of the last layer, the mean over heads; of the word's first token.
+    Cross-attention of the last layer, the mean over heads; of the word's first token. Of --stage
+    all the models are those before fine-tuning, else the one of --init, whatever it is.
     """
     captions = [common.clean_blip_caption(text) for text in captions]
     words = [max(text.split(), key=len) for text in captions]
@@ -1601,7 +1677,7 @@ def draw_attention(path, models, images, captions):
         side = math.isqrt(maps.shape[1])
         maps = maps.unflatten(1, (side, side))
         rows.append(common.overlay(images, maps))
-    title = "cross-attention of a word to the image, last layer, before fine-tuning"
+    title = "cross-attention of a word to the image, last layer of the fusion encoder"
     common.plot_grid(path, rows, ["image", *models], words, title)
 
 
@@ -1645,10 +1721,10 @@ def ablation_arms(cfg):
         "at + hr": dict(vlp=False),
         "dlip": {},
     }
-    for parts in (*HR_PARTS, "img text"):
-        arms[f"hr {parts}"] = dict(hr=tuple(parts.split()), **no_at)
-    for part in ("self", "cross"):
-        arms[f"attn {part}"] = dict(attn=(part,), **no_hr)
+    for names in (*HR_PARTS, "img text"):
+        arms[f"hr {names}"] = dict(hr=tuple(names.split()), **no_at)
+    for maps in ("self", "cross"):
+        arms[f"attn {maps}"] = dict(attn=(maps,), **no_hr)
     for k in range(1, DEMO_BERT[cfg.bert].layers):
         arms[f"fusion layers {k}"] = dict(fusion_layers=k)
     for vit, bert in (("tiny", "tiny"), ("middle", "middle"), ("small", "base"), ("base", "small")):
