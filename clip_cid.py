@@ -18,50 +18,59 @@ embeddings is its own, for the detail that clusters lose. CLIP's own loss is a t
 The stages run one after the other; --stage runs up to one of them. Each leaves plain files in
 --out, which a later command with the same --out uses again:
 
-    embed     image.npy (n, T), text.npy (5, n, T), float16; keys.txt, a sample a row (n);
+    embed     image.npy (n, T), text.npy (5, n, T), float16; keys.txt, a distinct key a row (n);
               embeddings.json. With --cache DIR these four lie in a folder of DIR, for many runs
     balance   kept.txt, the keys of the images that stay (any run takes it as --keep); balance.json,
-              how many groups, how large; balance.png, the largest of them
+              how many groups, how large; balance.png, the largest. --filter none: no files
     cluster   clusters.pt, the centroids (k, T), row and label of every kept image; clusters.png
     distil    config.json, log.csv, last.pt, best.pt, student.pt, results.json, pictures
     evaluate  evaluation.json, student and teacher on the test sets
+    teacher   stands apart: trains a plain CLIP to be one. The files of distil, with teacher.pt, for
+              --teacher, in place of student.pt
 
-The json of a stage (clusters.pt) is written last and holds its settings; files of other settings
-are refused.
+embed is done when embeddings.json says `complete`, and goes on where it was stopped; balance and
+cluster are done when balance.json and clusters.pt, their last data files, are there. These three
+hold the settings they were made with, and a command with others is refused: a folder of --cache
+serves one teacher, --keep, --precision and --act. distil writes config.json as it starts, and goes
+on with --resume.
 
 Measured on the emoji scenes, 32,000 samples seen, 3 seeds, 2 CPU cores, torch 2.13.0 (README has
 the table, the commands and the commit): zero-shot top-1 on unseen drawings 21.2 ± 1.2, against
 12.8 ± 1.7 for the same student without a teacher and 39.5 for the teacher; with frozen prototypes
 (--prototypes teacher) and one epoch of warm-up, the defaults then. Not run at the paper's scale.
 
-Assumptions. [paper]: its abstract or a summary of it; [figure]: its architecture figure;
-[sibling]: a paper of the same group that shares its parts; [choice]: ours.
-  A1  Groups by Union-Find at a Euclidean distance ε [paper], that is connected components. ε is set
-      so that 43.7 % of the images go (--remove), the share the paper removes from LAION400M; or it
-      is given (--eps): DanQing's cosine distance 0.1 is ε = 0.447 [sibling].
+Assumptions. [paper]: CLIP-CID's abstract or a summary of it, not the full text; [figure]: its
+architecture figure as published, perhaps of a draft; [sibling]: a paper or code of the same group
+that follows CLIP-CID or shares its parts (DanQing, RealSyn, MLCD, UNICOM, ALIP); [choice]: ours. A
+tag speaks for what stands between it and the tag before.
+  A1  Groups by Union-Find at a Euclidean distance ε [paper], that is connected components. A share
+      of 43.7 % of LAION400M goes (--remove) [paper]; ε is set so that the same share of any data
+      goes [choice], or given (--eps): the cosine distance 0.1 of DanQing is ε = 0.447 [sibling].
   A2  The centre image of a group stays [paper]: the member nearest to the normalised mean
-      [sibling], the first of equals, with its own caption [choice].
+      (DanQing) [sibling], the first of those within 1e-6, with its own caption [choice].
   A3  k-means on the image embeddings [paper], the teacher's [figure], of the images kept:
       spherical, from k of them drawn at random, 20 iterations, --k [choice].
   A4  Cluster discrimination is a softmax loss and a KL divergence [paper] over the outputs of one
-      fully connected layer, the prototypes, for the student's and the teacher's image embedding
-      [figure]. The layer starts at the cluster centres [figure] and learns from the student's side
-      alone (--prototypes) [choice]; its rows have unit length [sibling]. L_hard is the
-      cross-entropy with the k-means label, L_kl is KL(teacher || student); the two are added 1:1,
-      with scale 32 for the student, --teacher-scale for the teacher, and every cluster a negative
-      (--sample-rate 1) [choice].
+      fully connected layer, the prototypes, for the student's and the teacher's image embedding;
+      the layer starts at the cluster centres [figure]. It learns, from the student's side alone
+      (--prototypes) [choice]. Its rows have unit length (MLCD) [sibling]. L_hard is the
+      cross-entropy with the k-means label, L_kl is KL(teacher || student), added 1:1 [choice];
+      scale 32 for the student, --teacher-scale for the teacher [choice]; every cluster a negative,
+      --sample-rate 1, where MLCD draws a tenth of its million [choice].
   A5  Instance discrimination contrasts student and teacher both ways [paper], crossed: student
       images against teacher texts, student texts against teacher images [figure]. In each softmax a
       student's embedding searches among the teacher's; the reverse search is left out [choice]. A
       learnable scale of its own, from 1/0.07, at most 100 [choice].
   A6  Total: γ CLIP + α cluster + β instance, α = β = γ = 1 (--nce-weight, --cluster-weight,
-      --instance-weight) [choice]; the figure draws no CLIP loss, that is γ = 0. Student embeddings
-      are projected linearly to the teacher's width for the two distillation losses [choice]: no
-      projection is drawn. The projections are not part of the student.
+      --instance-weight) [choice]; no CLIP loss is drawn, that is γ = 0 [figure]. Student embeddings
+      are projected linearly to the teacher's width for the two distillation losses, where no
+      projection is drawn; the projections are not part of the student [choice].
   A7  The teacher's embeddings are made offline [figure], of the centre crop; the student's random
       crops are compared with them [choice].
-  A8  AdamW, learning rate 1e-3, weight decay 0.2, 32 epochs, warm-up, a tenth of the run, then
-      cosine [sibling]; batch 4096 and k = 10,000 for CC3M, crops as in SLIP [choice].
+  A8  Large data: AdamW, learning rate 1e-3, weight decay 0.2, β = (0.9, 0.98), 32 epochs, warm-up,
+      then cosine [sibling]. The warm-up takes a tenth of the run [choice]; batch 4096 and k =
+      10,000, for COCO and Flickr30k 1024 and 1000; crops as in SLIP [choice]. The emoji scenes: the
+      same but for 12 epochs, batch 64, k = 256 and the crops [choice].
 """
 
 import itertools
@@ -83,11 +92,18 @@ from common import UserError, average_gradients, gather, normalise, option, rank
 
 # Letters in shape comments: B images or texts in the batch a function is given (in the losses: b of
 # this process against the B of all), N tokens, D width, H heads, E width of the student's joint
-# embedding, T width of the teacher's, S image side in pixels, n images, k clusters, c of them.
+# embedding, T width of the teacher's (in encoder_pair: texts; in similarity_kl: its matrix), S
+# image side in pixels, n images of distinct keys, k clusters (in backward: chunks), c of them.
+#
+# Words: the teacher is the CLIP that is distilled; --stage teacher trains one. A sample is an image
+# with its captions, counted as the data set counts them. Its row is its place in image.npy and
+# text.npy, one for each distinct key; in formulas rows are those of a matrix. Kept: what --filter
+# leaves. Label: the number of an image's cluster. embed and cluster are stages; CLIPCID.embed is
+# the towers' part of a training step.
 
 # -------------------------------------------------------------------------------------- config
 
-# data/teacher_clip.pt is what --stage teacher leaves as teacher.pt on the emoji scenes.
+# Of the emoji scenes' teacher; data/teacher_clip.pt is what --stage teacher leaves as teacher.pt.
 common.PRESETS["teacher"] = replace(
     common.PRESETS["demo"],
     vision_width=128,
@@ -108,12 +124,14 @@ class Config(common.RunConfig):  # data, out, resume, ablate, seed, device, ...
 
     teacher: str | None = option(None, "the teacher's checkpoint: OpenAI, OpenCLIP or Hugging Face "
                                  "CLIP ViT (emoji: data/teacher_clip.pt)", section="teacher")
-    cache: str | None = option(None, "folder of teachers' embeddings, to share between runs")
+    cache: str | None = option(None, "folder of the teacher's embeddings, to share between runs of "
+                               "one --teacher, --keep, --precision and --act: others are refused")
 
     filter: str = option("balance", "how the data are thinned out before training",
                          ["balance", "random", "none"], section="image semantic balance")
     remove: float = option(0.437, "share of the images to remove; ε follows from it", (0, 0.999))
-    eps: float | None = option(None, "ε, in place of --remove: images closer are linked", (1e-6, 2))
+    eps: float | None = option(None, "ε, in place of --remove: images closer are linked; "
+                               "not with --ablate or --filter random", (1e-6, 2))
 
     k: int = option(256, "number of clusters", (1, math.inf), section="cluster discrimination")
     cluster_weight: float = option(1.0, "α, weight of the cluster loss")
@@ -125,8 +143,8 @@ class Config(common.RunConfig):  # data, out, resume, ablate, seed, device, ...
     teacher_scale: float = option(32.0, "s_t, scale of the teacher's cosines in the KL term")
     sample_rate: float = option(1.0, "r, share of the clusters that a step contrasts", (0, 1))
 
-    method: str = option("clip_cid", "clip: no teacher, no distillation", ["clip_cid", "clip"],
-                         section="distillation")
+    method: str = option("clip_cid", "clip: no distillation; the teacher serves --filter alone",
+                         ["clip_cid", "clip"], section="distillation")
     instance: str = option("cross", "cross: student images against teacher texts and texts against "
                            "images, CLIP-KD's ICL; intra: images against images, texts against "
                            "texts; both; logit-kl: KL between the similarity matrices, its CRD and "
@@ -160,6 +178,9 @@ class Config(common.RunConfig):  # data, out, resume, ablate, seed, device, ...
 
 
 # The sibling papers' recipe (A8) at CC3M's size; flags go before it.
+# Another data set: --data NAME --root FOLDER, laid out as data/README.md says; a recipe of its own
+# goes into RECIPES. Another image tower: CLIPCID.__init__ and load_teacher build VisionTransformer;
+# any module that maps (B, 3, S, S) to (B, E) can stand there, with its sizes in common.PRESETS.
 LARGE = dict(preset="vit_b32", epochs=32, batch_size=4096, k=10000)
 SMALLER = {**LARGE, "batch_size": 1024, "k": 1000}
 PLAIN_CLIP = dict(method="clip", filter="none")
@@ -171,12 +192,12 @@ EMOJI_TEACHER = dict(
     long_tail=0.0,
     duplicates=0.0,
     batch_size=128,
-    seed=1000,
+    seed=1000,  # other scenes than the students', of seeds 0, 1, 2
 )
 
 
 def weight_decay(cfg):
-    return 0.2  # the sibling papers' (A8)
+    return 0.2  # the sibling papers' (A8); cfg as in eclipse.py
 
 
 def crop_scale(cfg):
@@ -185,9 +206,16 @@ def crop_scale(cfg):
 
 
 def configure(argv=None):
-    """(Config, the flags given, Checkpoint or None)"""
+    """(Config, the flags given, Checkpoint or None)
+
+    Defaults <- the data's recipe <- the config of the run that is evaluated <- flags given.
+    UserError for flags that contradict each other.
+    """
     given = common.parse_command_line(Config, __doc__, argv)
     asked = Config(**given)
+    if asked.eps and (asked.ablate or asked.filter == "random"):
+        raise UserError("--eps: not with --ablate or --filter random, which need the size of what "
+                        "stays beforehand: give --remove")
     recipe = RECIPES.get(asked.data, LARGE)
     stem = "runs/ablation_cid" if asked.ablate else f"runs/{asked.method}-{asked.data}"
     if asked.stage == "teacher":
@@ -196,11 +224,11 @@ def configure(argv=None):
     elif asked.stage != "all":  # go on where the stage before has left its files
         given.setdefault("out", stem)
 
-    source = asked.evaluate or asked.init
+    path = asked.evaluate or asked.init
     if asked.stage == "evaluate":
-        source = Path(given["out"], "student.pt")
-    loaded = common.read_checkpoint(source)
-    if source and not asked.init:  # a run of this script: its data and sizes
+        path = Path(given["out"], "student.pt")
+    loaded = common.read_checkpoint(path)
+    if path and not asked.init:  # a run of this script: its data and sizes
         recipe = {**recipe, **common.known_fields(Config, loaded.config), "stage": "all"}
     if asked.evaluate:
         recipe.update(root=None, keep=None, device="auto", workers=-1)  # not the run's
@@ -212,6 +240,8 @@ def settings_of(cfg, *names):
 
 
 # --------------------------------------------------------------------------------------- model
+# The towers are eclipse.py's to the letter: what is not used here, queries and keys that Attention
+# returns, `*view`, serves it.
 
 
 class QuickGELU(nn.Module):
@@ -360,12 +390,16 @@ BLOCK = 4096  # vectors of a block: memory grows with its square, never with n²
 MANY_EDGES = 2 ** 22  # so many edges may wait to be thinned out
 
 # x: embeddings (n, T) on any device, in any precision; they become unit vectors block by block.
-# edges (3, m), a float64 array: m pairs of vectors i < j as j, i and minus their cosine.
+# edges (3, m), a float64 array: m pairs of vectors i < j as j, i and minus their cosine. np.lexsort
+# sorts by the last of these first: the best cosine first, equal ones by i, then by j.
 
 
 def block_cosines(x, a, b):
-    """Cosines of a block's vectors, from a on, with those from b on: -inf unless the former stands
-    before the latter, so that of all blocks with a <= b each pair has one entry."""
+    """Cosines of the block of vectors from a on, rows, with the block from b on, columns.
+
+    -inf unless the row's vector stands before the column's, so that of all blocks with a <= b each
+    pair has one entry.
+    """
     cosine = unit(x[a:a + BLOCK]) @ unit(x[b:b + BLOCK]).T
     if a == b:
         cosine += torch.full_like(cosine, -math.inf).tril()
@@ -378,11 +412,18 @@ def find_groups(x, eps=None, remove=None):
     eps: Euclidean distance, ‖a-b‖² = 2 - 2 cos; or remove: the share of vectors that goes when one
     of each group stays. Returns (the lowest member of each vector's group (n,), ε).
 
-    Whatever ε is, the groups are the components of the maximum spanning forest of all pairs
-    without its edges beyond ε, and each edge left removes one vector. So the best remove * n edges
-    of that forest meet `remove` exactly. The last of them cannot be worse than the same one of any
-    other forest: of the tree, say, that links every vector with the nearest of those before it in
-    its block. Pairs below that are not looked at.
+    Whatever ε is, the groups are the components of the maximum spanning forest of all pairs without
+    its edges beyond ε, and each edge left removes one vector. So the best count = remove * n edges
+    of that forest meet `remove` exactly. Among links that are equal at this cut the first pairs
+    stay, and the ε reported is just beyond the last link: as --eps it would take in all its equals.
+
+    Only pairs above a floor are looked at, and this is exact. Kruskal takes the edges best first,
+    so pairs below the forest's count-th edge change nothing in its first count edges. That edge is
+    not known beforehand, but the count-th best edge of a maximum spanning forest is never below the
+    count-th best of any other forest: its i-th best edge is as good as any forest can have. One
+    that is cheap to find: link each vector with the nearest of those before it in its block. It has
+    no cycle, as each vector adds one edge to earlier ones. Where it has fewer than count edges (the
+    first of a block has none before it) the floor is -inf, and all pairs are looked at.
     """
     n = len(x)
     if eps is not None:
@@ -393,9 +434,10 @@ def find_groups(x, eps=None, remove=None):
             return torch.arange(n), 0.0
         links = [block_cosines(x, start, start).amax(0) for start in range(0, n, BLOCK)]
         best = torch.cat(links).topk(count).values
-        floor = best[-1].item() - 1e-5  # blocks of another shape round otherwise
+        # slack: blocks of another shape round otherwise, and best_links wants more than the floor
+        floor = best[-1].item() - 1e-5
     edges = best_links(x, count, floor)[:, :count]
-    if eps is None:  # a little beyond the last link
+    if eps is None:  # 1e-6 beyond the cosine of the last link: to link is to be closer than ε
         eps = math.sqrt(2 + 2 * (edges[2, -1].item() + 1e-6))
     _, group = spanning_forest(n, [edges])
     return group, eps
@@ -406,7 +448,8 @@ def best_links(x, count, floor):
 
     Those worse than the count-th may be missing. Collected edges are thinned out to a forest again
     and again: of a cycle the worst edge links nothing that the others do not. The count-th best
-    edge so far is the new floor. Processes share the blocks.
+    edge so far is the new floor: as of any forest, it is never above the one that is sought (see
+    find_groups). Processes share the blocks, and join their forests at the end.
     """
     n = len(x)
     waiting, many = [np.empty((3, 0))], 0
@@ -421,20 +464,20 @@ def best_links(x, count, floor):
             forest, _ = spanning_forest(n, waiting)
             waiting, many = [forest], 0
             if forest.shape[1] >= count:
-                floor = max(floor, -forest[2, count - 1].item() - 1e-5)  # equal ones stay
+                floor = max(floor, -forest[2, count - 1].item() - 1e-5)  # slack
     forest, _ = spanning_forest(n, waiting)
     forest, _ = spanning_forest(n, common.gather_objects(forest))
     return forest
 
 
 def spanning_forest(n, parts):
-    """Kruskal's maximum spanning forest of n nodes by Union-Find, of several edges (3, m): its
-    edges, best first, and the group of each node (n,), its lowest member.
+    """Kruskal's maximum spanning forest of n nodes by Union-Find. parts: arrays of edges (3, m).
 
-    Equal ones in the order of the pairs, so that it is the same however the edges were collected.
+    Returns its edges, best first, and the group of each node (n,), its lowest member. Equal ones
+    come in the order of the pairs, so that the forest is the same however they were collected.
     """
     edges = np.concatenate(parts, 1)
-    edges = edges[:, np.lexsort(edges)]
+    edges = edges[:, np.lexsort(edges)]  # by -cosine, then i, then j
     parent = list(range(n))
 
     def root(node):
@@ -456,18 +499,19 @@ def spanning_forest(n, parts):
 def centres(x, group):
     """Of each group the member nearest to its normalised mean, the first of those within 1e-6 (A2).
 
-    group (n,), on the CPU. Returns their positions, ascending.
+    group (n,), on the CPU. Returns their positions, ascending. 1e-6: cosines of copies, or of both
+    members of a pair, are equal but for fp32 rounding, which must not choose between them.
     """
     _, sizes = group.unique(return_counts=True)
-    kept = []
+    centre = []
     for members in group.argsort(stable=True).split(sizes.tolist()):
         if len(members) > 1:
-            rows = unit(x[members])
-            cosine = rows @ unit(rows.sum(0))
+            vectors = unit(x[members])
+            cosine = vectors @ unit(vectors.sum(0))
             nearest = cosine >= cosine.max() - 1e-6
             members = members[nearest.cpu()]
-        kept.append(members[0])
-    return torch.stack(kept).sort().values
+        centre.append(members[0])
+    return torch.stack(centre).sort().values
 
 
 # --------------------------------------------------------------------------- spherical k-means
@@ -480,8 +524,8 @@ def kmeans(x, k, seed):
 
     They start at k vectors drawn at random, as faiss's. Returns centroids (k, T), labels and
     cosines with the own centroid (n,), and the objective before each iteration and at the end.
-    Every vector takes part in every iteration. Processes share the blocks and sum in float64.
-    UserError when k > n.
+    Every vector takes part in every iteration. Processes share the blocks; a block's sum is fp32,
+    the blocks are added up in float64. UserError when k > n.
     """
     n = len(x)
     if k > n:
@@ -494,9 +538,9 @@ def kmeans(x, k, seed):
         total = torch.zeros_like(centroids, dtype=torch.float64)
         for first in range(0, n, BLOCK)[rank()::world_size()]:
             block = slice(first, first + BLOCK)
-            rows = unit(x[block])
-            cosine[block], label[block] = (rows @ centroids.T).max(1)
-            total += torch.zeros_like(centroids).index_add_(0, label[block], rows)
+            vectors = unit(x[block])
+            cosine[block], label[block] = (vectors @ centroids.T).max(1)
+            total += torch.zeros_like(centroids).index_add_(0, label[block], vectors)
         for sums in (label, cosine, total):
             common.sum_over_processes(sums)
         objective.append(cosine.double().mean().item())
@@ -579,8 +623,8 @@ def contrast(scale, student, teacher):
 
 # -------------------------------------------------------------------------------------- method
 
-CLUSTER_SCALE = 32.0  # s, of the student's cosines with the prototypes (A4)
-FEATURE_WEIGHT = 2000.0  # CLIP-KD's, of feature mimicry
+CLUSTER_SCALE = 32.0  # s, of the student's cosines with the prototypes: fixed, ours (A4)
+FEATURE_WEIGHT = 2000.0  # CLIP-KD's, of feature mimicry (--instance features)
 
 
 class CLIPCID(nn.Module):
@@ -618,7 +662,27 @@ class CLIPCID(nn.Module):
 
     def loss(self, u, v, t_image=None, t_text=None, label=None, seed=0):
         """The loss and its terms. t_image, t_text (b, T), of unit length, label (b,); without a
-        teacher the loss is CLIP's. seed: of the clusters that --sample-rate draws."""
+        teacher the loss is CLIP's. seed: of the clusters that --sample-rate draws.
+
+        term            weight            what gets its gradient
+        nce             nce_weight        both towers, the student's logit scale
+        cluster_hard    cluster_weight    image tower, P_v, prototypes; nothing of the text's side
+        cluster_kl      cluster_weight    the same, through the student's softmax. The teacher's is
+                                          detached, yet moves as the prototypes learn
+        instance
+          cross, intra, instance_weight   both towers, P_v, P_t, distil_scale
+          both
+          features      instance_weight   both towers, P_v, P_t; no scale
+          logit-kl      instance_weight   both towers, the student's logit scale; no projection
+
+        Nothing reaches the teacher's embeddings, nor, with --prototypes teacher, the prototypes.
+        What --cluster-terms leaves out of the loss, or a weight of 0, is logged all the same, as is
+        teacher_entropy: near 0 or log(c), the target of L_kl is one-hot or flat.
+
+        To add a loss: a line here, which adds it to the loss and to the terms; its weight in
+        Config; its name in LOG_COLUMNS. More of the teacher comes in through TaughtSamples and
+        teaching_inputs; of the towers u and v are all there is, for the sake of --accum.
+        """
         cfg = self.cfg
         nce = info_nce(similarities(self.student.logit_scale.exp(), u, v))
         if t_image is None:
@@ -672,10 +736,10 @@ DRAWN = "seed scenes concepts difficulty noise long_tail duplicates".split()
 class Embeddings:
     """The teacher's embeddings on disk: row i of both arrays belongs to keys[i].
 
-    image.npy (n, T) and text.npy (CAPTIONS, n, T), fp16, of unit length. rows: that of each sample;
-    one that a mixture repeats has one row. Image rows of zeros: still to do or, at the end, images
-    that cannot be read. Text rows that are never written, of captions that an image does not have,
-    take no place on disk.
+    image.npy (n, T) and text.npy (CAPTIONS, n, T), fp16, of unit length. rows: the row of each
+    sample; one that a mixture repeats has one row. Image rows of zeros: still to do or, at the end,
+    images that cannot be read. Text rows that are never written, of captions that an image does not
+    have, take no place on disk.
     """
 
     def __init__(self, cfg, data):
@@ -684,17 +748,17 @@ class Embeddings:
         rows = [row_of.setdefault(key, len(row_of)) for key in keys]
         self.keys, self.rows = list(row_of), np.array(rows)
         self.samples = np.unique(rows, return_index=True)[1]  # (n,): the first of each row
-        source = settings_of(cfg, "data", *(DRAWN if cfg.data == "emoji" else ()))
+        data_set = settings_of(cfg, "data", *(DRAWN if cfg.data == "emoji" else ()))
         teacher = teacher_file(cfg)
         found = teacher.stat()  # cheaper than its content, which may be 10 GB
         self.settings = {
-            **source,
+            **data_set,
             **settings_of(cfg, "keep", "precision", "act"),
             "teacher": f"{teacher}, {found.st_size} bytes, {found.st_mtime_ns}",
         }
         self.folder = Path(cfg.out)
         if cfg.cache:  # one folder per training set
-            self.folder = Path(cfg.cache, "-".join(map(str, source.values())))
+            self.folder = Path(cfg.cache, "-".join(map(str, data_set.values())))
 
     def open(self, name, mode="c"):
         """A memory map; "c": what is changed in memory does not reach the file."""
@@ -790,6 +854,7 @@ def embed_rows(cfg, embeddings, teacher, size, device):
     todo = common.on_first(lambda: np.flatnonzero(~image.any(1)))
     rows = np.array_split(todo, world_size())[rank()]
     subset = common.Subset(embeddings.data, embeddings.samples[rows])
+    # 256 images at a time
     loader = common.eval_loader(subset, size.image_size, 256, common.loader_workers(cfg))
     tokenizer = size.tokenizer()
     amp, _ = common.mixed_precision(cfg.precision, device)
@@ -811,7 +876,7 @@ def embed_rows(cfg, embeddings, teacher, size, device):
 def balance(cfg, embeddings, device):
     """--stage balance: the rows of the embeddings that --filter keeps.
 
-    kept.txt holds their keys; balance.json, written last, the figures.
+    kept.txt holds their keys; balance.json, written last of the two, the settings and figures.
     """
     image, out = embeddings.open("image"), Path(cfg.out)
     rows = np.flatnonzero(image.any(1))  # the images that could be read
@@ -834,18 +899,20 @@ def balance(cfg, embeddings, device):
         common.on_first(lambda: common.write_keys(out / "kept.txt", keys))
         common.on_first(lambda: common.write_json(out / "balance.json", report))
         if rank() == 0:
-            print(f"{cfg.filter}: {len(chosen):,} of {len(rows):,} images kept; ε = {eps:.4f}, "
-                  f"{report['groups']:,} groups of two or more, the largest {report['largest']}. "
-                  "Chains of neighbours join images that are far apart: where the largest holds "
-                  "much of the data, lower --eps or --remove")
-            kept = torch.zeros(len(rows)).index_fill_(0, chosen, 1)
-            draw_groups(out / "balance.png", embeddings, rows, group, kept,
-                        "image semantic balance: the largest groups, the image that stays first")
+            print(f"{cfg.filter}: {len(chosen):,} of {len(rows):,} images kept")
+            if cfg.filter == "balance":
+                print(f"ε = {eps:.4f}, {report['groups']:,} groups of two or more, the largest "
+                      f"{report['largest']}. Chains of neighbours join images that are far apart: "
+                      "where the largest holds much of the data, lower --eps or --remove")
+                stays = torch.zeros(len(rows)).index_fill_(0, chosen, 1)
+                draw_groups(out / "balance.png", embeddings, rows, group, stays,
+                            "image semantic balance: the largest groups, what stays first")
     return common.listed(embeddings.keys, out / "kept.txt")
 
 
 def choose(cfg, x):
-    """What --filter keeps of x: positions, ascending; the group of each vector (n,); ε."""
+    """What --filter keeps of x: positions, ascending; the group of each vector (n,); ε. random: so
+    many as balance would keep, each a group of its own, ε = 0."""
     if cfg.filter == "random":
         generator = torch.Generator().manual_seed(cfg.seed)
         order = torch.randperm(len(x), generator=generator)
@@ -856,7 +923,7 @@ def choose(cfg, x):
 
 
 def cluster(cfg, embeddings, kept, device):
-    """--stage cluster: the centroids (k, T) and a label for each of the kept rows.
+    """--stage cluster: the centroids (k, T) and a label for each of the kept rows (as of balance).
 
     clusters.pt holds them, with the rows and the settings.
     """
@@ -900,9 +967,9 @@ def draw_groups(path, embeddings, rows, group, score, title):
 
 class TaughtSamples(common.TrainSamples):
     """TrainSamples, and the teacher's embeddings, fp16 (T,), of the image and of the caption drawn,
-    and the cluster.
+    and the label.
 
-    rows: the embeddings' row of each sample, found by key; label: its cluster.
+    rows: the embeddings' row of each kept sample, found by key; label: its cluster.
     """
 
     def __init__(self, embeddings, rows, label, *how):
@@ -1083,7 +1150,11 @@ def train(cfg, loaded=None):
 
 
 def teaching_inputs(teaching, seed, step, device):
-    """What CLIPCID.loss takes beside u and v, of a batch of TaughtSamples; () without a teacher."""
+    """What CLIPCID.loss takes beside u and v, of a batch of TaughtSamples; () without a teacher.
+
+    The last is a seed for sample_clusters, another one at each step of each run: none of them takes
+    10^9 steps.
+    """
     if not teaching:
         return ()
     t_image, t_text, label = (part.to(device, non_blocking=True) for part in teaching)
@@ -1178,7 +1249,7 @@ def ablation_arms(cfg):
     size, _ = common.clip_size(cfg)
     whole = common.training_set(cfg, size.image_size)
     seen = cfg.samples or cfg.epochs * len(whole)
-    fewer = round(seen * (1 - cfg.remove))
+    fewer = round(seen * (1 - cfg.remove))  # --eps is refused
     for name in ("clip + filter", "clip-cid"):
         arms[f"{name}, equal epochs"] = {**arms[name], "samples": fewer}
     if cfg.data == "emoji":  # other scenes: with embeddings of their own
@@ -1210,7 +1281,8 @@ def main(argv=None):
         evaluate_checkpoint(cfg, loaded)
     elif cfg.stage in ("embed", "balance", "cluster"):
         size, _ = common.clip_size(cfg, loaded)
-        prepare(cfg, size, common.start_device(cfg.device, cfg.seed))
+        # runs though --method clip would not need it
+        prepare(replace(cfg, method="clip_cid"), size, common.start_device(cfg.device, cfg.seed))
     else:
         train(cfg, loaded)
         if cfg.stage == "all" and cfg.method == "clip_cid" and rank() == 0:
