@@ -24,10 +24,11 @@ caption, vqa the run folder T/ of the student and teacher-T/ of the teacher; res
 and pictures, in --out itself. A run folder has blip.pt, the model alone. An --out that holds a run
 is refused; with --resume trainings that are done are not done again, and one cut short goes on.
 
-Measured on the emoji scenes, 54,000 samples of pre-training, 3 seeds, 2 CPU cores, torch 2.13.0
-(README has the table, the commands and the commit): TR@1 20.7 ± 1.5, IR@1 14.9 ± 0.9, CIDEr 147 ±
-6, against 0.6 ± 0.4, 1.7 ± 0.8, 107 ± 9 for the same student without distillation, and 23.7 ± 1.2,
-16.2 ± 0.9, 160 ± 2 for the teacher, which saw 200,000 samples. Not run at the paper's scale.
+Measured on the emoji scenes at commit 2bbdde6, 54,000 samples of pre-training, 3 seeds, 2 CPU
+cores, torch 2.13.0 (what is measured since stands in tests/EVIDENCE.md): TR@1 20.7 ± 1.5, IR@1
+14.9 ± 0.9, CIDEr 147 ± 6, against 0.6 ± 0.4, 1.7 ± 0.8, 107 ± 9 for the same student without
+distillation, and 23.7 ± 1.2, 16.2 ± 0.9, 160 ± 2 for the teacher, which saw 200,000 samples. Not
+run at the paper's scale.
 
 Sources: [paper] its text, tables or figures; [BLIP] BLIP's paper or code; [near] a public
 reimplementation that looks derived from the authors' code (jfan1256/dlip-v2); [choice] ours.
@@ -592,8 +593,8 @@ def exactly(head, states):
 def init_text(encoder, decoder, head):
     """As in BERT; what the two share is drawn once.
 
-    The order means nothing but which random numbers go where: another gives each seed, and so the
-    README's results, other digits.
+    The order means nothing but which random numbers go where: another gives each seed, and so all
+    results, other digits.
     """
     order = [encoder.embeddings]
     for layer, decoder_layer in zip(encoder.encoder.layer, decoder.encoder.layer):
@@ -1738,7 +1739,7 @@ def ablation_arms(cfg):
 
 def main(argv=None):
     cfg, given = configure(argv)
-    if cfg.ablate:  # README has the paper's numbers
+    if cfg.ablate:  # tests/EVIDENCE.md has the paper's numbers
         given["with_teacher"] = False
         common.run_arms(cfg, given, ablation_arms(cfg), baselines=("vlp", "dlip"))
     else:
