@@ -128,6 +128,11 @@ def test_what_the_stages_leave(whole, root):
     assert all(equal(tensor, trained[f"student.{name}"]) for name, tensor in student.items())
 
 
+def test_groups_of_one_are_drawn(photos, tmp_path):
+    out = run("clip_cid", *photos, "--stage", "balance", "--remove", 0.05, "--out", tmp_path)
+    assert "could not draw" not in out and (tmp_path / "balance.png").exists()
+
+
 def test_evaluation(whole, photos, root, teacher, monkeypatch):
     """The student's and the teacher's numbers, through every way to them, eclipse.py's too."""
     found = json.loads((whole / "evaluation.json").read_text())
