@@ -14,9 +14,9 @@ online encoder runs without any tuning, pruned for speed; or in full capacity, i
     torchrun --nproc_per_node=8 eclipse.py --data cc3m           # ViT-B/16, shards in data/cc3m
     python eclipse.py --evaluate ViT-B-32.pt --data coco         # OpenAI, OpenCLIP, Hugging Face
 
-Measured on the emoji scenes, 40 % of the captions wrong, 3 seeds, 2 CPU cores, torch 2.13.0 (README
-has the table, the commands and the commit): zero-shot top-1 on unseen drawings 15.8 ± 0.9 at
-κ = 0.7, against 14.4 ± 0.7 for the same pruned encoder without distillation and 16.2 ± 1.8 for
+Measured on the emoji scenes, 40 % of the captions wrong, 4 seeds, a CPU core, torch 2.13.0
+(tests/EVIDENCE.md has tables, commands and commits): zero-shot top-1 on unseen drawings 15.8 ± 0.5
+at κ = 0.7, against 14.5 ± 1.1 for the same pruned encoder without distillation and 15.9 ± 1.5 for
 CLIP. Not run at the paper's scale.
 
 From the paper: the three networks and what each sees; the KL from the momentum matrix to the online

@@ -128,11 +128,11 @@ class Exercise(NamedTuple):
 AS_AN_ARM = "--samples", "32000", "--stage", "distil"  # of clip_cid.py
 EXERCISES = [
     Exercise("no stop-gradient", "eclipse", "eclipse", (), "A_stopped = similarities(scale, u, v.detach())",
-             "A_stopped = similarities(scale, u, v)", "the texts follow the teacher too: little at this size"),
+             "A_stopped = similarities(scale, u, v)", "the texts follow the teacher too"),
     Exercise("prune at random", "eclipse", "eclipse", (), "kept = cls_attention.topk(",
              "kept = torch.rand_like(cls_attention).topk(", "worse: what CLS attends to matters"),
     Exercise("KL turned round", "eclipse", "eclipse", (), "kd = similarity_kl(A_bar, A_stopped",
-             "kd = similarity_kl(A_stopped, A_bar", "no gradient reaches the student: as with λ = 0"),
+             "kd = similarity_kl(A_stopped, A_bar", "the images get none of it, the texts follow the student through Ā"),
     Exercise("a teacher that never moves", "eclipse", "eclipse", (), "student.get_parameter(name), 1 - m)",
              "student.get_parameter(name), 0.0)", "a random teacher pulls the student down"),
     Exercise("text read at its first token", "eclipse", "clip", ("--method", "clip"), "text.argmax(1)]",
