@@ -132,7 +132,7 @@ EXERCISES = [
     Exercise("prune at random", "eclipse", "eclipse", (), "kept = cls_attention.topk(",
              "kept = torch.rand_like(cls_attention).topk(", "worse: what CLS attends to matters"),
     Exercise("KL turned round", "eclipse", "eclipse", (), "kd = similarity_kl(A_bar, A_stopped",
-             "kd = similarity_kl(A_stopped, A_bar", "the images get none of it, the texts follow the student through Ā"),
+             "kd = similarity_kl(A_stopped, A_bar", "the images get none of it, the texts follow through Ā"),
     Exercise("a teacher that never moves", "eclipse", "eclipse", (), "student.get_parameter(name), 1 - m)",
              "student.get_parameter(name), 0.0)", "a random teacher pulls the student down"),
     Exercise("text read at its first token", "eclipse", "clip", ("--method", "clip"), "text.argmax(1)]",
