@@ -218,7 +218,10 @@ def fill_config(config_class, recipe, given, folder):
     out, saved = given.get("out", folder), {}
     path = Path(out, "config.json")
     if given.get("resume") and path.is_file():
-        saved = known_fields(config_class, read_json(path)["config"])
+        try:
+            saved = known_fields(config_class, read_json(path)["config"])
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"{path} holds no config of a run: take another --out") from None
     for name, value in given.items():
         if name not in FREE and saved.get(name, value) != value:
             raise UserError(f"{flag(name)} {value}: the run in {out} was started with "

@@ -269,6 +269,9 @@ def wrong(tmp_path_factory, photos_run):
     (folder / "cut.pt").write_bytes(content[:len(content) // 2])
     torch.save({"layer.weight": torch.zeros(3, 3)}, folder / "other.pt")
     (folder / "file").write_text("")
+    for name, text in ("list", "[]"), ("foreign", '{"config": 3}'), ("half", '{"config": {'):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(text)
     good, corrupt = photo_samples(range(40)), photo_samples(range(40, 50), lambda i: b"?")
     write_shard(folder / "bad" / "train" / "0.tar", good + corrupt)
     write_shard(folder / "bad" / "val" / "0.tar", good[:4])
@@ -282,6 +285,8 @@ ERRORS = {
     "--ema 1.5": "--ema", "--lr nan": "--lr", "--lr -1": "--lr -1", "--seed -1": "--seed -1",
     "--batch-size 0": "--batch-size", "--kd-ramp 0.5": "--kd-ramp", "--image-size 37": "37 8",
     "--concepts 100000": "--concepts 100000", "--concepts 2 --difficulty hard": "--concepts 2",
+    "--resume --out {wrong}/list": "list/config.json", "--resume --out {wrong}/foreign": "foreign/config.json",
+    "--resume --out {wrong}/half": "half/config.json",
     "--scenes 8": "8 16", "--device gpu": "--device gpu auto",
     "--data nothing": "nothing", "--data nothing --root {wrong}/missing": "{wrong}/missing",
     "--data nothing --root {wrong}/empty": "{wrong}/empty", "--data nothing --root {wrong}/file": "{wrong}/file",
