@@ -8,6 +8,7 @@ largest round show how noisy the machine was. The bench stops when the losses of
 """
 
 import argparse
+import contextlib
 import logging
 import re
 import statistics
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +25,6 @@ import clip_cid
 import common
 import dlip
 import eclipse
-import faiss
 import torch
 
 COCO = Path(__file__).resolve().parents[2] / "shared/data/coco_mini"
@@ -126,45 +126,107 @@ def open_clip_step(args, name, precision, compiled):
 
 def clip_step(args):
     """A CLIP training step against open_clip's: same weights, batch, optimiser and precision."""
-    modes = [("fp32", False)] if args.device.type == "cpu" else [("bf16", False), ("bf16", True), ("fp32", False)]
-    for act, name in (("quick_gelu", "ViT-B-32-quickgelu"), ("gelu", "ViT-B-32")):
+    cuda = args.device.type == "cuda"
+    modes = [("bf16", False), ("bf16", True)] if cuda else [("fp32", False)]
+    for preset, act, name in (("vit_b32", "quick_gelu", "ViT-B-32-quickgelu"), ("vit_b32", "gelu", "ViT-B-32"),
+                              ("vit_b16", "gelu", "ViT-B-16"))[cuda:]:
         for precision, compiled in modes:
             theirs, model = open_clip_step(args, name, precision, compiled)
-            ours, method = our_step(args, eclipse, "--method=clip", "--preset=vit_b32", f"--act={act}",
+            ours, method = our_step(args, eclipse, "--method=clip", f"--preset={preset}", f"--act={act}",
                                     f"--precision={precision}", *["--compile"] * compiled)
             method.online.load_state_dict(model.state_dict())
-            compare(args, f"CLIP step, B/32, {precision}" + ", compiled" * compiled,
-                    {"eclipse.py": ours, f"open_clip, {act}": theirs}, ">= 1.0",
-                    tolerance=1e-4 if precision == "fp32" else 0.05)
+            compare(args, f"CLIP step, {name[4:]}, {precision}" + ", compiled" * compiled,
+                    {"eclipse.py": ours, "open_clip": theirs}, ">= 1.0", tolerance=1e-4 if precision == "fp32" else 0.05)
+
+
+def dlip_step(args, *flags):
+    """A function that makes one pre-training step of dlip.py's small student at 224 px."""
+    cfg, _ = dlip.configure(["--stage=distil", "--data=coco", f"--batch-size={args.batch}", *flags])
+    student = dlip.BLIP(dlip.size_of(cfg, common.BertTokenizer(30)))
+    model = dlip.DLIP(cfg, student).to(args.device).train()
+    optimiser = dlip.build_optimiser(student, cfg, args.device)
+    amp, scaler = common.mixed_precision(cfg.precision, args.device)
+    teacher = None
+    if dlip.distils(cfg):
+        teacher = dlip.BLIP(dlip.BLIPSize(dlip.VIT["base"], dlip.BERT["base"])).to(args.device).eval()
+        teacher.requires_grad_(False)
+    if cfg.compile:
+        for blip in filter(None, (student, model.momentum, teacher)):
+            blip.visual_encoder.compile()
+    image, ids = pairs(args)[0], captions(args)
+    number = torch.arange(args.batch, device=args.device)
+
+    def step():
+        with amp:
+            loss, terms = model(image, [ids], number, cfg.alpha, teacher)
+        scaler.scale(loss).backward()
+        dlip.update(student, optimiser, scaler, 1e-6)
+        return terms["loss"]
+
+    return step
+
+
+def captions(args, tokens=30):
+    """(B, tokens) ids for BERT."""
+    ids = torch.randint(1000, 30000, (args.batch, tokens), device=args.device)
+    ids[:, 0], ids[:, -1] = 30522, 102
+    return ids
+
+
+def pretraining(args):
+    """What distillation costs DLIP's small student, base teacher."""
+    compare(args, "pre-training step, BLIP small", {"blip": dlip_step(args, "--method=blip"),
+                                                    "dlip, base teacher": dlip_step(args)})
+
+
+PEAK = 989e12  # FLOP/s in bf16 without sparsity: H100 SXM and H200, their data sheets
+
+
+def utilisation(args):
+    """CUDA: images/s, memory and share of the peak's FLOP/s of each method's step, with and without --compile."""
+    if args.device.type == "cpu":
+        return print("utilisation: skipped, CUDA only")
+    from torch.utils.flop_counter import FlopCounterMode
+    for compiled in ([], ["--compile"]):
+        for name, step in {
+            "CLIP, B/16": lambda: our_step(args, eclipse, "--preset=vit_b16", "--method=clip", *compiled)[0],
+            "ECLIPSE κ=0.7, B/16": lambda: our_step(args, eclipse, "--preset=vit_b16", *compiled)[0],
+            "CLIP-CID, B/32": lambda: clip_cid_steps(args, *compiled)["clip_cid"],
+            "DLIP, small from base": lambda: dlip_step(args, *compiled),
+        }.items():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            step = step()
+            if not compiled:
+                with FlopCounterMode(display=False) as counter:
+                    step()
+                args.flops[name] = counter.get_total_flops()
+            times = [timed(args, step)[0] for _ in range(3 + args.rounds)][3:]
+            seconds = statistics.median(times)
+            print(f"step, {name:<24} {'compiled' if compiled else 'eager':<9} batch {args.batch:>5}  "
+                  f"{args.batch / seconds:>8.0f} images/s  {torch.cuda.max_memory_allocated() / 1e9:>6.1f} GB  "
+                  f"{args.flops[name] / seconds / PEAK:>6.1%} of {PEAK / 1e12:.0f} TFLOP/s", flush=True)
+            del step
 
 
 def pruned_inference(args):
     """The image tower at keep rates below 1 against the same tower at 1."""
     cfg, *_ = eclipse.configure(["--preset=vit_b16"])
     tower, image = eclipse.build(cfg).online.visual.to(args.device).eval(), pairs(args)[0]
-    encode = torch.inference_mode()(tower)
+    amp, _ = common.mixed_precision("auto", args.device)
+    encode = torch.inference_mode()(amp(tower))
     full = common.multiply_adds(tower, image[:1])
     for rate, wanted in ((0.5, ">= 1.95"), (0.7, ">= 1.48")):
         macs = full / common.multiply_adds(tower, image[:1], rate)
-        compare(args, f"inference, B/16, fp32, MACs {macs:.2f}x",
+        compare(args, f"inference, B/16, MACs {macs:.2f}x",
                 {f"κ={rate}": partial(encode, image, rate), "κ=1": partial(encode, image)}, wanted, longer=3)
 
 
 def eclipse_step(args):
-    """What ECLIPSE costs against CLIP; on CUDA also what bf16 and torch.compile bring to both."""
-    clip, ours = ["--method=clip"], ["--method=eclipse", "--keep-rate=0.7"]
-
-    def row(what, sides, wanted=""):
-        steps = {name: our_step(args, eclipse, "--preset=vit_b16", *flags)[0] for name, flags in sides.items()}
-        compare(args, f"step, B/16{what}", steps, wanted)
-
-    row("", {"CLIP": clip, "ECLIPSE κ=0.7": ours}, "<= 1.1")
-    if args.device.type == "cpu":
-        return
-    row(", compiled", {"CLIP": [*clip, "--compile"], "ECLIPSE κ=0.7": [*ours, "--compile"]}, "<= 1.1")
-    for what, flags in ((", CLIP", clip), (", ECLIPSE", ours)):
-        row(what, {"bf16": flags, "fp32": [*flags, "--precision=fp32"]})
-        row(what, {"compiled": [*flags, "--compile"], "eager": flags})
+    """What ECLIPSE costs against CLIP."""
+    clip, _ = our_step(args, eclipse, "--preset=vit_b16", "--method=clip")
+    ours, _ = our_step(args, eclipse, "--preset=vit_b16", "--keep-rate=0.7")
+    compare(args, "step, B/16", {"CLIP": clip, "ECLIPSE κ=0.7": ours}, "<= 1.05")
 
 
 def write_shards(folder, count):
@@ -206,45 +268,53 @@ def reading(args, count=64, batch=32):
                  "webdataset": lambda: read(theirs, torch.Tensor.float)}, ">= 1.2", longer=3)
 
 
-def clip_cid_step(args):
-    """What cluster and instance discrimination cost: teacher of width 1280, k = 10,000, as for CC3M."""
-    step = partial(our_step, args, clip_cid, "--preset=vit_b32", "--data=cc3m")
+def clip_cid_steps(args, *flags):
+    """{"clip", "clip_cid"}: training steps, teacher of width 1280, k = 10,000, as for CC3M."""
+    step = partial(our_step, args, clip_cid, "--preset=vit_b32", "--data=cc3m", *flags)
     k, width = 10_000, 1280
-    clip, _ = step("--method=clip")
     teaching = *torch.randn(2, args.batch, width), torch.randint(k, (args.batch,))
     others = clip_cid.teaching_inputs(teaching, 0, 0, args.device)
-    ours, _ = step(others=others, centroids=clip_cid.unit(torch.randn(k, width)), teacher_logit_scale=4.6)
-    compare(args, "step, B/32, k = 10,000", {"clip": clip, "clip_cid": ours}, "<= 1.1")
+    centroids = clip_cid.unit(torch.randn(k, width))
+    return {"clip": step("--method=clip")[0],
+            "clip_cid": step(others=others, centroids=centroids, teacher_logit_scale=4.6)[0]}
+
+
+def clip_cid_step(args):
+    """What cluster and instance discrimination cost."""
+    compare(args, "step, B/32, k = 10,000", clip_cid_steps(args), "<= 1.1")
 
 
 def blip(args):
-    """A captioning step and beam search of BLIP base against transformers', same weights; the time of small + small."""
+    """A captioning step and beam search of BLIP base against transformers', same weights; small against base."""
     import transformers
     text = dict(label_smoothing=0.1, num_attention_heads=12)
     config = transformers.BlipConfig(text_config=text, vision_config=dict(image_size=224, layer_norm_eps=1e-6))
     theirs = transformers.BlipForConditionalGeneration(config).to(args.device)
     file = common.Checkpoint(Path("blip"), theirs.state_dict(), {}, None)
     ours = dlip.load_blip(file).to(args.device)
-    small = dlip.BLIP(dlip.BLIPSize(dlip.VIT["small"], dlip.BERT["small"])).to(args.device)
-    image, ids = pairs(args)[0], torch.randint(1000, 30000, (args.batch, 30), device=args.device)
-    ids[:, 0], ids[:, -1] = 30522, 102
+    image, ids = pairs(args)[0], captions(args)
 
     def our_step_of(model):
         return plain_step(model, lambda: dlip.lm_loss(model.decode(ids, model.encode_image(image)), ids))
 
-    step, small_step = our_step_of(ours), our_step_of(small)
+    step = our_step_of(ours)
     their_step = plain_step(theirs, lambda: theirs(image, ids, labels=ids).loss)
     compare(args, "captioning step, BLIP base, fp32", {"dlip.py": step, "transformers": their_step}, ">= 1.0",
             tolerance=1e-3)
-    compare(args, "captioning step, fp32", {"small + small": small_step, "base + base": step})
     ours.eval(), theirs.eval()
+    small = dlip.BLIP(dlip.BLIPSize(dlip.VIT["small"], dlip.BERT["small"])).to(args.device).eval()
+    amp, _ = common.mixed_precision("auto", args.device)
+    encode = torch.inference_mode()(amp(dlip.encode_pair))
+    compare(args, "inference, image and text",
+            {"small + small": partial(encode, small, image, ids), "base + base": partial(encode, ours, image, ids)},
+            ">= 2.7", longer=3)
     with torch.inference_mode():
         states = ours.encode_image(image)
         settings = dict(num_beams=3, min_length=20, max_length=20)
         generate = partial(theirs.text_decoder.generate, ids[:, :1], encoder_hidden_states=states, eos_token_id=102,
                            **settings)
         compare(args, "beam search, 3 beams, 20 tokens",
-                {"dlip.py": partial(ours.generate, states, **settings), "transformers": generate}, ">= 1.0")
+                {"dlip.py": partial(ours.generate, states, **settings), "transformers": generate}, ">= 1.5")
 
 
 def embeddings(args):
@@ -252,7 +322,6 @@ def embeddings(args):
 
     They lie in clusters; a third are near copies of others.
     """
-    faiss.omp_set_num_threads(torch.get_num_threads())
     torch.manual_seed(0)
     n = args.images
     centres = torch.randn(n // 50, 512)
@@ -274,7 +343,9 @@ def peak_memory(restart=False):
 
 def balance(args, eps=0.447):
     """All pairs closer than ε, their groups and the kept images, against faiss's exact range search; one run each."""
+    import faiss
     from scipy.sparse import csgraph, csr_array
+    faiss.omp_set_num_threads(torch.get_num_threads())
     x, rows = embeddings(args)
     before = peak_memory(restart=True)
     ours, (kept, *_) = timed(args, clip_cid.choose, clip_cid.Config(eps=eps), x)
@@ -296,6 +367,8 @@ def balance(args, eps=0.447):
 
 def clustering(args, k=1000):
     """Spherical k-means against faiss's: the mean cosine reached, and the time."""
+    import faiss
+    faiss.omp_set_num_threads(torch.get_num_threads())
     x, rows = embeddings(args)
     iterations = clip_cid.KMEANS_ITERATIONS = 10
     ours, (*_, objective) = timed(args, clip_cid.kmeans, x, k, 0)
@@ -308,7 +381,8 @@ def clustering(args, k=1000):
 
 
 PARTS = {part.__name__: part for part in
-         (clip_step, pruned_inference, eclipse_step, clip_cid_step, blip, reading, balance, clustering)}
+         (clip_step, pruned_inference, eclipse_step, clip_cid_step, pretraining, blip, utilisation, reading, balance,
+          clustering)}
 
 
 def main(argv=None):
@@ -321,9 +395,14 @@ def main(argv=None):
     args = parser.parse_args(argv)
     logging.disable(logging.WARNING)  # open_clip warns that its weights are random
     common.import_torchvision()  # before open_clip, which imports it without the remedy for a CPU-only torch
+    args.flops = {}
     args.device, args.rounds = common.start_device(args.device, 0), 3 if args.quick else 7
     args.batch = args.batch or (256 if args.device.type == "cuda" else 16) // (4 if args.quick else 1)
-    print(common.environment(), {name: version(name) for name in PACKAGES})
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    print(common.environment(), versions)
     print(f"batch {args.batch}, {args.rounds} rounds, thrice for inference and reading\n")
     print("measured                               first                 time  second                       time  ratio"
           "    min-max    wanted   note")
