@@ -1414,10 +1414,11 @@ def train(cfg):
     with common.StopRequest() as stop, progress:
         for image, ids, bad, number in loader:
             now = schedules(cfg, peak, state["step"], steps, steps_per_epoch)
-            image, number = normalise(image, asked.statistics), number.to(device)
+            image = normalise(image, asked.statistics)
+            number = number.to(device, non_blocking=True)
             ids = ids.split(tokenizer.context_length, 1)  # captions, or questions and answers
             # to multiples of 4 tokens, not of 16: no text network is compiled
-            ids = [common.trim_padding(each, 4).to(device) for each in ids]
+            ids = [common.trim_padding(each, 4).to(device, non_blocking=True) for each in ids]
             # dropout and the negatives of ITM: the same after --resume
             torch.manual_seed(cfg.seed * 10 ** 9 + state["step"] * world_size() + rank())
             with amp:
