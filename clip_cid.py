@@ -506,16 +506,21 @@ def centres(x, group):
     group (n,), on the CPU. Returns their positions, ascending. 1e-6: cosines of copies, or of both
     members of a pair, are equal but for fp32 rounding, which must not choose between them.
     """
-    _, sizes = group.unique(return_counts=True)
-    centre = []
-    for members in group.argsort(stable=True).split(sizes.tolist()):
-        if len(members) > 1:
-            vectors = unit(x[members])
-            cosine = vectors @ unit(vectors.sum(0))
-            nearest = cosine >= cosine.max() - 1e-6
-            members = members[nearest.cpu()]
-        centre.append(members[0])
-    return torch.stack(centre).sort().values
+    lowest, sizes = group.unique(return_counts=True)
+    alone, lowest = lowest[sizes == 1], lowest[sizes > 1]
+    rows = torch.isin(group, lowest).nonzero().squeeze(1)  # (m,), all members of these g groups
+    number = torch.searchsorted(lowest, group[rows]).to(x.device)  # (m,), of the group
+    blocks = list(zip(rows.split(BLOCK), number.split(BLOCK)))
+    mean = torch.zeros(len(lowest), x.shape[1], device=x.device)
+    for members, own in blocks:
+        mean.index_add_(0, own, unit(x[members]))
+    mean = unit(mean)
+    cosine = torch.cat([(unit(x[members]) * mean[own]).sum(1) for members, own in blocks])
+    best = mean.new_zeros(len(lowest)).scatter_reduce(0, number, cosine, "amax", include_self=False)
+    nearest = (cosine >= best[number] - 1e-6).cpu()
+    first = torch.full_like(lowest, len(x))
+    first.scatter_reduce_(0, number.cpu()[nearest], rows[nearest], "amin")
+    return torch.cat([alone, first]).sort().values
 
 
 # --------------------------------------------------------------------------- spherical k-means

@@ -1346,11 +1346,15 @@ class TarShards:
         return read_bytes(self.shards[shard], image, image_size), captions
 
 
+ROW = np.dtype([("shard", "u4"), ("image", "i8"), ("image_size", "i8"), ("caption", "i8"),
+                ("caption_size", "i8"), ("is_json", "?")])  # 37 bytes
+
+
 def load_index(root, shards):
     """What can be read from tar shards, from the cache if they are as they were.
 
-    rows (N, 6): the number of the shard, and what scan_shard finds; keys (N,): as bytes; a Counter
-    of the unusable samples. 63 bytes a sample of CC3M.
+    rows (N,) of ROW: the number of the shard, and what scan_shard finds; keys (N,): as bytes; a
+    Counter of the unusable samples. 52 bytes a sample of CC3M.
     """
     # With the time: tar pads its files, so that a rewritten shard often keeps its size, and old
     # offsets would then pair images with captions wrongly.
@@ -1367,7 +1371,7 @@ def load_index(root, shards):
         for key, *places in scan_shard(path, bad):
             rows.append((number, *places))
             keys.append(f"{folder}/{key}".encode(errors="surrogateescape"))
-    rows, keys = np.array(rows, np.int64), np.array(keys)
+    rows, keys = np.array(rows, ROW), np.array(keys)
     if rank() == 0:
         content = io.BytesIO()
         np.savez(content, state=state, bad=json.dumps(bad), rows=rows, keys=keys)
