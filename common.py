@@ -2069,11 +2069,12 @@ def zero_shot(features, labels, classifier):
     As usual, top-1 is the argmax: of equal scores the first class wins, so two classes of one name
     (ImageNet has two such pairs) are not both lost. A score that is not a number is wrong.
     """
-    scores = features @ classifier.T  # (N, K)
-    best = scores.argsort(dim=1, descending=True, stable=True)
-    labels = labels[:, None]
-    right = (best == labels) & ~scores.gather(1, labels).isnan()
-    return {"top1": percent(right[:, 0]), "top5": percent(right[:, :5].any(1))}
+    scores, labels = features @ classifier.T, labels[:, None]  # (N, K), (N, 1)
+    own = scores.gather(1, labels)
+    earlier = torch.arange(len(classifier), device=labels.device) < labels
+    # not "greater": a score that is not a number beats all, and is beaten by all
+    ahead = (~(scores <= own) | (scores == own) & earlier).sum(1)
+    return {"top1": percent(ahead == 0), "top5": percent(ahead < 5)}
 
 
 def percent(right):
@@ -2086,7 +2087,7 @@ def owners(captions):
     return torch.tensor([i for i, texts in enumerate(captions) for _ in texts])
 
 
-def retrieval(image_features, text_features, image_of_text, block=1024):
+def retrieval(image_features, text_features, image_of_text, block=256):
     """Recall at 1, 5 and 10 in percent, both ways; image_of_text (T,) says whom a text describes.
 
     Image to text, the best of the image's own texts counts, ranked among the texts of others. This

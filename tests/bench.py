@@ -9,10 +9,15 @@ largest round show how noisy the machine was. The bench stops when the losses of
 
 import argparse
 import contextlib
+import io
 import logging
+import os
+import platform
 import re
 import statistics
+import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from functools import partial
@@ -26,8 +31,10 @@ import common
 import dlip
 import eclipse
 import torch
+from PIL import Image
 
 COCO = Path(__file__).resolve().parents[2] / "shared/data/coco_mini"
+RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = "torchvision", "open_clip_torch", "transformers", "webdataset", "faiss-cpu", "pillow", "numpy"
 
 
@@ -40,25 +47,28 @@ def timed(args, function, *inputs):
     return time.perf_counter() - start, result
 
 
-def compare(args, title, sides, wanted="", longer=1, tolerance=None):
-    """Print one row. sides: {name: function without arguments}, two; wanted: such as ">= 1.2".
+def compare(args, title, sides, wanted="", longer=1, tolerance=None, rounds=None, note=""):
+    """Print and keep one row. sides: {name: function without arguments}, two; wanted: such as ">= 1.2".
 
-    tolerance: how far the losses that the two return may be apart, else UserError.
+    tolerance: how far the losses that the two return may be apart, else UserError. rounds: that many and no warm-up.
     """
     (first, second), functions = sides, sides.values()
-    note = ""
     if tolerance:
         a, b = (float(function()) for function in functions)
         note = f"losses {a:.5f} {b:.5f}"
         if abs(a - b) > tolerance:
             raise common.UserError(f"{title}, {first} and {second}: {note}")
-    rounds = [[timed(args, function)[0] for function in functions] for _ in range(2 + longer * args.rounds)]
-    del rounds[:2]  # the warm-up
-    a, b = (statistics.median(side) for side in zip(*rounds))
-    ratios = [b / a for a, b in rounds]
-    print(f"{title:<37}  {first:<14} {1e3 * a:>8.1f} ms  {second:<21} {1e3 * b:>8.1f} ms  "
-          f"{statistics.median(ratios):>5.2f}  {min(ratios):>5.2f}-{max(ratios):<5.2f}  {wanted:<7}  {note}",
-          flush=True)
+    times = [[timed(args, function)[0] for function in functions] for _ in range(rounds or 2 + longer * args.rounds)]
+    if not rounds:
+        del times[:2]  # the warm-up
+    a, b = (1e3 * statistics.median(side) for side in zip(*times))
+    ratios = [b / a for a, b in times]
+    median, least, most = statistics.median(ratios), min(ratios), max(ratios)
+    print(f"{title:<37}  {first:<14} {a:>8.1f} ms  {second:<21} {b:>8.1f} ms  {median:>5.2f}  {least:>5.2f}-{most:<5.2f}  "
+          f"{wanted:<7}  {note}", flush=True)
+    args.rows.append({"measured": title, "first": first, "first_ms": a, "second": second, "second_ms": b,
+                      "ratio": median, "least": least, "most": most, "rounds": len(times), "wanted": wanted,
+                      "note": note})
 
 
 def pairs(args):
@@ -203,9 +213,11 @@ def utilisation(args):
                 args.flops[name] = counter.get_total_flops()
             times = [timed(args, step)[0] for _ in range(3 + args.rounds)][3:]
             seconds = statistics.median(times)
-            print(f"step, {name:<24} {'compiled' if compiled else 'eager':<9} batch {args.batch:>5}  "
-                  f"{args.batch / seconds:>8.0f} images/s  {torch.cuda.max_memory_allocated() / 1e9:>6.1f} GB  "
-                  f"{args.flops[name] / seconds / PEAK:>6.1%} of {PEAK / 1e12:.0f} TFLOP/s", flush=True)
+            title = f"step, {name}, {'compiled' if compiled else 'eager'}, batch {args.batch}"
+            note = (f"{args.batch / seconds:.0f} images/s, {torch.cuda.max_memory_allocated() / 1e9:.1f} GB, "
+                    f"{args.flops[name] / seconds / PEAK:.1%} of {PEAK / 1e12:.0f} TFLOP/s")
+            print(f"{title:<55} {note}", flush=True)
+            args.rows.append({"measured": title, "note": note})
             del step
 
 
@@ -332,57 +344,173 @@ def embeddings(args):
     return x.to(args.device), clip_cid.unit(x).numpy()
 
 
-def peak_memory(restart=False):
-    """MB that the process has held at most, since the last restart of the count (Linux; elsewhere 0)."""
-    if not Path("/proc/self/clear_refs").exists():
+def memory_of(function):
+    """MB that a call takes above what the process holds before (Linux; elsewhere 0)."""
+    status, counters = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not counters.exists():
         return 0
-    if restart:
-        Path("/proc/self/clear_refs").write_text("5")
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+    def most():
+        return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 1024
+
+    counters.write_text("5")  # the count starts anew
+    before = most()
+    function()
+    return most() - before
 
 
 def balance(args, eps=0.447):
-    """All pairs closer than ε, their groups and the kept images, against faiss's exact range search; one run each."""
+    """All pairs closer than ε, their groups and the kept images, against faiss's exact range search alone."""
     import faiss
-    from scipy.sparse import csgraph, csr_array
     faiss.omp_set_num_threads(torch.get_num_threads())
     x, rows = embeddings(args)
-    before = peak_memory(restart=True)
-    ours, (kept, *_) = timed(args, clip_cid.choose, clip_cid.Config(eps=eps), x)
-    memory = peak_memory() - before
-    removing, (*_, found) = timed(args, clip_cid.choose, clip_cid.Config(remove=0.437), x)
+    ours = partial(clip_cid.choose, clip_cid.Config(eps=eps), x)
 
     def search():
         index = faiss.IndexFlatIP(512)
         index.add(rows)
         return index.range_search(rows, 1 - eps ** 2 / 2)
 
-    theirs, (limits, cosines, near) = timed(args, search)
-    groups, _ = csgraph.connected_components(csr_array((cosines, near, limits)))
-    print(f"balance, {len(x):,} x 512: clip_cid.py {ours:.1f} s with groups and centres ({len(kept):,} kept, "
-          f"{memory:.0f} MB above the memory before), faiss range search alone {theirs:.1f} s ({groups:,} groups): "
-          f"ratio {theirs / ours:.2f}; with --remove 0.437 {removing:.1f} s (ε {found:.4f}), ratio "
-          f"{theirs / removing:.2f}")
+    note = f"{memory_of(ours):.0f} MB above the memory before"
+    compare(args, f"balance, {len(x):,} x 512", {"--eps 0.447": ours, "faiss range search": search}, ">= 1.6",
+            rounds=3, note=note)
+    compare(args, f"balance, {len(x):,} x 512",
+            {"--eps 0.447": ours, "--remove 0.437": partial(clip_cid.choose, clip_cid.Config(remove=0.437), x)},
+            "<= 1.2", rounds=3)
 
 
 def clustering(args, k=1000):
-    """Spherical k-means against faiss's: the mean cosine reached, and the time."""
+    """Spherical k-means against faiss's: the time, and the mean cosine reached; ten assignments of all vectors each."""
     import faiss
     faiss.omp_set_num_threads(torch.get_num_threads())
     x, rows = embeddings(args)
-    iterations = clip_cid.KMEANS_ITERATIONS = 10
-    ours, (*_, objective) = timed(args, clip_cid.kmeans, x, k, 0)
-    theirs = faiss.Kmeans(512, k, niter=iterations, spherical=True, max_points_per_centroid=len(rows))
-    seconds, _ = timed(args, theirs.train, rows)
-    cosines, _ = theirs.index.search(rows, 1)  # with the last centroids
-    print(f"k-means, {len(rows):,} x 512, k = {k}, {iterations} iterations: mean cosine "
-          f"{objective[-1]:.5f} (faiss {cosines.mean():.5f}), {ours:.1f} s (faiss {seconds:.1f} s), ratio "
-          f"{seconds / ours:.2f}")
+    clip_cid.KMEANS_ITERATIONS = 9  # and a last assignment, which gives the labels
+    found = {}
+
+    def ours():
+        *_, found["ours"] = clip_cid.kmeans(x, k, 0)
+
+    def theirs():
+        found["faiss"] = faiss.Kmeans(512, k, niter=10, spherical=True, max_points_per_centroid=len(rows))
+        found["faiss"].train(rows)
+
+    ours(), theirs()
+    cosines, _ = found["faiss"].index.search(rows, 1)  # with the last centroids
+    compare(args, f"k-means, {len(rows):,} x 512, k = {k}", {"clip_cid.py": ours, "faiss": theirs}, ">= 1.0", rounds=3,
+            note=f"mean cosine {found['ours'][-1]:.5f} {cosines.mean():.5f}")
+
+
+def tokenizing(args):
+    """Captions of COCO -> ids."""
+    import open_clip
+    import transformers
+    if not COCO.is_dir():
+        return print(f"tokenizing: skipped, {COCO} is not there")
+    content = common.read_json(COCO / "annotations/captions_train2017.json")
+    texts = [caption["caption"].lower() for caption in content["annotations"]][:1000]
+    theirs, ours = open_clip.SimpleTokenizer(), common.CLIPTokenizer()
+    assert torch.equal(ours(texts), theirs(texts))
+    note = f"{len(texts):,} captions"
+    compare(args, "CLIP's tokens", {"common.py": partial(ours, texts), "open_clip": partial(theirs, texts)}, note=note)
+    with tempfile.TemporaryDirectory() as folder:
+        words = common.read_lines("bert_base_uncased_vocab.txt.gz")[:30522]
+        Path(folder, "vocab.txt").write_text("\n".join(words), "utf-8")
+        fast = transformers.BertTokenizer.from_pretrained(folder)
+        how = dict(padding="max_length", truncation=True, max_length=40, return_tensors="pt")
+        ours = common.BertTokenizer(40)
+        compare(args, "BERT's tokens", {"common.py": partial(ours, texts), "transformers": partial(fast, texts, **how)},
+                note=note)
+
+
+def scoring(args):
+    """COCO's 5,000 x 25,000 and ImageNet's 50,000 x 1,000 against topk on the full matrix, as CLIP_benchmark scores."""
+    torch.manual_seed(0)
+    images, texts = (clip_cid.unit(torch.randn(n, 512)) for n in (5000, 25000))
+    owner = torch.arange(5000).repeat_interleave(5)
+
+    def recalls():
+        scores, found = texts @ images.T, []
+        for k in (1, 5, 10):
+            found.append((scores.topk(k).indices == owner[:, None]).any(1).float().mean())
+            found.append((owner[scores.T.topk(k).indices] == torch.arange(5000)[:, None]).any(1).float().mean())
+        return found
+
+    ours = partial(common.retrieval, images, texts, owner)
+    note = f"{memory_of(ours):.0f} MB, {memory_of(recalls):.0f} MB"
+    compare(args, "recalls, 5,000 x 25,000", {"common.py": ours, "topk, full matrix": recalls}, note=note)
+    images, classes = (clip_cid.unit(torch.randn(n, 512)) for n in (50_000, 1000))
+    labels = torch.randint(1000, (50_000,))
+
+    def accuracy():
+        best = (images @ classes.T).topk(5).indices == labels[:, None]
+        return best[:, 0].float().mean(), best.any(1).float().mean()
+
+    ours = partial(common.zero_shot, images, labels, classes)
+    note = f"{memory_of(ours):.0f} MB, {memory_of(accuracy):.0f} MB"
+    compare(args, "zero-shot, 50,000 x 1,000", {"common.py": ours, "topk, full matrix": accuracy}, note=note)
+
+
+def write_million(folder, samples, shards=100):
+    """Pairs of a small JPEG and a caption in tar shards."""
+    picture = io.BytesIO()
+    Image.new("RGB", (32, 32), "red").save(picture, "JPEG")
+    picture = picture.getvalue()
+    for shard in range(shards):
+        with tarfile.open(f"{folder}/{shard:05d}.tar", "w") as tar:
+            for number in range(samples // shards):
+                key = f"{shard:05d}{number:05d}"
+                for name, content in ((f"{key}.jpg", picture), (f"{key}.txt", f"caption {key}".encode())):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+
+
+# Run in a process of its own: opens the shards in {folder}; makes steps {start} to 20 with {workers} workers; prints the
+# seconds to the first batch, MB of the process tree, a digest of the batches from step 10 on.
+READER = """
+import time, hashlib, os
+from pathlib import Path
+from types import SimpleNamespace
+import torch, common
+torch.set_num_threads(1)
+began, digest = time.perf_counter(), hashlib.sha256()
+samples = common.TrainSamples(common.TarShards({folder!r}), common.CLIPTokenizer(), 32, (0.5, 1.0), 0)
+cfg = SimpleNamespace(batch_size=256, seed=0, workers={workers})
+for step, (image, text, _) in enumerate(common.train_loader(samples, cfg, 20, {start}, torch.device("cpu")), {start}):
+    if step == {start}:
+        seconds = time.perf_counter() - began
+    if step >= 10:
+        digest.update(text.numpy().tobytes() + image.numpy().tobytes())
+    if step == 15:
+        pss = 0
+        for process in Path("/proc").glob("[0-9]*/stat"):
+            number, parent = process.parent.name, process.read_text().rpartition(")")[2].split()[1]
+            if str(os.getpid()) in (number, parent):
+                pss += int(Path("/proc", number, "smaps_rollup").read_text().split("Pss:")[1].split()[0])
+print(f"{{seconds:.2f}} {{pss / 1024:.0f}} {{digest.hexdigest()[:16]}}")
+"""
+
+
+def million(args):
+    """args.samples pairs in 100 tar shards, made here and deleted after: index, second start, memory, order."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_million(folder, args.samples)
+        seconds, shards = timed(args, common.TarShards, folder)
+        index, keys = Path(folder, ".index.npz").stat().st_size, shards.keys.nbytes
+        notes = [f"indexed in {seconds:.1f} s, {(index - keys) / len(shards):.1f} bytes a sample beside the keys"]
+        del shards
+        for workers, start in ((0, 0), (1, 0), (2, 0), (2, 10)):
+            code = READER.format(folder=folder, workers=workers, start=start)
+            said = subprocess.check_output([sys.executable, "-c", code], cwd=common.DATA.parent, text=True)
+            first, memory, digest = said.split()
+            notes.append(f"{workers} workers, from step {start}: first batch after {first} s, {memory} MB, batches {digest}")
+        print("\n".join(notes))
+        args.rows += [{"measured": f"{args.samples:,} samples in 100 tar shards", "note": note} for note in notes]
 
 
 PARTS = {part.__name__: part for part in
-         (clip_step, pruned_inference, eclipse_step, clip_cid_step, pretraining, blip, utilisation, reading, balance,
-          clustering)}
+         (clip_step, pruned_inference, eclipse_step, clip_cid_step, pretraining, blip, utilisation, reading,
+          tokenizing, scoring, balance, clustering, million)}
 
 
 def main(argv=None):
@@ -391,11 +519,12 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="3 rounds instead of 7, of smaller batches")
     parser.add_argument("--batch", type=int, help="images per step [cuda 256, cpu 16; quick: a quarter]")
     parser.add_argument("--images", type=int, default=200_000, help="vectors for balance and clustering [200000]")
+    parser.add_argument("--samples", type=int, default=1_000_000, help="pairs in the shards of million [1000000]")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some of the measurements")
     args = parser.parse_args(argv)
     logging.disable(logging.WARNING)  # open_clip warns that its weights are random
     common.import_torchvision()  # before open_clip, which imports it without the remedy for a CPU-only torch
-    args.flops = {}
+    args.flops, args.rows = {}, []
     args.device, args.rounds = common.start_device(args.device, 0), 3 if args.quick else 7
     args.batch = args.batch or (256 if args.device.type == "cuda" else 16) // (4 if args.quick else 1)
     versions = {}
@@ -408,6 +537,11 @@ def main(argv=None):
           "    min-max    wanted   note")
     for name in args.only:
         PARTS[name](args)
+    if not args.quick:
+        machine = f"{os.cpu_count()} cores {platform.machine()}, Python {platform.python_version()}"
+        common.write_json(RESULTS / f"bench-{'-'.join(args.only)}-{args.device}.json",
+                          {"environment": common.environment(), "machine": machine, "versions": versions,
+                           "rows": args.rows})
 
 
 if __name__ == "__main__":

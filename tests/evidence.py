@@ -258,11 +258,35 @@ def origin(part):
             f"{', '.join(sorted(commits))}; {'; '.join(sorted(machines))}{left}.\n")
 
 
+def bench_table(name):
+    """Rows of tests/bench.py, of the files bench-PART-DEVICE.json; name: bench_DEVICE."""
+    rows, origins = [["measured", "first", "second", "second's time / first's", "range", "wanted", "note"]], set()
+    rows.append(["---"] * len(rows[0]))
+    for path in sorted(RESULTS.glob(f"bench-*-{name.removeprefix('bench_')}.json")):
+        found = common.read_json(path)
+        made = found["environment"]
+        versions = ", ".join(" ".join(pair) for pair in found["versions"].items())
+        origins.add(f"commit {made['commit']}, {made['gpu'] or found['machine']}, torch {made['torch']}, threads: "
+                    f"{made['cpu_threads']}, {versions}")
+        for row in found["rows"]:
+            figures = ["", "", "", "", ""]
+            if "ratio" in row:
+                figures = [row["first"], row["second"], f"{row['ratio']:.2f}",
+                           f"{row['least']:.2f}–{row['most']:.2f}, {row['rounds']} rounds", row["wanted"]]
+            rows.append([row["measured"], *figures, row["note"]])
+    if not origins:
+        return "Not measured yet.\n"
+    table = "".join("| " + " | ".join(row) + " |\n" for row in rows)
+    return f"{table}\n`python tests/bench.py`; {'; '.join(sorted(origins))}.\n"
+
+
 def render(text):
     """A document with what stands between its markers made anew."""
     def fill(match):
         if match[2] == "exercises":
             return f"{match[1]}{exercise_table()}{match[3]}"
+        if match[2].startswith("bench"):
+            return f"{match[1]}{bench_table(match[2])}{match[3]}"
         part = PARTS[match[2]]
         return f"{match[1]}{table(part)}\n{origin(part)}{match[3]}"
 
