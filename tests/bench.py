@@ -64,8 +64,8 @@ def compare(args, title, sides, wanted="", longer=1, tolerance=None, rounds=None
     a, b = (1e3 * statistics.median(side) for side in zip(*times))
     ratios = [b / a for a, b in times]
     median, least, most = statistics.median(ratios), min(ratios), max(ratios)
-    print(f"{title:<37}  {first:<14} {a:>8.1f} ms  {second:<21} {b:>8.1f} ms  {median:>5.2f}  {least:>5.2f}-{most:<5.2f}  "
-          f"{wanted:<7}  {note}", flush=True)
+    print(f"{title:<37}  {first:<14} {a:>8.1f} ms  {second:<21} {b:>8.1f} ms  {median:>5.2f}  "
+          f"{least:>5.2f}-{most:<5.2f}  {wanted:<7}  {note}", flush=True)
     args.rows.append({"measured": title, "first": first, "first_ms": a, "second": second, "second_ms": b,
                       "ratio": median, "least": least, "most": most, "rounds": len(times), "wanted": wanted,
                       "note": note})
@@ -145,8 +145,9 @@ def clip_step(args):
             ours, method = our_step(args, eclipse, "--method=clip", f"--preset={preset}", f"--act={act}",
                                     f"--precision={precision}", *["--compile"] * compiled)
             method.online.load_state_dict(model.state_dict())
+            tolerance = 1e-4 if precision == "fp32" else 0.05
             compare(args, f"CLIP step, {name[4:]}, {precision}" + ", compiled" * compiled,
-                    {"eclipse.py": ours, "open_clip": theirs}, ">= 1.0", tolerance=1e-4 if precision == "fp32" else 0.05)
+                    {"eclipse.py": ours, "open_clip": theirs}, ">= 1.0", tolerance=tolerance)
 
 
 def dlip_step(args, *flags):
@@ -321,11 +322,12 @@ def blip(args):
             {"small + small": partial(encode, small, image, ids), "base + base": partial(encode, ours, image, ids)},
             ">= 2.7", longer=3)
     with torch.inference_mode():
-        states = ours.encode_image(image)
+        states = ours.encode_image(torch.randn(16, 3, 224, 224, device=args.device))
         settings = dict(num_beams=3, min_length=20, max_length=20)
-        generate = partial(theirs.text_decoder.generate, ids[:, :1], encoder_hidden_states=states, eos_token_id=102,
+        start = ids.new_full((16, 1), 30522)
+        generate = partial(theirs.text_decoder.generate, start, encoder_hidden_states=states, eos_token_id=102,
                            **settings)
-        compare(args, "beam search, 3 beams, 20 tokens",
+        compare(args, "beam search, 16 x 3 beams, 20 tokens",
                 {"dlip.py": partial(ours.generate, states, **settings), "transformers": generate}, ">= 1.5")
 
 
@@ -465,8 +467,8 @@ def write_million(folder, samples, shards=100):
                     tar.addfile(member, io.BytesIO(content))
 
 
-# Run in a process of its own: opens the shards in {folder}; makes steps {start} to 20 with {workers} workers; prints the
-# seconds to the first batch, MB of the process tree, a digest of the batches from step 10 on.
+# Run in a process of its own: opens the shards in {folder}; makes steps {start} to 20 with {workers} workers; prints
+# the seconds to the first batch, MB of the process tree, a digest of the batches from step 10 on.
 READER = """
 import time, hashlib, os
 from pathlib import Path
@@ -503,7 +505,8 @@ def million(args):
             code = READER.format(folder=folder, workers=workers, start=start)
             said = subprocess.check_output([sys.executable, "-c", code], cwd=common.DATA.parent, text=True)
             first, memory, digest = said.split()
-            notes.append(f"{workers} workers, from step {start}: first batch after {first} s, {memory} MB, batches {digest}")
+            notes.append(f"{workers} workers, from step {start}: first batch after {first} s, {memory} MB, "
+                         f"batches {digest}")
         print("\n".join(notes))
         args.rows += [{"measured": f"{args.samples:,} samples in 100 tar shards", "note": note} for note in notes]
 
@@ -516,8 +519,8 @@ PARTS = {part.__name__: part for part in
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="cpu or cuda [auto]")
-    parser.add_argument("--quick", action="store_true", help="3 rounds instead of 7, of smaller batches")
-    parser.add_argument("--batch", type=int, help="images per step [cuda 256, cpu 16; quick: a quarter]")
+    parser.add_argument("--quick", action="store_true", help="3 rounds instead of 5, of smaller batches")
+    parser.add_argument("--batch", type=int, help="images per step [cuda 256, cpu 8; quick: a quarter]")
     parser.add_argument("--images", type=int, default=200_000, help="vectors for balance and clustering [200000]")
     parser.add_argument("--samples", type=int, default=1_000_000, help="pairs in the shards of million [1000000]")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some of the measurements")
@@ -525,8 +528,8 @@ def main(argv=None):
     logging.disable(logging.WARNING)  # open_clip warns that its weights are random
     common.import_torchvision()  # before open_clip, which imports it without the remedy for a CPU-only torch
     args.flops, args.rows = {}, []
-    args.device, args.rounds = common.start_device(args.device, 0), 3 if args.quick else 7
-    args.batch = args.batch or (256 if args.device.type == "cuda" else 16) // (4 if args.quick else 1)
+    args.device, args.rounds = common.start_device(args.device, 0), 3 if args.quick else 5
+    args.batch = args.batch or (256 if args.device.type == "cuda" else 8) // (4 if args.quick else 1)
     versions = {}
     for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
