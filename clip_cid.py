@@ -878,8 +878,18 @@ def embed_rows(cfg, embeddings, teacher, size, device):
             raise UserError(f"{teacher_file(cfg)} gives NaN: try --precision fp32")
         counts = list(map(len, captions))
         for row, own in zip(rows[places], v.half().split(counts)):
-            text[:len(own), row] = own
-        image[rows[places]] = u.half()  # last: it says that the row is done
+            for number, vector in enumerate(own):
+                write_row(text, number * len(image) + row, vector)
+        for row, vector in zip(rows[places], u.half()):
+            write_row(image, row, vector)  # last: it says that the row is done
+
+
+def write_row(array, row, vector):
+    """Write to the file of a memory map (..., T). On a full disk this is an OSError, where writing
+    to the map would end the process without a word (SIGBUS)."""
+    with open(array.filename, "r+b") as file:
+        file.seek(array.offset + row * vector.nbytes)
+        file.write(vector.numpy().tobytes())
 
 
 def balance(cfg, embeddings, device):

@@ -81,6 +81,11 @@ def run_main(main, argv=None):
     except (UserError, OSError, FloatingPointError, KeyboardInterrupt) as error:
         print(f"{Path(sys.argv[0]).name}: {str(error) or 'interrupted'}", file=sys.stderr)
         return {FloatingPointError: 1, KeyboardInterrupt: 130}.get(type(error), 2)
+    except RuntimeError as error:  # raised wherever the main process is when a loader process dies
+        if "DataLoader" not in str(error):
+            raise
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        return 2
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -1864,7 +1869,14 @@ def step_batches(n, batch, steps, start, seed):
 
 
 class Loader(DataLoader):
-    """A DataLoader whose workers' UserErrors stay one line, and that leaves out empty batches."""
+    """A DataLoader whose workers' UserErrors stay one line, and that leaves out empty batches.
+
+    A worker that gives nothing for ten minutes ends the run.
+    """
+
+    def __init__(self, data, num_workers, **options):
+        super().__init__(data, num_workers=num_workers, timeout=600 * bool(num_workers),
+                         worker_init_fn=ignore_signals, **options)
 
     def __iter__(self):
         try:
@@ -1886,9 +1898,9 @@ def train_loader(samples, cfg, steps, start, device):
     if n < batch:
         raise UserError(f"the training set has {n} samples, fewer than one batch of {batch}: lower "
                         "--batch-size")
-    return Loader(samples, batch_sampler=step_batches(n, batch, steps, start, cfg.seed),
-                  num_workers=loader_workers(cfg), collate_fn=collate_train,
-                  worker_init_fn=ignore_ctrl_c, pin_memory=device.type == "cuda")
+    return Loader(samples, loader_workers(cfg), collate_fn=collate_train,
+                  batch_sampler=step_batches(n, batch, steps, start, cfg.seed),
+                  pin_memory=device.type == "cuda")
 
 
 def eval_loader(data, image_size, batch_size, workers, resize=resize_center_crop):
@@ -1897,8 +1909,7 @@ def eval_loader(data, image_size, batch_size, workers, resize=resize_center_crop
     Unusable samples are left out: the evaluation sees which indices are missing.
     """
     load = functools.partial(load_images, data, image_size, resize)
-    return Loader(range(len(data)), batch_size=batch_size, num_workers=workers, collate_fn=load,
-                  worker_init_fn=ignore_ctrl_c)
+    return Loader(range(len(data)), workers, batch_size=batch_size, collate_fn=load)
 
 
 def load_images(data, image_size, resize, indices):
@@ -1913,9 +1924,10 @@ def load_images(data, image_size, resize, indices):
         return torch.stack(images), list(places), list(targets)
 
 
-def ignore_ctrl_c(worker):
-    """It reaches the whole process group; the main process ends the run."""
+def ignore_signals(worker):
+    """They reach the whole process group; the main process ends the run. A second SIGTERM works."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def collate_train(batch):

@@ -762,13 +762,16 @@ def draw_sweet_spot(path, arms, results):
             speeds = [cell[name]["images_per_second"] / cell["online κ=1"]["images_per_second"]
                       for cell in cells]
             scores = [next(iter(cell[name].values())) for cell in cells]  # top-1 or i2t R@1
-            point = np.mean(speeds), np.mean(scores)
             curve = curves.setdefault(arms[arm].get("method", "eclipse"), [])
-            curve.append((*point, np.std(scores, ddof=1)))
-            axis.annotate(name.removeprefix("online"), point,
-                          va="top" if "method" in arms[arm] else "bottom")
-    for method, points in curves.items():
-        axis.errorbar(*zip(*sorted(points)), label=method, marker="o", capsize=3)
+            curve.append((np.median(speeds), np.mean(scores), np.std(scores, ddof=1),
+                          name.removeprefix("online ")))
+    for height, (method, points) in zip((8, -16, -30), curves.items()):
+        *columns, names = zip(*sorted(points))
+        line, *_ = axis.errorbar(*columns, label=method, marker="o", capsize=3)
+        for i, (x, y, name) in enumerate(zip(*columns[:2], names)):  # neighbours' labels apart
+            axis.annotate(name, (x, y), (5, height + i % 2 * 12), textcoords="offset points",
+                          color=line.get_color())
+    axis.margins(x=0.1)
     axis.set(xlabel="throughput, 1 at κ = 1", ylabel="zero-shot top-1 or R@1, %")
     axis.legend()
     figure.savefig(path)
