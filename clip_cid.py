@@ -887,7 +887,7 @@ def embed_rows(cfg, embeddings, teacher, size, device):
 def write_row(array, row, vector):
     """Write to the file of a memory map (..., T). On a full disk this is an OSError, where writing
     to the map would end the process without a word (SIGBUS)."""
-    with open(array.filename, "r+b") as file:
+    with common.writing(array.filename), open(array.filename, "r+b") as file:
         file.seek(array.offset + row * vector.nbytes)
         file.write(vector.numpy().tobytes())
 

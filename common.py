@@ -30,6 +30,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import string
 import subprocess
@@ -343,9 +344,21 @@ def replace_file(path, write):
         temporary.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        if isinstance(error, RuntimeError) and shutil.disk_usage(temporary.parent).free < 2 ** 20:
+            reason = "no space left"  # which torch.save does not say
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} cannot be written: {reason}") from error
+
+
+@contextlib.contextmanager
+def writing(path):
+    """UserError, naming the file, where what happens inside cannot be written to it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def write_text(path, text):
@@ -433,7 +446,8 @@ class Run:
         """Append a row to log.csv; absent columns stay empty."""
         cells = [f"{row[name]:.8g}" if name in row else "" for name in self.columns]
         if rank() == 0:
-            with open(self.path("log.csv"), "a") as file:
+            path = self.path("log.csv")
+            with writing(path), open(path, "a") as file:
                 file.write(",".join(cells) + "\n")
 
     def save(self, name, content):
