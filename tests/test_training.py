@@ -10,9 +10,11 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import common
 import eclipse
@@ -119,6 +121,31 @@ def test_kill_in_an_epoch_and_resume(photos, tmp_path, options):
         file.write(b"99,1.5,0.\0\0\0\0")  # a power cut in the middle of a row
     run(*command, "--resume")
     assert_same_run(whole, out)
+
+
+def test_signals_with_loader_processes(photos, tmp_path):
+    """SIGTERM to the whole group, as a scheduler sends it, still saves; the end of a loader process is one line."""
+    for name in ("group", "loader"):
+        out = tmp_path / name
+        script = Script("eclipse", *photos, "--epochs", 500, "--workers", 1, "--out", out).wait_for(out / "log.csv", 3)
+        pid = script.process.pid
+        if name == "group":
+            os.killpg(pid, signal.SIGTERM)
+            assert script.wait().code == 130 and "stopped at step" in script.err
+            assert (out / "last.pt").is_file()
+        else:
+            for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+                os.kill(int(child), signal.SIGKILL)
+            assert script.wait().code == 2
+            assert re.fullmatch(r"eclipse\.py: DataLoader worker .*\n", script.err), script.err
+
+
+def test_a_full_disk_is_named(tmp_path):
+    cfg = eclipse.Config(out=str(tmp_path), resume=True)
+    run_folder = common.Run(cfg, None, ["step"])
+    run_folder.path("log.csv").symlink_to("/dev/full")
+    with pytest.raises(common.UserError, match="log.csv cannot be written: No space left"):
+        run_folder.log({"step": 1})
 
 
 def test_resume_without_a_checkpoint_and_of_no_run_and_of_a_finished_one(photos, photos_run, tmp_path):
