@@ -2100,6 +2100,7 @@ def zero_shot(features, labels, classifier):
     earlier = torch.arange(len(classifier), device=labels.device) < labels
     # not "greater": a score that is not a number beats all, and is beaten by all
     ahead = (~(scores <= own) | (scores == own) & earlier).sum(1)
+    ahead = ahead.masked_fill(own.isnan().squeeze(1), 5)  # with fewer than five classes too
     return {"top1": percent(ahead == 0), "top5": percent(ahead < 5)}
 
 

@@ -98,6 +98,7 @@ def test_a_collapsed_or_broken_model_retrieves_nothing():
     assert common.retrieval(one, many, own)["t2i_r10"] == 0
     broken = common.rerank(many, many, own, own, own, lambda i, t: torch.full((len(t),), math.nan), 20)
     assert set(broken.values()) == {0.0}
+    assert set(common.zero_shot(nan, own % 3, many[:3]).values()) == {0.0}  # fewer classes than five
 
 
 @pytest.mark.parametrize("seed", range(4))
