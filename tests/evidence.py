@@ -32,8 +32,9 @@ PICTURES = {  # in data/pictures/, from the run folders
     "sweet_spot.png": "eclipse/sweet_spot.png",
     "balance.png": "clip_cid/clip-cid/seed0/balance.png",
     "clusters.png": "clip_cid/clip-cid/seed0/clusters.png",
-    "captions.png": "dlip/dlip/seed0/captions.png",
-    "attention.png": "dlip/dlip/seed0/attention.png",
+    # python dlip.py --out runs/evidence/demo_dlip: an arm of the ablation has no teacher beside it
+    "captions.png": "demo_dlip/captions.png",
+    "attention.png": "demo_dlip/attention.png",
 }
 
 
