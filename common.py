@@ -83,7 +83,7 @@ def run_main(main, argv=None):
         print(f"{Path(sys.argv[0]).name}: {str(error) or 'interrupted'}", file=sys.stderr)
         return {FloatingPointError: 1, KeyboardInterrupt: 130}.get(type(error), 2)
     except RuntimeError as error:  # raised wherever the main process is when a loader process dies
-        if "DataLoader" not in str(error):
+        if not str(error).startswith("DataLoader "):  # "Caught ...": an error of our code in it
             raise
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 2

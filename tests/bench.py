@@ -527,7 +527,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     logging.disable(logging.WARNING)  # open_clip warns that its weights are random
     common.import_torchvision()  # before open_clip, which imports it without the remedy for a CPU-only torch
-    args.flops, args.rows = {}, []
+    args.flops = {}
     args.device, args.rounds = common.start_device(args.device, 0), 3 if args.quick else 5
     args.batch = args.batch or (256 if args.device.type == "cuda" else 8) // (4 if args.quick else 1)
     versions = {}
@@ -538,13 +538,14 @@ def main(argv=None):
     print(f"batch {args.batch}, {args.rounds} rounds, thrice for inference and reading\n")
     print("measured                               first                 time  second                       time  ratio"
           "    min-max    wanted   note")
+    machine = f"{os.cpu_count()} cores {platform.machine()}, Python {platform.python_version()}"
     for name in args.only:
+        args.rows = []
         PARTS[name](args)
-    if not args.quick:
-        machine = f"{os.cpu_count()} cores {platform.machine()}, Python {platform.python_version()}"
-        common.write_json(RESULTS / f"bench-{'-'.join(args.only)}-{args.device}.json",
-                          {"environment": common.environment(), "machine": machine, "versions": versions,
-                           "rows": args.rows})
+        if args.rows and not args.quick:
+            common.write_json(RESULTS / f"bench-{name}-{args.device.type}.json",
+                              {"environment": common.environment(), "machine": machine, "versions": versions,
+                               "rows": args.rows})
 
 
 if __name__ == "__main__":
