@@ -75,6 +75,19 @@ PARTS = {  # in order of worth
 }
 
 
+HEADLINE = (  # of README.md: what is compared, its part, the arms without and with it, score and metric
+    ("ECLIPSE, beside CLIP", "eclipse", "clip", "eclipse", "zero-shot top-1", "concept_top1"),
+    ("ECLIPSE, beside CLIP pruned as much (EViT)", "eclipse", "clip + evit", "eclipse", "zero-shot top-1", "concept_top1"),
+    ("CLIP-CID, beside CLIP", "clip_cid", "clip", "clip-cid", "zero-shot top-1", "concept_top1"),
+    ("DLIP, beside the same BLIP alone", "dlip", "vlp", "dlip", "image to text R@1", "i2t_r1"),
+    ("", "dlip", "vlp", "dlip", "CIDEr", "cider"),
+    ("", "dlip", "vlp", "dlip", "VQA accuracy", "vqa_accuracy"),
+    ("DLIP, beside its teacher", "dlip", "teacher", "dlip", "image to text R@1", "i2t_r1"),
+    ("", "dlip", "teacher", "dlip", "CIDEr", "cider"),
+    ("", "dlip", "teacher", "dlip", "VQA accuracy", "vqa_accuracy"),
+)
+
+
 # ------------------------------------------------------------------------------------------ runs
 
 
@@ -200,7 +213,7 @@ def exercise_table():
         edit = f"`{exercise.old.strip()}` → `{exercise.new.strip() or '(nothing)'}`"
         without = "–" if base is None else f"{base:.1f}"
         rows.append([exercise.name, edit, exercise.expect, without, measured])
-    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+    return markdown(rows)
 
 
 # ---------------------------------------------------------------------------------------- tables
@@ -222,6 +235,30 @@ def spread(values, sign=""):
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
 
 
+def difference(found, base, metric):
+    """A score minus the base's, seed by seed, and in how many seeds that is positive."""
+    gains = [scores[metric] - base[seed][metric] for seed, scores in found.items() if seed in base]
+    if not gains:
+        return "–"
+    return f"{spread(gains, '+')} ({sum(gain > 0 for gain in gains)} of {len(gains)})"
+
+
+def markdown(rows):
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
+def headline():
+    """The claims that README.md begins with, a row each."""
+    header = ["method", "score", "without", "with", "difference, seed by seed (positive in)"]
+    rows = [header, ["---"] * len(header)]
+    for name, part, *arms, score, metric in HEADLINE:
+        base, found = [results_of(PARTS[part], arm) for arm in arms]
+        if base and found:
+            means = [spread([scores[metric] for scores in each.values()]) for each in (base, found)]
+            rows.append([name, score, *means, difference(found, base, metric)])
+    return markdown(rows)
+
+
 def table(part):
     """A row an arm: its metrics; differences to the first arm, and in how many seeds they are positive."""
     first, metric = part.arms[0], part.metrics[0]
@@ -233,13 +270,9 @@ def table(part):
         if not found:
             continue
         cells = [spread([scores[name] for scores in found.values()]) for name in part.metrics]
-        gains = [scores[metric] - base[seed][metric] for seed, scores in found.items() if seed in base]
-        against = "–"
-        if gains and arm != first:
-            positive = sum(gain > 0 for gain in gains)
-            against = f"{spread(gains, '+')} ({positive} of {len(gains)})"
+        against = "–" if arm == first else difference(found, base, metric)
         rows.append([arm, *cells, against, str(len(found))])
-    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+    return markdown(rows)
 
 
 def origin(part):
@@ -278,8 +311,7 @@ def bench_table(name):
             rows.append([row["measured"], *figures, row["note"]])
     if not origins:
         return "Not measured yet.\n"
-    table = "".join("| " + " | ".join(row) + " |\n" for row in rows)
-    return f"{table}\n`python tests/bench.py`; {'; '.join(sorted(origins))}.\n"
+    return f"{markdown(rows)}\n`python tests/bench.py`; {'; '.join(sorted(origins))}.\n"
 
 
 def render(text):
@@ -287,6 +319,12 @@ def render(text):
     def fill(match):
         if match[2] == "exercises":
             return f"{match[1]}{exercise_table()}{match[3]}"
+        if match[2] == "ground":
+            import ground
+            return f"{match[1]}{ground.table()}{match[3]}"
+        if match[2] == "headline":
+            parts = [PARTS[part] for part in dict.fromkeys(part for _, part, *_ in HEADLINE)]
+            return f"{match[1]}{headline()}\n{''.join(map(origin, parts))}{match[3]}"
         if match[2].startswith("bench"):
             return f"{match[1]}{bench_table(match[2])}{match[3]}"
         part = PARTS[match[2]]
