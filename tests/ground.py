@@ -2,21 +2,21 @@
 
     python tests/ground.py --seeds 0 1 2 --only "60 % wrong captions"
 
-Each cell is a run of eclipse.py in runs/ground/, made or continued; its student is scored on 3,000 validation images of one
-object and among 2,000 validation scenes: so many that the spread is the training's. The slim CLIP is the honest rival of a
-pruned one. Scores are kept in tests/results/ground-*.json; tests/evidence.py writes them into tests/EVIDENCE.md.
+Each cell is a run of eclipse.py in runs/ground/, made or continued; its student is scored on 3,000 validation images of
+one object and among 2,000 validation scenes: so many that the spread is the training's. The slim CLIP is the honest
+rival of a pruned one. Scores are kept in tests/results/ground-*.json, the table in tests/EVIDENCE.md.
 """
 
 import argparse
 import subprocess
 import sys
 
-import evidence
-import torch
-from evidence import REPO, RESULTS, common
-
 import eclipse
+import torch
 from data.emoji import scenes
+
+import evidence
+from evidence import REPO, RESULTS, common
 
 LOOKS = "--preset", "demo64", "--concepts", "50"
 SETTINGS = {
@@ -53,8 +53,8 @@ def make(setting, arm, seed):
         return
     folder = REPO / "runs/ground" / stored(setting, arm, seed).stem
     if not (folder / "results.json").is_file():
-        command = [sys.executable, "eclipse.py", *SETTINGS[setting], *ARMS[arm], "--seed", str(seed), "--out", str(folder)]
-        subprocess.run([*command, "--resume"] if folder.is_dir() else command, cwd=REPO, check=True)
+        flags = [*SETTINGS[setting], *ARMS[arm], "--seed", str(seed), "--out", str(folder), "--resume"]
+        subprocess.run([sys.executable, "eclipse.py", *flags], cwd=REPO, check=True)
     cfg, model, encoders = student(folder / "last.pt")
     looks = "val", 64, "concept", cfg.concepts, cfg.difficulty
     objects = scenes.EmojiClasses(*looks)
