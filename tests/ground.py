@@ -10,13 +10,16 @@ rival of a pruned one. Scores are kept in tests/results/ground-*.json, the table
 import argparse
 import subprocess
 import sys
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common
 import eclipse
 import torch
 from data.emoji import scenes
 
 import evidence
-from evidence import REPO, RESULTS, common
+from evidence import REPO, RESULTS
 
 LOOKS = "--preset", "demo64", "--concepts", "50"
 SETTINGS = {
