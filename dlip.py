@@ -189,7 +189,7 @@ EMOJI = {  # distil: Config's defaults
                     lr=(1e-3,), seed=1000),
     "retrieval": SHORT,
     "caption": SHORT,
-    "vqa": {**SHORT, "epochs": 0.5, "lr": (1e-3,)},
+    "vqa": {**SHORT, "lr": (1e-3,)},
 }
 TEXT_LENGTH = {"retrieval": 35, "caption": 40, "vqa": 35}  # tokens [BLIP]; see tokenizer_of
 

@@ -79,7 +79,7 @@ DIFFICULTIES = {
 }
 
 # what differs in scenes that are asked about
-QUESTIONED = {"objects": (0.4, 0.4, 0.2), "scale": (0.5, 0.8)}
+QUESTIONED = {"objects": (0.5, 0.5), "scale": (0.6, 0.9)}
 
 # {0}, {1}, {2}: the objects from left to right or from top to bottom
 CAPTIONS = {  # by the number of objects
@@ -305,9 +305,9 @@ class EmojiClasses:
 class EmojiQuestions:
     """All questions about each of `scenes` scenes, with one answer as if ten people gave it.
 
-    The arguments are those of EmojiScenes. The scenes differ: smaller things, more of them, so that
-    "where", "how many" and "is there" have no answer that is mostly right. `answers`: all that can
-    be right, for any scene.
+    The arguments are those of EmojiScenes. The scenes differ: one thing or two as often, not all
+    large, so that "where", "how many" and "is there" have no answer that is mostly right.
+    `answers`: all that can be right, for any scene.
     """
 
     kind = "questions"
