@@ -124,7 +124,7 @@ def test_all_stages(whole):
         assert names_in(whole / stage) - {"best.pt"} == {
             "config.json", "log.csv", "last.pt", "blip.pt", "results.json", "curves.png"}
         rows = log_of(whole / stage)
-        steps = 8 if stage == "distil" else 12 if "vqa" in stage else 4  # 6 questions a scene
+        steps = 8 if stage == "distil" else 24 if "vqa" in stage else 4  # 6 questions a scene
         assert [int(row["step"]) for row in rows] == list(range(1, steps + 1))
         blip, trained = (checkpoint(whole / stage, name)["model"] for name in ("blip.pt", "last.pt"))
         assert all(torch.equal(trained[f"student.{name}"], w) for name, w in blip.items())

@@ -147,12 +147,12 @@ def test_questions_are_true(difficulty, split):
 
 
 def test_no_answer_about_number_or_place_is_mostly_right():
-    """Nor is one of "yes" and "no"."""
+    """Nor is one of "yes" and "no": none is given to more than 60 % of a kind."""
     data, given = EmojiQuestions("train", 500, 40), collections.defaultdict(collections.Counter)
     for i in range(len(data)):
         given[data.question_kind(i)][data[i][1][1][0]] += 1
     for kind in ("number", "presence", "where"):
-        assert given[kind].most_common(1)[0][1] <= 0.5 * given[kind].total(), kind
+        assert given[kind].most_common(1)[0][1] <= 0.6 * given[kind].total(), kind
 
 
 def test_backgrounds_look_as_they_are_called():
