@@ -57,6 +57,7 @@ import os
 import sys
 from collections import OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
 
 # Before torch: threads that wait soon sleep; on busy cores a run is then ten times as fast.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
@@ -707,12 +708,18 @@ def draw_kept_tokens(path, model, statistics, sets):
 
 
 def evaluate_checkpoint(cfg, loaded):
-    """--evaluate: the test scores of a checkpoint, ours or a published one, and --linear-probe."""
+    """--evaluate: the test scores of a checkpoint, ours or a published one, and --linear-probe;
+    with --keep-rate below 1 also those of the pruned encoder, and OUT/tokens.png."""
     device = common.start_device(cfg.device, cfg.seed)
     model = build(cfg, loaded).to(device)
     amp, _ = common.mixed_precision(cfg.precision, device)
-    _, cells = encoders_of(model, model.size.pixel_statistics(device), amp)
+    statistics = model.size.pixel_statistics(device)
+    _, cells = encoders_of(model, statistics, amp)
     common.print_table(common.test_checkpoint(cfg, model.size, cells))
+    if cfg.keep_rate < 1:
+        test = common.evaluation_sets(cfg, model.size.image_size, "test")
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        draw_kept_tokens(Path(cfg.out, "tokens.png"), model, statistics, test)
 
 
 # ------------------------------------------------------------------------------------ ablation

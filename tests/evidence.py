@@ -28,7 +28,8 @@ REPO = HERE.parent
 RESULTS, RUNS = HERE / "results", REPO / "runs/evidence"
 DOCUMENTS = REPO / "README.md", HERE / "EVIDENCE.md"
 PICTURES = {  # in data/pictures/, from the run folders
-    "tokens.png": "eclipse/eclipse/seed0/tokens.png",
+    # python eclipse.py --evaluate data/teacher_clip.pt --keep-rate 0.7 --out runs/evidence/tokens
+    "tokens.png": "tokens/tokens.png",
     "sweet_spot.png": "eclipse/sweet_spot.png",
     "balance.png": "clip_cid/clip-cid/seed0/balance.png",
     "clusters.png": "clip_cid/clip-cid/seed0/clusters.png",
