@@ -15,8 +15,9 @@ embeddings is its own, for the detail that clusters lose. CLIP's own loss is a t
     torchrun --nproc_per_node=8 clip_cid.py --data cc3m --teacher open_clip_pytorch_model.bin
     python clip_cid.py --evaluate ViT-B-32.pt --data coco  # OpenAI, OpenCLIP, Hugging Face
 
-The stages run one after the other; --stage runs up to one of them. Each leaves plain files in
---out, which a later command with the same --out uses again:
+The stages run one after the other; --stage runs up to one of them ("evaluate" only scores the
+student that is there). Each leaves plain files in --out, which a later command with the same --out
+uses again:
 
     embed     image.npy (n, T), text.npy (5, n, T), float16; keys.txt, a distinct key a row (n);
               embeddings.json. With --cache DIR these four lie in a folder of DIR, for many runs
@@ -57,14 +58,14 @@ tag speaks for what stands between it and the tag before.
       cross-entropy with the k-means label, L_kl is KL(teacher || student), added 1:1 [choice];
       scale 32 for the student, --teacher-scale for the teacher [choice]; every cluster a negative,
       --sample-rate 1, where MLCD draws a tenth of its million [choice].
-  A5  Instance discrimination contrasts student and teacher both ways [paper], crossed: student
-      images against teacher texts, student texts against teacher images [figure]. In each softmax a
-      student's embedding searches among the teacher's; the reverse search is left out [choice]. A
-      learnable scale of its own, from 1/0.07, at most 100 [choice].
+  A5  Instance discrimination contrasts student and teacher [paper], crossed: student images against
+      teacher texts, student texts against teacher images [figure]. In each softmax a student's
+      embedding searches among the teacher's; the reverse search is left out [choice]. A learnable
+      scale of its own, from 1/0.07, at most 100 [choice].
   A6  Total: γ CLIP + α cluster + β instance, α = β = γ = 1 (--nce-weight, --cluster-weight,
-      --instance-weight) [choice]; no CLIP loss is drawn, that is γ = 0 [figure]. Student embeddings
-      are projected linearly to the teacher's width for the two distillation losses, where no
-      projection is drawn; the projections are not part of the student [choice].
+      --instance-weight) [choice]; the figure draws no CLIP loss, as with --nce-weight 0. Student
+      embeddings are projected linearly to the teacher's width for the two distillation losses,
+      where no projection is drawn; the projections are not part of the student [choice].
   A7  The teacher's embeddings are made offline [figure], of the centre crop; the student's random
       crops are compared with them [choice].
   A8  Large data: AdamW, learning rate 1e-3, weight decay 0.2, β = (0.9, 0.98), 32 epochs, warm-up,
@@ -181,7 +182,7 @@ class Config(common.RunConfig):  # data, out, resume, ablate, seed, device, ...
     duplicates: float = option(0.4, "share of scenes that nearly repeat another", (0, 1))
 
 
-# The sibling papers' recipe (A8) at CC3M's size; flags go before it.
+# The sibling papers' recipe (A8) at CC3M's size; flags override it.
 # Another data set: --data NAME --root FOLDER, laid out as data/README.md says; a recipe of its own
 # goes into RECIPES. Another image tower: CLIPCID.__init__ and load_teacher build VisionTransformer;
 # any module that maps (B, 3, S, S) to (B, E) can stand there, with its sizes in common.PRESETS.
@@ -232,7 +233,7 @@ def configure(argv=None):
     if asked.stage == "evaluate":
         path = Path(given["out"], "student.pt")
     loaded = common.read_checkpoint(path)
-    if path and not asked.init:  # a run of this script: its data and sizes
+    if path and not asked.init:  # its data and sizes; a public one has none
         recipe = {**recipe, **common.known_fields(Config, loaded.config), "stage": "all"}
     if asked.evaluate:
         recipe.update(root=None, keep=None, device="auto", workers=-1)  # not the run's
