@@ -57,8 +57,8 @@ Assumptions, where the public text is silent. Each is ours, not the paper's:
       coco*5. The last epoch is evaluated (best.pt is the best on validation, which BLIP takes for
       retrieval and captions).
   A6  In the answer decoder a padded question is masked, as BLIP does in training and ranking.
-  A7  Encoder and decoder are tied in pre-training only; for VQA they are two networks, as in BLIP's
-      code. Where image and text widths differ, the keys and values of the answer decoder's
+  A7  Encoder and decoder are tied but for VQA, where they are two networks, as in BLIP's code
+      (retrieval and captions each need one of them alone). Where image and text widths differ, the keys and values of the answer decoder's
       cross-attention start afresh.
   A8  VQA is trained on VQAv2's train split at 384 px; BLIP adds val and Visual Genome's questions,
       at 480 px. So val can measure it: its first 5,000 questions do, after every epoch. Evaluation
@@ -120,8 +120,8 @@ class Config(common.RunConfig):  # data, out, resume, ablate, seed, device, ...
     with_teacher: bool = option(True, "--stage all: fine-tune and evaluate the teacher as well")
     init: str | None = option(None, "the BLIP checkpoint that finetune and evaluate take")
 
-    # vlp: BLIP's three losses, as the paper's ablation calls them. L_AT is --attn by its maps,
-    # --lambda-at by its weight, at_self and at_cross in log.csv.
+    # vlp: BLIP's three losses, as the paper's ablation calls them. L_AT: --attn chooses
+    # its maps, --lambda-at its weight; log.csv has at_self and at_cross.
     method: str = option("dlip", "blip: no distillation", ["dlip", "blip"], section="method")
     vlp: bool = option(True, "BLIP's own losses, ITC + ITM + LM, in pre-training")
     hr: tuple[str, ...] = option(HR_PARTS, "representations to distil", [*HR_PARTS, "none"])
@@ -936,10 +936,10 @@ class DLIP(nn.Module):
             self.momentum = copy.deepcopy(student).requires_grad_(False)
             del self.momentum.text_decoder, self.momentum.itm_head, self.momentum.temp
             Q = cfg.queue_size
-            E = student.size.embed_dim  # at first of no image
+            E = student.size.embed_dim
             self.register_buffer("image_queue", F.normalize(torch.randn(Q, E), dim=1))
             self.register_buffer("text_queue", F.normalize(torch.randn(Q, E), dim=1))
-            self.register_buffer("number_queue", torch.full((Q,), -1))
+            self.register_buffer("number_queue", torch.full((Q,), -1))  # of no image yet
 
     def forward(self, image, token_ids, number, alpha, teacher=None):
         """(loss, terms) of a batch.
@@ -1022,7 +1022,8 @@ class DLIP(nn.Module):
     def contrast(self, ours, number, alpha, floor):
         """{"itc", "itm"}; number (b,): pairs of the same number are positives of each other.
 
-        The keys are momentum features of all processes' batches, then of the queue.
+        The keys are momentum features of all processes' batches, then of the queue. Moves the
+        momentum encoders before, the queue behind.
         """
         self.update_momentum()
         slow = Forward(self.momentum, ours.image, ours.ids)
@@ -1334,7 +1335,7 @@ KEPT = """Identity ShearX ShearY TranslateX TranslateY Rotate Brightness Sharpne
 def augment(image, rng):
     """A mirror image half of the time, then two operations of torchvision's RandAugment.
 
-    As in BLIP those that change no colour, at half of the largest magnitude, shifts of at most 10
+    As in BLIP those in KEPT, at half of the largest magnitude, shifts of at most 10
     of 224 pixels. Ours [choice]: an operation always applies (BLIP leaves half of them out), and
     brightness and sharpness go both ways. A function of the image, uint8 (3, S, S), and of rng.
     """
@@ -1586,7 +1587,7 @@ def models_of(cfg):
 
 
 def finetunings(cfg):
-    """{(who, task): Config}, in the order of the runs. In --stage all EMOJI[task] replaces the few
+    """{(who, task): Config}, of --stage evaluate too, in the order of the runs. In --stage all EMOJI[task] replaces the few
     flags that are distil's (see --stage), the others hold throughout."""
     found = {}
     for task in cfg.task:
@@ -1606,6 +1607,7 @@ def run_stages(cfg):
     common.Run(cfg, None, ()).write_config()
     if not cfg.init:
         stage = "teacher" if cfg.stage == "teacher" else "distil"
+        # reads captions, validates by retrieval
         train(replace(cfg, stage=stage, task=("retrieval",), out=f"{cfg.out}/{stage}", resume=True))
     if cfg.stage in ("all", "finetune"):
         for own in finetunings(cfg).values():
