@@ -58,8 +58,8 @@ Assumptions, where the public text is silent. Each is ours, not the paper's:
       retrieval and captions).
   A6  In the answer decoder a padded question is masked, as BLIP does in training and ranking.
   A7  Encoder and decoder are tied but for VQA, where they are two networks, as in BLIP's code
-      (retrieval and captions each need one of them alone). Where image and text widths differ, the keys and values of the answer decoder's
-      cross-attention start afresh.
+      (retrieval and captions each need one of them alone). Where image and text widths differ, the
+      keys and values of the answer decoder's cross-attention start afresh.
   A8  VQA is trained on VQAv2's train split at 384 px; BLIP adds val and Visual Genome's questions,
       at 480 px. So val can measure it: its first 5,000 questions do, after every epoch. Evaluation
       takes the test split, whose answers only VQA's server has: it leaves answers_model.json for
@@ -1587,8 +1587,9 @@ def models_of(cfg):
 
 
 def finetunings(cfg):
-    """{(who, task): Config}, of --stage evaluate too, in the order of the runs. In --stage all EMOJI[task] replaces the few
-    flags that are distil's (see --stage), the others hold throughout."""
+    """{(who, task): Config}, of --stage evaluate too, in the order of the runs. In --stage all
+    EMOJI[task] replaces the few flags that are distil's (see --stage), the others hold throughout.
+    """
     found = {}
     for task in cfg.task:
         values = EMOJI[task] if cfg.stage == "all" else {}
