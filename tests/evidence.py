@@ -12,6 +12,7 @@ import argparse
 import os
 import platform
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -286,12 +287,13 @@ def origin(part):
             commits.add(made["commit"])
             machines.add(f"{result['machine']}, torch {made['torch']}, threads: {made['cpu_threads']}")
     if not commits:
-        return "No run of this table is stored yet.\n"
+        return f"No run of {part.script}.py is stored for this table yet.\n"
     missing = sum(part.seeds - len(results_of(part, arm)) for arm in part.arms)
     left = f"; {missing} runs still to be made" if missing else ""
-    flags = " ".join(part.flags)
-    return (f"`python {part.script}.py --ablate ... {flags}`, mean ± sample standard deviation over seeds; commit "
-            f"{', '.join(sorted(commits))}; {'; '.join(sorted(machines))}{left}.\n")
+    seeds = map(str, range(part.seeds))
+    command = shlex.join([f"{part.script}.py", "--ablate", *part.arms, "--seeds", *seeds, *part.flags])
+    return (f"`python {command}`, mean ± sample standard deviation over seeds; commit {', '.join(sorted(commits))}; "
+            f"{'; '.join(sorted(machines))}{left}.\n")
 
 
 def bench_table(name):
