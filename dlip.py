@@ -715,11 +715,12 @@ class BLIP(nn.Module):
         logits = self.decode(first, question, question_mask)[:, 0]  # (B, V)
         likeliest = logits[:, answers[:, 1]].topk(min(top, len(answers))).indices  # (B, top) of A
         best = []
-        for chosen, states, mask in zip(likeliest, question, question_mask):
-            ids = answers[chosen]  # (top, L)
-            logits = self.decode(ids, states[None], mask[None])
-            best.append(chosen[lm_loss(logits, ids, per_text=True).argmin()])
-        return torch.stack(best)
+        parts = [each.split(8) for each in (likeliest, question, question_mask)]  # for memory
+        for chosen, states, mask in zip(*parts):
+            ids = answers[chosen].flatten(0, 1)  # (8 top, L)
+            loss = lm_loss(self.decode(ids, states, mask), ids, per_text=True).view_as(chosen)
+            best.append(chosen.gather(1, loss.argmin(1, keepdim=True)))
+        return torch.cat(best).squeeze(1)
 
 
 def count_parameters(blip):
