@@ -187,7 +187,7 @@ def load_drawing(concept, artist):
 
 @functools.cache
 def kept_samples(fields):
-    """{index: sample} of the scenes drawn so far, one dict for all sets with the same fields."""
+    """{index: sample} of what was drawn so far, one dict for all sets with the same fields."""
     return {}
 
 
@@ -316,6 +316,7 @@ class EmojiQuestions:
         self.scenes = EmojiScenes(*args, **options)
         self.scenes.setting = self.scenes.setting._replace(**QUESTIONED)
         self.scenes.samples = {}  # not those with captions
+        self.samples = kept_samples((*dataclasses.astuple(self.scenes), "questions"))
         self.answers = emoji_answers(self.scenes.concepts, self.scenes.difficulty)
         self.bad = Counter()
 
@@ -327,13 +328,21 @@ class EmojiQuestions:
 
     def __getitem__(self, index):
         scene, number = divmod(index, QUESTIONS)
-        _, question, answer = self.scenes.questions(scene)[number]
-        return self.scenes[scene][0], (question, [answer] * 10)
+        image, asked = self._sample(scene)
+        _, question, answer = asked[number]
+        return image, (question, [answer] * 10)
+
+    def _sample(self, scene):
+        if scene not in self.samples:
+            if self.scenes.canvas > LARGE:
+                self.samples.clear()
+            self.samples[scene] = self.scenes[scene][0], self.scenes.questions(scene)
+        return self.samples[scene]
 
     def question_kind(self, index):
         """What a question is about."""
         scene, number = divmod(index, QUESTIONS)
-        return self.scenes.questions(scene)[number][0]
+        return self._sample(scene)[1][number][0]
 
 
 def emoji_answers(concepts, difficulty):
