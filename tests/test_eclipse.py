@@ -475,6 +475,8 @@ STEPS = [dict(), dict(accum=2), dict(grad_checkpoint=True), dict(method="clip+ev
 @pytest.mark.parametrize("changes", STEPS, ids=str)
 def test_a_step_never_reads_a_value_back(changes):
     """On the meta device nothing can be read back, copied to the host, or depend on a value."""
+    if "grad_checkpoint" in changes and torch.__version__.startswith("2.4"):
+        pytest.skip("the checkpoint function of torch 2.4 knows no meta device")
     cfg = config(**changes)
     model, image, text = (part.to("meta") for part in (eclipse.ECLIPSE(cfg, SIZE), *batch(4)))
     optimiser = eclipse.build_optimiser(model, cfg, image.device)
