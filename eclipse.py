@@ -163,7 +163,8 @@ def configure(argv=None):
         recipe = {**recipe, "method": "clip+evit", "keep_rate": 1.0}  # a public CLIP: no teacher
         recipe.update(common.known_fields(Config, loaded.config),
                       root=None, device="auto", workers=-1)
-    stem = "runs/ablation" if asked.ablate else f"runs/{asked.method}-{asked.data}"
+    name = "evaluate" if asked.evaluate else asked.method
+    stem = "runs/ablation" if asked.ablate else f"runs/{name}-{asked.data}"
     cfg = common.fill_config(Config, recipe, given, stem)
     if len(cfg.kd_ramp) != 2:
         raise UserError("--kd-ramp takes two fractions of training")
