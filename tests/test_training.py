@@ -379,17 +379,18 @@ def tables(monkeypatch):
     return tables
 
 
-def test_evaluate_gives_the_numbers_of_the_run(emoji_run, tables):
-    run("eclipse", "--evaluate", emoji_run / "last.pt")
+def test_evaluate_gives_the_numbers_and_the_picture_of_the_run(emoji_run, tables, tmp_path):
+    run("eclipse", "--evaluate", emoji_run / "last.pt", "--out", tmp_path)
+    assert (tmp_path / "tokens.png").read_bytes() == (emoji_run / "tokens.png").read_bytes()
     for name, cell in cells_of(emoji_run).items():
         mean = (cell["concept_top1"] + cell["group_top1"]) / 2
         assert tables[0][name] == pytest.approx({**cell, "mean_top1": mean})
 
 
-def test_evaluate_on_a_folder_of_classes_with_linear_probe(photos_run, classes, tables):
+def test_evaluate_on_a_folder_of_classes_with_linear_probe(photos_run, classes, tables, tmp_path):
     """At another image size: both towers' positions are resized."""
     run("eclipse", "--evaluate", photos_run / "last.pt", "--eval-data", classes, "--linear-probe",
-        "--image-size", 24, "--workers", 0)
+        "--image-size", 24, "--workers", 0, "--out", tmp_path)
     assert tables[0].keys() == CELLS
     for cell in tables[0].values():
         assert cell["colours_top5"] == 100 and cell["colours_probe_top1"] >= 80  # two colours
