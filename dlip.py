@@ -24,11 +24,11 @@ caption, vqa the run folder T/ of the student and teacher-T/ of the teacher; res
 and pictures, in --out itself. A run folder has blip.pt, the model alone. An --out that holds a run
 is refused; with --resume trainings that are done are not done again, and one cut short goes on.
 
-Measured on the emoji scenes at commit 2bbdde6, 54,000 samples of pre-training, 3 seeds, 2 CPU
-cores, torch 2.13.0 (what is measured since stands in tests/EVIDENCE.md): TR@1 20.7 ± 1.5, IR@1
-14.9 ± 0.9, CIDEr 147 ± 6, against 0.6 ± 0.4, 1.7 ± 0.8, 107 ± 9 for the same student without
-distillation, and 23.7 ± 1.2, 16.2 ± 0.9, 160 ± 2 for the teacher, which saw 200,000 samples. Not
-run at the paper's scale.
+Measured on the emoji scenes, 54,000 samples of pre-training, 3 seeds, a CPU core, torch 2.13.0
+(tests/EVIDENCE.md has tables, commands and commits): TR@1 17.7 ± 0.9, IR@1 14.1 ± 1.5, CIDEr
+145 ± 7, against 0.9 ± 0.5, 2.3 ± 0.5, 87 ± 6 for the same student without distillation, and
+24.3 ± 0.7, 16.5 ± 0.8, 158 ± 3 for the teacher, which saw 200,000 samples. Not run at the paper's
+scale.
 
 Sources: [paper] its text, tables or figures; [BLIP] BLIP's paper or code; [near] a public
 reimplementation that looks derived from the authors' code (jfan1256/dlip-v2); [choice] ours.
