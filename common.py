@@ -753,6 +753,8 @@ def read_checkpoint(path):
     if path is None:
         return None
     path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no file {path}")
     try:
         weights = content = read_content(path)
         for wrapper in ("model", "state_dict", "model_state_dict"):
@@ -764,7 +766,7 @@ def read_checkpoint(path):
             size = None
         return Checkpoint(path, weights, content["config"] if size else {}, size)
     except Exception as error:  # what is damaged or no table of tensors raises many types
-        reason = f"absent, cut off, damaged or no table of weights ({type(error).__name__})"
+        reason = f"cut off, damaged or no table of weights ({type(error).__name__})"
         python_object = re.search(r"GLOBAL (\S+)", str(error))
         if python_object:
             reason = (f"it also holds a {python_object[1]}, and reading that could run any code. "
