@@ -38,7 +38,7 @@ METRICS = "concept_top1", "retrieval_t2i_r5"
 
 
 def stored(setting, arm, seed):
-    return RESULTS / f"ground-{setting}-{arm}-{seed}.json".replace(" ", "_")
+    return RESULTS / f"ground-{setting}-{arm}-{seed}.json".replace(" ", "_").replace("κ", "k")
 
 
 def student(path):
