@@ -1606,7 +1606,8 @@ def run_stages(cfg):
     """What --stage names, in folders below --out; common.Run refuses one that holds a run already,
     unless --resume."""
     device = common.start_device(cfg.device, cfg.seed)
-    common.read_checkpoint(cfg.init)  # before anything is written
+    for path in (cfg.init, cfg.teacher, cfg.vision_init):
+        common.read_checkpoint(path)  # before anything is written
     common.Run(cfg, None, ()).write_config()
     if not cfg.init:
         stage = "teacher" if cfg.stage == "teacher" else "distil"
