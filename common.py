@@ -626,8 +626,9 @@ def run_commands(commands, jobs):
     """Run this script with each of [{field: value}], `jobs` at a time; output in OUT/output.txt.
 
     One job a GPU, or an equal share of the CPU's threads a job: the printed command carries either,
-    so that typed alone it gives the same digits. UserError when a command fails, KeyboardInterrupt
-    after Ctrl-C, which the running commands get as well: they save and end first.
+    so that typed alone it gives the same digits; none is one of torchrun's processes. UserError
+    when a command fails, KeyboardInterrupt after Ctrl-C, which the running commands get as well:
+    they save and end first.
     """
     waiting, gpus = iter(commands), torch.cuda.device_count()
 
@@ -642,7 +643,7 @@ def run_commands(commands, jobs):
             output.parent.mkdir(parents=True, exist_ok=True)
             with open(output, "w") as file:
                 code = subprocess.call([sys.executable, *words], stdout=file, stderr=file,
-                                       env={**os.environ, variable: str(value)})
+                                       env={**os.environ, variable: str(value), "RANK": ""})
             if code:
                 list(waiting)  # nobody takes another
                 last = read_text(output, errors="replace").strip().rpartition("\n")[2]
@@ -1788,10 +1789,10 @@ def emoji_sets(cfg, image_size, split):
 
 
 def question_set(cfg, image_size, split):
-    """The questions a Config names: about emoji scenes, 500 for "val" and "test", or on disk."""
+    """The questions a Config names: about emoji scenes, or on disk."""
     if cfg.data == "emoji":
         from data.emoji import scenes
-        count, seed = (cfg.scenes, cfg.seed) if split == "train" else (500, 0)
+        count, seed = {"train": (cfg.scenes, cfg.seed), "val": (100, 0), "test": (500, 0)}[split]
         return scenes.EmojiQuestions(split, count, image_size, seed, cfg.concepts, cfg.difficulty)
     data = open_set(cfg.data, data_folder(cfg, cfg.data), split)
     if data is None or data.kind != "questions":

@@ -38,7 +38,7 @@ from harness import (
 WORDS = ["--batch-size", 16, "--device", "cpu", "--log-every", 1, "--workers", 0, "--rerank-k", 4,
          "--vit", "tiny", "--bert", "tiny", "--queue-size", 32]
 EMOJI = [*WORDS, "--scenes", 64, "--concepts", 10, "--epochs", 2]
-STAGES = ["distil", *(f"{who}{task}" for task in dlip.TASKS for who in ("", "teacher-"))]
+STAGES = ["distil", *dlip.TASKS, *(f"teacher/{task}" for task in dlip.TASKS)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -118,8 +118,9 @@ def assert_same_stage(a, b):
 
 
 def test_all_stages(whole):
-    assert names_in(whole) == {*STAGES, "config.json", "results.json", "table.md", "captions.png",
-                               "attention.png"}
+    own = {*dlip.TASKS, "config.json", "results.json", "table.md", "captions.png", "attention.png"}
+    assert names_in(whole) == {"distil", "teacher", *own}
+    assert names_in(whole / "teacher") == {"output.txt", *own}
     for stage in STAGES:
         assert names_in(whole / stage) - {"best.pt"} == {
             "config.json", "log.csv", "last.pt", "blip.pt", "results.json", "curves.png"}
@@ -273,14 +274,16 @@ def test_two_processes_have_the_gradients_of_one(teacher, tmp_path):
 
 
 def test_two_processes_distil(emoji, whole, tmp_path):
-    """Each row once; the first step is that of one process but for ITM; one of them evaluates."""
-    flags = [*emoji, "--task", "retrieval", "--epochs", 1, "--no-with-teacher"]
+    """Each row once; the first step is that of one process but for ITM; one of them evaluates, and
+    starts the teacher's run."""
+    flags = [*emoji, "--task", "retrieval", "--epochs", 1]
     scripts = several("dlip", 2, *flags, "--out", tmp_path / "run")
     rows, expected = log_of(tmp_path / "run" / "distil"), log_of(whole / "distil")
     assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
     ours, theirs = terms_of(rows[0]), terms_of(expected[0])
     assert ours == pytest.approx({**theirs, "itm": ours["itm"]}, rel=1e-4)
     assert sum("pictures, tables" in script.out for script in scripts) == 1
+    assert "teacher" in cells_of(tmp_path / "run")
 
 
 # ----------------------------------------------------------------------------- precision, speed
