@@ -679,11 +679,9 @@ class CLIPCID(nn.Module):
         cluster_hard    cluster_weight    image tower, P_v, prototypes; nothing of the text's side
         cluster_kl      cluster_weight    the same, through the student's softmax. The teacher's is
                                           detached, yet moves as the prototypes learn
-        instance
-          cross, intra, instance_weight   both towers, P_v, P_t, distil_scale
-          both
-          features      instance_weight   both towers, P_v, P_t; no scale
-          logit-kl      instance_weight   both towers, the student's logit scale; no projection
+        instance        instance_weight   both towers, P_v, P_t, distil_scale; of --instance
+                                          features no scale, of logit-kl the student's scale and
+                                          no projection
 
         Nothing reaches the teacher's embeddings, nor, with --prototypes teacher, the prototypes.
         What --cluster-terms leaves out of the loss, or a weight of 0, is logged all the same, as is
@@ -1055,7 +1053,7 @@ def build_optimiser(model, cfg, device):
 
 
 def learning_rate(peak, step, steps, warmup):
-    """Linear from 1e-6 over the warm-up, at most a fifth of the run; then a cosine to 1e-5."""
+    """Linear from 1e-6 over the warm-up, in short runs over a fifth of all; a cosine to 1e-5."""
     warmup = min(warmup, steps / 5)
     if step < warmup:
         return 1e-6 + (peak - 1e-6) * step / warmup
@@ -1071,22 +1069,22 @@ def schedules(cfg, step, steps):
 def backward(model, image, text, others, amp, scaler):
     """Backpropagate one batch; returns the loss and its terms, on the device.
 
-    others: what model.loss takes beside u and v. With --accum k > 1 the batch is embedded without
-    graph, the loss is taken on all of it, and its gradient with respect to the embeddings is
-    carried into the towers chunk by chunk: the full-batch gradient, in a chunk's memory. The loss
-    is evaluated once, so scales and whatever else it trains receive their gradient once.
+    others: what model.loss takes beside u and v. With --accum 2 or more the batch is embedded
+    without graph, the loss is taken on all of it, and its gradient with respect to the embeddings
+    is carried into the towers chunk by chunk: the full-batch gradient, in a chunk's memory. The
+    loss is evaluated once, so scales and whatever else it trains receive their gradient once.
     """
-    k = model.cfg.accum
-    chunks = list(zip(image.chunk(k), text.chunk(k)))
-    with amp, torch.set_grad_enabled(k == 1):
+    accum = model.cfg.accum
+    chunks = list(zip(image.chunk(accum), text.chunk(accum)))
+    with amp, torch.set_grad_enabled(accum == 1):
         embedded = [model.embed(*chunk) for chunk in chunks]
     u, v = map(torch.cat, zip(*embedded))
-    u.requires_grad_()  # without effect where they have a graph, k = 1
+    u.requires_grad_()  # without effect where they have a graph, accum 1
     v.requires_grad_()
     loss, terms = model.loss(u, v, *others)  # outside of autocast
     scaler.scale(loss).backward()
-    if k > 1:
-        for chunk, *gradients in zip(chunks, u.grad.chunk(k), v.grad.chunk(k)):
+    if accum > 1:
+        for chunk, *gradients in zip(chunks, u.grad.chunk(accum), v.grad.chunk(accum)):
             with amp:
                 embedded = model.embed(*chunk)
             torch.autograd.backward(embedded, gradients)

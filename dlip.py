@@ -1739,7 +1739,7 @@ def ablation_arms(cfg):
     """{name: the flags in which the arm differs from those given}"""
     no_at, no_hr = dict(attn=("none",)), dict(hr=("none",))
     arms = {
-        "teacher": dict(init=teacher_file(cfg)),
+        "teacher": dict(init=teacher_file(cfg)),  # as the student, from fine-tuning on
         # the best of 1, 2 and 4e-3 by retrieval on validation scenes, one seed: at 4e-3, which a
         # teacher makes bearable, the contrastive loss alone collapses
         "vlp": dict(method="blip", lr=(1e-3,)),
