@@ -1672,7 +1672,7 @@ def data_folder(cfg, name):
     elif Path(name).name != name or not folder.is_dir():
         folder = Path(name)
     if not folder.is_dir():
-        raise UserError(f"{name}: no folder {folder} (a set NAME belongs into {DATA}/NAME, or "
+        raise UserError(f"no folder {folder} (a set NAME belongs into {DATA}/NAME, or "
                         "anywhere with --root FOLDER: see data/README.md)")
     return folder
 
