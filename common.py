@@ -623,12 +623,10 @@ def run_arms(cfg, given, arms, baselines, first=()):
 
 
 def run_commands(commands, jobs):
-    """Run this script with each of [{field: value}], `jobs` at a time; output in OUT/output.txt.
+    """Run this script with each of [{field: value}], `jobs` at a time.
 
-    One job a GPU, or an equal share of the CPU's threads a job: the printed command carries either,
-    so that typed alone it gives the same digits; none is one of torchrun's processes. UserError
-    when a command fails, KeyboardInterrupt after Ctrl-C, which the running commands get as well:
-    they save and end first.
+    One job a GPU, or an equal share of the CPU's threads a job. UserError when a command fails,
+    KeyboardInterrupt after Ctrl-C, which the running commands get as well: they save and end first.
     """
     waiting, gpus = iter(commands), torch.cuda.device_count()
 
@@ -637,20 +635,56 @@ def run_commands(commands, jobs):
         if gpus:
             variable, value = "CUDA_VISIBLE_DEVICES", slot % gpus
         for fields in waiting:  # the threads share it: who is free takes the next
-            words = [sys.argv[0], *to_flags({**fields, "resume": True})]
-            print(f"{variable}={value} {shlex.join(['python', *words])}", flush=True)
-            output = fields["out"] / "output.txt"
-            output.parent.mkdir(parents=True, exist_ok=True)
-            with open(output, "w") as file:
-                code = subprocess.call([sys.executable, *words], stdout=file, stderr=file,
-                                       env={**os.environ, variable: str(value), "RANK": ""})
-            if code:
+            process = start_command(fields, variable, value)
+            try:
+                end_command(process, fields)
+            except UserError:
                 list(waiting)  # nobody takes another
-                last = read_text(output, errors="replace").strip().rpartition("\n")[2]
-                raise UserError(f"{output.parent} failed, the rest is not run: {last}")
+                raise
 
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         list(pool.map(work, range(jobs)))
+
+
+@contextlib.contextmanager
+def command_beside(fields):
+    """Run this script with {field: value} while the body of `with` runs, then wait for it; each has
+    half of the CPU's threads. UserError when it fails. When the body does, it is told to end."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // 2))
+    process = start_command(fields, "OMP_NUM_THREADS", torch.get_num_threads())
+    try:
+        yield
+        end_command(process, fields)
+        torch.set_num_threads(threads)
+    except BaseException:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)  # after Ctrl-C it ends by itself
+        process.terminate()
+        raise
+
+
+def start_command(fields, variable, value):
+    """Start this script with {field: value}, output in OUT/output.txt -> subprocess.Popen.
+
+    variable, value: what of the machine it may use. The printed command carries them, so that typed
+    alone it gives the same digits. It is none of torchrun's processes.
+    """
+    words = [sys.argv[0], *to_flags({**fields, "resume": True})]
+    print(f"{variable}={value} {shlex.join(['python', *words])}", flush=True)
+    output = fields["out"] / "output.txt"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with open(output, "w") as file:
+        return subprocess.Popen([sys.executable, *words], stdout=file, stderr=file,
+                                env={**os.environ, variable: str(value), "RANK": ""})
+
+
+def end_command(process, fields):
+    """Wait for a command. UserError, with the last line of its output, when it failed."""
+    if process.wait():
+        output = read_text(fields["out"] / "output.txt", errors="replace")
+        last = output.strip().rpartition("\n")[2]
+        raise UserError(f"{fields['out']} failed, the rest is not run: {last}")
 
 
 def to_flags(fields):

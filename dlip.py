@@ -75,7 +75,7 @@ import os
 import re
 import sys
 from collections import Counter, OrderedDict
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -1592,12 +1592,12 @@ def finetunings(cfg):
 
 
 def teacher_command(cfg):
-    """[{field: value}] of the command that fine-tunes and evaluates the teacher beside its student;
-    [] where none does."""
+    """{field: value} of the command that fine-tunes and evaluates the teacher beside its student;
+    None where none does."""
     if cfg.stage != "all" or cfg.init or cfg.method == "blip" or not cfg.with_teacher:
-        return []
+        return None
     changed = {name: value for name, value in vars(cfg).items() if value != getattr(Config, name)}
-    return [{**changed, "init": teacher_file(cfg), "out": Path(cfg.out, "teacher")}]
+    return {**changed, "init": teacher_file(cfg), "out": Path(cfg.out, "teacher")}
 
 
 def run_stages(cfg):
@@ -1607,11 +1607,8 @@ def run_stages(cfg):
     for path in (cfg.init, cfg.teacher, cfg.vision_init):
         common.read_checkpoint(path)  # before anything is written
     common.Run(cfg, None, ()).write_config()
-    beside = teacher_command(cfg) if rank() == 0 else []
-    if beside:
-        torch.set_num_threads(max(1, torch.get_num_threads() // 2))
-    with ThreadPoolExecutor() as pool:
-        teacher = pool.submit(common.run_commands, beside, 1)
+    teacher = teacher_command(cfg) if rank() == 0 else None
+    with common.command_beside(teacher) if teacher else nullcontext():
         if not cfg.init:
             stage = "teacher" if cfg.stage == "teacher" else "distil"
             # reads captions, validates by retrieval
@@ -1620,7 +1617,6 @@ def run_stages(cfg):
         if cfg.stage in ("all", "finetune"):
             for own in finetunings(cfg).values():
                 train(own)
-        teacher.result()
     if cfg.stage in ("all", "evaluate"):
         common.on_first(partial(evaluate, cfg, device))
 

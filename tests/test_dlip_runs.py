@@ -200,6 +200,18 @@ def test_interrupted_runs_go_on(how, emoji, folder, tmp_path):
     assert_same_stage(reference / "distil", out / "distil")
 
 
+def test_the_demo_goes_on_after_ctrl_c(emoji, whole, tmp_path):
+    """The student's part and the teacher's run beside it."""
+    out = tmp_path / "run"
+    script = Script("dlip", *emoji, "--out", out).wait_for(out / "distil" / "log.csv", 3).ctrl_c()
+    assert script.code == 130 and not (out / "results.json").exists()
+    Script("dlip", "--resume", "--out", out).wait()
+    for stage in STAGES:
+        ours, theirs = (checkpoint(folder / stage, "blip.pt")["model"] for folder in (out, whole))
+        assert equal(ours, theirs), stage
+    assert cells_of(out)["teacher"]["cider"] == cells_of(whole)["teacher"]["cider"]
+
+
 # ----------------------------------------------------------------------------- several processes
 
 
