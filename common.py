@@ -1823,10 +1823,10 @@ def emoji_sets(cfg, image_size, split):
 
 
 def question_set(cfg, image_size, split):
-    """The questions a Config names: about emoji scenes, or on disk."""
+    """The questions a Config names: about emoji scenes, 500 for "val" and "test", or on disk."""
     if cfg.data == "emoji":
         from data.emoji import scenes
-        count, seed = {"train": (cfg.scenes, cfg.seed), "val": (100, 0), "test": (500, 0)}[split]
+        count, seed = (cfg.scenes, cfg.seed) if split == "train" else (500, 0)
         return scenes.EmojiQuestions(split, count, image_size, seed, cfg.concepts, cfg.difficulty)
     data = open_set(cfg.data, data_folder(cfg, cfg.data), split)
     if data is None or data.kind != "questions":

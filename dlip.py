@@ -12,18 +12,18 @@ DLIP adds two, on the same pairs: the student's representations point where the 
 and its last layers attend where the teacher's attend (L_AT).
 
     python dlip.py                               # emoji scenes: distil, fine-tune, evaluate
-    python dlip.py --ablate vlp dlip --jobs 2    # beside the paper's ablations, emoji scenes
+    python dlip.py --ablate vlp dlip --jobs 2    # without and with distillation, emoji scenes
     torchrun --nproc_per_node=8 dlip.py --stage distil --data 'coco*5+vg*8+cc3m+sbu' \\
         --teacher model_base_14M.pth --out runs/dlip-coco
     python dlip.py --stage finetune --data vqav2 --init runs/dlip-coco/distil/blip.pt
     python dlip.py --stage evaluate --task retrieval --data coco --init model_base_retrieval.pth
 
-Without flags (--stage all) the teacher comes from data/teacher_blip.pt, which --stage teacher once
-made. Below --out follow, in this order: the run folder distil/; a run folder for each task,
-retrieval/, caption/, vqa/; results.json, table.md and pictures, in --out itself. Meanwhile another
-command, on half of the cores, fine-tunes and evaluates the teacher in teacher/. A run folder has
-blip.pt, the model alone. An --out that holds a run is refused; with --resume trainings that are
-done are not done again, and one cut short goes on.
+Without flags (--stage all) the teacher comes from data/teacher_blip.pt, a copy of what --stage
+teacher once made. Below --out follow, in this order: the run folder distil/; a run folder for each
+task, retrieval/, caption/, vqa/; results.json, table.md and pictures, in --out itself. Meanwhile
+another command, on half of the cores, fine-tunes and evaluates the teacher in teacher/. A run
+folder has blip.pt, the model alone. An --out that holds a run is refused; with --resume trainings
+that are done are not done again, and one cut short goes on.
 
 Measured on the emoji scenes, 54,000 samples of pre-training, 3 seeds, a CPU core, torch 2.13.0
 (tests/EVIDENCE.md has tables, commands and commits): TR@1 17.7 ± 0.9, IR@1 14.1 ± 1.5, CIDEr
@@ -116,11 +116,12 @@ class Config(common.RunConfig):  # data, out, resume, ablate, seed, device, ...
     stage: str = option("all", "all (emoji only): distil, finetune, evaluate; --epochs, --lr, "
                                "--warmup-steps, --alpha-ramp, --noise are then distil's alone",
                         ["all", "teacher", "distil", "finetune", "evaluate"])
-    task: tuple[str, ...] = option(TASKS, "what to fine-tune for (one a run) or to evaluate",
-                                    [*TASKS])
+    task: tuple[str, ...] = option(TASKS, "what to fine-tune for (--stage finetune: one) or to "
+                                          "evaluate", [*TASKS])
     teacher: str | None = option(None, "a BLIP checkpoint (emoji: data/teacher_blip.pt)")
     with_teacher: bool = option(True, "--stage all: fine-tune and evaluate the teacher as well")
-    init: str | None = option(None, "the BLIP checkpoint that finetune and evaluate take")
+    init: str | None = option(None, "the BLIP checkpoint to fine-tune or to evaluate; with --stage "
+                                   "all no other is distilled")
 
     # vlp: BLIP's three losses, as the paper's ablation calls them. L_AT: --attn chooses
     # its maps, --lambda-at its weight; log.csv has at_self and at_cross.
@@ -228,8 +229,8 @@ def check(cfg):
     if cfg.stage == "finetune" and len(cfg.task) > 1:
         raise UserError("--stage finetune: name one --task, each has a recipe of its own")
     if cfg.stage != "all" and bool(cfg.init) != tunes:
-        raise UserError(f"--stage {cfg.stage}: --init FILE is what finetune and evaluate need, and "
-                        "no other stage takes")
+        raise UserError(f"--stage {cfg.stage}: --init FILE is what finetune and evaluate need, all "
+                        "may have, and no other stage takes")
     if not (cfg.vlp or distils(cfg)):
         raise UserError("--no-vlp without distillation leaves no loss")
 
@@ -1536,7 +1537,7 @@ def task_sets(cfg, task, split):
 
 @torch.inference_mode()
 def metrics_of(asked, data, rerank_k, answers=None):
-    """{metric: percent} of the task of asked.cfg on a set.
+    """{metric: value} of the task of asked.cfg on a set, in percent.
 
     rerank_k: candidates of re-ranking; 0: retrieval by ITC alone. answers: the file for what only
     VQA's server can score.
@@ -1597,18 +1598,20 @@ def teacher_command(cfg):
     if cfg.stage != "all" or cfg.init or cfg.method == "blip" or not cfg.with_teacher:
         return None
     changed = {name: value for name, value in vars(cfg).items() if value != getattr(Config, name)}
-    return {**changed, "init": teacher_file(cfg), "out": Path(cfg.out, "teacher")}
+    return {**changed, "init": teacher_file(cfg), "out": Path(cfg.out, "teacher"),
+            "device": cfg.device}
 
 
 def run_stages(cfg):
     """What --stage names, in folders below --out; common.Run refuses one that holds a run already,
     unless --resume."""
     device = common.start_device(cfg.device, cfg.seed)
-    for path in (cfg.init, cfg.teacher, cfg.vision_init):
+    teacher = teacher_file(cfg) if distils(cfg) and not cfg.init else None
+    for path in (cfg.init, teacher, cfg.vision_init):
         common.read_checkpoint(path)  # before anything is written
     common.Run(cfg, None, ()).write_config()
-    teacher = teacher_command(cfg) if rank() == 0 else None
-    with common.command_beside(teacher) if teacher else nullcontext():
+    beside = teacher_command(cfg) if rank() == 0 else None
+    with common.command_beside(beside) if beside else nullcontext():
         if not cfg.init:
             stage = "teacher" if cfg.stage == "teacher" else "distil"
             # reads captions, validates by retrieval
@@ -1635,23 +1638,23 @@ def evaluate(cfg, device):
     models = {who: open_asked(cfg.init or f"{folder}/distil/blip.pt", cfg, device)}
     if teacher_command(cfg):
         models["teacher"] = open_asked(teacher_file(cfg), cfg, device)
-    cells, captioners = costs(models, device), {}
+    cells = costs(models, device)
+    asked = {}
     for task, own in finetunings(cfg).items():
         path = f"{own.out}/blip.pt" if cfg.stage == "all" else own.init
-        sets = task_sets(own, task, "test")
+        asked[task] = open_asked(path, own, device, NEEDED[task])
+        if task == "vqa" and asked[task].blip.shared:
+            raise UserError(f"{path} was not fine-tuned for vqa")
+    for task, model in asked.items():
+        sets = task_sets(cfg, task, "test")
         if not sets:
             raise UserError(f"--data {cfg.data} has no test set for --task {task}: name one with "
                             "--eval-data")
-        asked = open_asked(path, own, device, NEEDED[task])
         for name, data in sets.items():
-            metrics = metrics_of(asked, data, own.rerank_k, folder / f"answers_{who}.json")
+            metrics = metrics_of(model, data, cfg.rerank_k, folder / f"answers_{who}.json")
             if len(sets) > 1:
                 metrics = common.prefixed(name, metrics)
             cells[who].update(metrics)
-        if task == "caption":
-            captioners[who] = asked
-            if "teacher" in models:
-                captioners["teacher"] = open_asked(f"{folder}/teacher/caption/blip.pt", own, device)
     if "teacher" in models:
         scores = common.read_json(folder / "teacher/results.json")["cells"]["model"]
         cells["teacher"] = whole = {**scores, **cells["teacher"]}
@@ -1659,6 +1662,12 @@ def evaluate(cfg, device):
                             for name, value in cells["student"].items() if whole.get(name)}
     common.write_json(folder / "results.json", {"cells": cells, "seed": cfg.seed})
     common.print_table(cells, folder / "table.md")
+    captioners = {}
+    if "caption" in asked:
+        captioners[who] = asked["caption"]
+        if "teacher" in models:
+            captioners["teacher"] = open_asked(folder / "teacher/caption/blip.pt",
+                                               asked["caption"].cfg, device)
     if cfg.task != ("vqa",):
         draw_pictures(folder, cfg, models, captioners)
     print(f"pictures, tables and checkpoints: {folder}")

@@ -366,6 +366,7 @@ ERRORS = {
     "--stage finetune --init {words}": "finetune --task",
     "--stage evaluate --init {words}": "{words} vocabulary 30,524 emoji",
     "--stage evaluate --init {wrong}/other.pt": "{wrong}/other.pt",
+    "--stage evaluate --task vqa --init {run}/distil/blip.pt": "{run}/distil/blip.pt fine-tuned vqa",
     "--data coco": "--teacher --method blip",
     "--data coco --teacher {words} --root {wrong}/empty": "{wrong}/empty",
     "--data coco --stage finetune --task vqa --init {words}": "vqa coco",
