@@ -37,7 +37,7 @@ reimplementation that looks derived from the authors' code (jfan1256/dlip-v2); [
 From the paper: the sizes of its Table 1; all weights 1; distillation in pre-training only; L_HR of
 image, text, fusion encoder and decoder, the text's from the last layer; L_AT of the last layers'
 self- and cross-attention as KL; learning rate 5e-4 times 0.85 an epoch, 20 epochs, weight decay
-0.02; a larger fine-tuning rate for small text networks.
+0.02; a larger rate of small text networks in fine-tuning for retrieval.
 
 Assumptions, where the public text is silent. Each is ours, not the paper's:
   A1  L_HR is the sum of four batch means of 1 - cosine [near]: at the CLS of image and text, at
@@ -160,7 +160,7 @@ class Config(common.RunConfig):  # data, out, resume, ablate, seed, device, ...
     scenes: int = option(9000, "training scenes", section="emoji scenes (--data emoji)")
     concepts: int = option(50, "how many concepts are drawn")
     difficulty: str = option("easy", "objects, sizes, backgrounds", ["easy", "medium", "hard"])
-    noise: float = option(0.2, "share of scenes with another's caption, in pre-training", (0, 1))
+    noise: float = option(0.2, "share of scenes with another's caption", (0, 1))
 
 
 # Recipes by stage, or by task in fine-tuning: what replaces Config's defaults (weight decay 0.05 of
@@ -578,7 +578,7 @@ class PredictionHead(nn.Module):
         dense = nn.Linear(size.width, size.width)
         norm = nn.LayerNorm(size.width, eps=1e-12)
         self.transform = sequence(dense=dense, act=nn.GELU(), LayerNorm=norm)
-        self.decoder = nn.Linear(size.width, size.vocab, device="meta")  # draws nothing
+        self.decoder = nn.Linear(size.width, size.vocab, device="meta")  # no random numbers for it
         self.decoder.weight = words if size.tied_head else copy.deepcopy(words)
         self.decoder.bias = self.bias = nn.Parameter(torch.zeros(size.vocab))
 
@@ -666,7 +666,7 @@ class BLIP(nn.Module):
         return self.logits(self.decoder_states(ids, source, source_mask).states)
 
     def logits(self, states):
-        """Decoder states (R, N, D) -> (R, N, V); follows autocast in training only."""
+        """Decoder states (R, N, D) -> (R, N, V), in fp32 but in training."""
         head = self.text_decoder.cls.predictions
         return head(states) if self.training else exactly(head, states)
 
@@ -675,7 +675,7 @@ class BLIP(nn.Module):
         return F.normalize(exactly(self.vision_proj, states[:, 0]), dim=1)
 
     def text_feature(self, states):
-        """Text states -> (B, E) of unit length, for ITC."""
+        """Text states, of whatever mode -> (B, E) of unit length, for ITC and L_HR."""
         return F.normalize(exactly(self.text_proj, states[:, 0]), dim=1)
 
     def match(self, states):
@@ -709,9 +709,10 @@ class BLIP(nn.Module):
 
     @torch.no_grad()
     def rank_answers(self, question, question_mask, answers, top=128):
-        """The best of a list of answers, as in BLIP: question (B, M, D) fused states -> (B,) of A.
+        """The best of a list of answers, as in BLIP: question (B, M, D) fused states -> their places
+        (B,). answers (A, L) ids: [CLS] answer [SEP] padding.
 
-        answers (A, L) ids: [CLS] answer [SEP] padding. The `top` answers with the likeliest first
+        The `top` answers with the likeliest first
         token are scored whole by the training loss, with its label smoothing [BLIP's code].
         """
         first = answers[:1, :1].expand(len(question), 1)
