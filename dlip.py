@@ -709,11 +709,11 @@ class BLIP(nn.Module):
 
     @torch.no_grad()
     def rank_answers(self, question, question_mask, answers, top=128):
-        """The best of a list of answers, as in BLIP: question (B, M, D) fused states -> their places
-        (B,). answers (A, L) ids: [CLS] answer [SEP] padding.
+        """The places (B,) of the best of a list of answers, as in BLIP.
 
-        The `top` answers with the likeliest first
-        token are scored whole by the training loss, with its label smoothing [BLIP's code].
+        question (B, M, D): fused states. answers (A, L): ids, [CLS] answer [SEP] padding. The `top`
+        answers with the likeliest first token are scored whole by the training loss, with its label
+        smoothing [BLIP's code].
         """
         first = answers[:1, :1].expand(len(question), 1)
         logits = self.decode(first, question, question_mask)[:, 0]  # (B, V)
