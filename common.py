@@ -1843,11 +1843,12 @@ def loader_workers(cfg):
 
 
 def example_images(sets, image_size, count, resize=resize_center_crop):
-    """(up to count, 3, S, S) uint8 and a caption each, of the first captioned set; else None."""
+    """(up to count, 3, S, S) uint8, of each its shortest caption, of the first captioned set; else
+    None."""
     for data in sets.values():
         if data.kind == "captions":
             for images, _, captions in eval_loader(data, image_size, count, 0, resize):
-                return images, [texts[0] for texts in captions]
+                return images, [min(texts, key=len) for texts in captions]
     return None
 
 

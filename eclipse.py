@@ -778,7 +778,7 @@ def draw_sweet_spot(path, arms, results):
         *columns, names = zip(*sorted(points))
         line, *_ = axis.errorbar(*columns, label=method, marker="o", capsize=3)
         for i, (x, y, name) in enumerate(zip(*columns[:2], names)):  # neighbours' labels apart
-            axis.annotate(name, (x, y), (5, height + i % 2 * 12), textcoords="offset points",
+            axis.annotate(name, (x, y), (5, height - i % 2 * 12), textcoords="offset points",
                           color=line.get_color())
     axis.margins(x=0.1)
     axis.set(xlabel="throughput, 1 at κ = 1", ylabel="zero-shot top-1 or R@1, %")
