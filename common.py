@@ -671,7 +671,7 @@ def start_command(fields, variable, value):
     alone it gives the same digits. It is none of torchrun's processes.
     """
     words = [sys.argv[0], *to_flags({**fields, "resume": True})]
-    print(f"{variable}={value} {shlex.join(['python', *words])}", flush=True)
+    print(f"running {variable}={value} {shlex.join(['python', *words])}", flush=True)
     output = fields["out"] / "output.txt"
     output.parent.mkdir(parents=True, exist_ok=True)
     with open(output, "w") as file:

@@ -1689,14 +1689,14 @@ def draw_pictures(folder, cfg, models, captioners):
 
 
 def draw_attention(path, models, images, captions):
-    """Where the fusion encoders look when they read the longest word of a caption.
+    """Where the fusion encoders look when they read the last word of a caption.
 
     Cross-attention of the last layer, the mean over heads; of the word's first token. Of --stage
     all the models are those before fine-tuning, else the one of --init, whatever it is.
     """
     captions = [common.clean_blip_caption(text) for text in captions]
-    words = [max(text.split(), key=len) for text in captions]
-    before = [text[:text.index(word)] for text, word in zip(captions, words)]
+    words = [text.split()[-1] for text in captions]
+    before = [text[:text.rindex(word)] for text, word in zip(captions, words)]
     rows = [images]
     for asked in models.values():
         ids = asked.ids(captions)

@@ -337,13 +337,13 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, help="where the lists are written (default: DIR)")
     given = parser.parse_args(argv)
     if not given.dir.is_dir():
-        raise UserError(f"no folder {given.dir}")
+        raise UserError(f"no folder {given.dir} (see data/README.md)")
     lists = Lists(given.dir, given.out or given.dir)
     try:
         SETS[given.name](lists)
-    except (AttributeError, KeyError, TypeError, BadSample) as error:
-        raise UserError(f"{lists.latest} is not of the official form (see data/README.md): "
-                        f"{error}") from error
+    except (AttributeError, KeyError, TypeError, OSError, BadSample) as error:
+        raise UserError(f"{lists.latest} is missing or not of the official form "
+                        f"(see data/README.md): {error}") from error
     lists.write(given.name)
 
 

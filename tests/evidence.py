@@ -78,13 +78,13 @@ PARTS = {  # in order of worth
 
 
 HEADLINE = (  # of README.md: what is compared, its part, the arms without and with it, score and metric
-    ("ECLIPSE, beside CLIP", "eclipse", "clip", "eclipse", "zero-shot top-1", "concept_top1"),
-    ("ECLIPSE, beside CLIP + EViT", "eclipse", "clip + evit", "eclipse", "zero-shot top-1", "concept_top1"),
-    ("CLIP-CID, beside CLIP", "clip_cid", "clip", "clip-cid", "zero-shot top-1", "concept_top1"),
-    ("DLIP, beside the same BLIP alone", "dlip", "vlp", "dlip", "image to text R@1", "i2t_r1"),
+    ("ECLIPSE, beside CLIP", "eclipse", "clip", "eclipse", "zero-shot, concept_top1", "concept_top1"),
+    ("ECLIPSE, beside CLIP + EViT", "eclipse", "clip + evit", "eclipse", "zero-shot, concept_top1", "concept_top1"),
+    ("CLIP-CID, beside CLIP", "clip_cid", "clip", "clip-cid", "zero-shot, concept_top1", "concept_top1"),
+    ("DLIP, beside the same BLIP alone", "dlip", "vlp", "dlip", "image to text, i2t_r1", "i2t_r1"),
     ("", "dlip", "vlp", "dlip", "CIDEr", "cider"),
     ("", "dlip", "vlp", "dlip", "VQA accuracy", "vqa_accuracy"),
-    ("DLIP, beside its teacher", "dlip", "teacher", "dlip", "image to text R@1", "i2t_r1"),
+    ("DLIP, beside its teacher", "dlip", "teacher", "dlip", "image to text, i2t_r1", "i2t_r1"),
     ("", "dlip", "teacher", "dlip", "CIDEr", "cider"),
     ("", "dlip", "teacher", "dlip", "VQA accuracy", "vqa_accuracy"),
 )

@@ -314,7 +314,7 @@ def test_a_file_of_another_form_is_one_line(tmp_path, content, words):
     ("flickr30k", {"dataset_flickr30k.json": {"images": [{"filename": "0.jpg"}]}}, "image 0: of no split"),
     ("sbu", {"sbu-captions-all.json": {"captions": {"0": "a"}}}, 'no list under "captions"'),
     ("vg", {"region_descriptions.json": [], "image_data.json": [3], "../coco/dataset_coco.json":
-            {"images": []}}, "image_data.json is not of the official form"),
+            {"images": []}}, "image_data.json is missing or not of the official form"),
     ("flickr30k", {"dataset_flickr30k.json": {"images": [{"filename": "0.jpg", "split": "test"}]}},
      'no list under "sentences"'),
 ])
