@@ -631,11 +631,11 @@ def run_commands(commands, jobs):
     waiting, gpus = iter(commands), torch.cuda.device_count()
 
     def work(slot):
-        variable, value = "OMP_NUM_THREADS", max(1, torch.get_num_threads() // jobs)
+        variable, value = "OMP_NUM_THREADS", torch.get_num_threads() // jobs or 1
         if gpus:
             variable, value = "CUDA_VISIBLE_DEVICES", slot % gpus
         for fields in waiting:  # the threads share it: who is free takes the next
-            process = start_command(fields, variable, value)
+            process = start_command(sys.argv[0], fields, variable, value)
             try:
                 end_command(process, fields)
             except UserError:
@@ -647,30 +647,30 @@ def run_commands(commands, jobs):
 
 
 @contextlib.contextmanager
-def command_beside(fields):
-    """Run this script with {field: value} while the body of `with` runs, then wait for it; each has
+def command_beside(script, fields):
+    """Run a script with {field: value} while the body of `with` runs, then wait for it; each has
     half of the CPU's threads. UserError when it fails. When the body does, it is told to end."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // 2))
-    process = start_command(fields, "OMP_NUM_THREADS", torch.get_num_threads())
+    torch.set_num_threads(threads // 2 or 1)
+    process = start_command(script, fields, "OMP_NUM_THREADS", torch.get_num_threads())
     try:
         yield
         end_command(process, fields)
         torch.set_num_threads(threads)
     except BaseException:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(10)  # after Ctrl-C it ends by itself
+            process.wait(5)  # after Ctrl-C it ends by itself
         process.terminate()
         raise
 
 
-def start_command(fields, variable, value):
-    """Start this script with {field: value}, output in OUT/output.txt -> subprocess.Popen.
+def start_command(script, fields, variable, value):
+    """Start a script with {field: value}, output in OUT/output.txt -> subprocess.Popen.
 
     variable, value: what of the machine it may use. The printed command carries them, so that typed
     alone it gives the same digits. It is none of torchrun's processes.
     """
-    words = [sys.argv[0], *to_flags({**fields, "resume": True})]
+    words = [script, *to_flags({**fields, "resume": True})]
     print(f"running {variable}={value} {shlex.join(['python', *words])}", flush=True)
     output = fields["out"] / "output.txt"
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -1612,7 +1612,7 @@ def run_stages(cfg):
         common.read_checkpoint(path)  # before anything is written
     common.Run(cfg, None, ()).write_config()
     beside = teacher_command(cfg) if rank() == 0 else None
-    with common.command_beside(beside) if beside else nullcontext():
+    with common.command_beside(__file__, beside) if beside else nullcontext():
         if not cfg.init:
             stage = "teacher" if cfg.stage == "teacher" else "distil"
             # reads captions, validates by retrieval
@@ -1682,8 +1682,8 @@ def draw_pictures(folder, cfg, models, captioners):
     images, captions = common.example_images(sets, cfg.image_size, 8, common.resize_whole)
     if captioners:
         said = {who: asked.caption(images) for who, asked in captioners.items()}
-        said = {"reference": captions, **said}
-        common.plot_captions(folder / "captions.png", images, said, "captions of test images")
+        common.plot_captions(folder / "captions.png", images, {"reference": captions, **said},
+                             "captions of test images")
     if "retrieval" in cfg.task:
         draw_attention(folder / "attention.png", models, images, captions)
 
