@@ -28,8 +28,8 @@ that are done are not done again, and one cut short goes on.
 Measured on the emoji scenes, 54,000 samples of pre-training, 3 seeds, a CPU core, torch 2.13.0
 (tests/EVIDENCE.md has tables, commands and commits): TR@1 17.7 ± 0.9, IR@1 14.1 ± 1.5, CIDEr
 145 ± 7, against 0.9 ± 0.5, 2.3 ± 0.5, 87 ± 6 for the same student without distillation, and
-24.3 ± 0.7, 16.5 ± 0.8, 158 ± 3 for the teacher, which saw 200,000 samples; after as many the student
-has 24.0 ± 0.7, 18.5 ± 0.5, 170 ± 1. Not run at the paper's scale.
+24.3 ± 0.7, 16.5 ± 0.8, 158 ± 3 for the teacher, which saw 200,000 samples. After as many the
+student has 24.0 ± 0.7, 18.5 ± 0.5, 169 ± 1. Not run at the paper's scale.
 
 Sources: [paper] its text, tables or figures; [BLIP] BLIP's paper or code; [near] a public
 reimplementation that looks derived from the authors' code (jfan1256/dlip-v2); [choice] ours.
