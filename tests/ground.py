@@ -80,8 +80,10 @@ def throughputs():
 
 
 def table():
-    """A row an arm of a setting: throughput, scores, and what is left of CLIP's, seed by seed."""
-    rows = [["captions", "arm", "throughput", *METRICS, f"{METRICS[0]} against CLIP", "seeds"], ["---"] * 7]
+    """A row an arm of a setting: throughput, scores, and differences to two of the arms, seed by seed."""
+    rivals = "CLIP", "slim CLIP"
+    rows = [["captions", "arm", "throughput", *METRICS, *(f"against {name}" for name in rivals), "seeds"],
+            ["---"] * 8]
     if not (RESULTS / "ground.json").is_file():
         return "Not measured yet.\n"
     speed = common.read_json(RESULTS / "ground.json")["throughput"]
@@ -93,8 +95,9 @@ def table():
         for arm, runs in found.items():
             if runs:
                 cells = [evidence.spread([scores[name] for scores in runs.values()]) for name in METRICS]
-                against = "–" if arm == "CLIP" else evidence.difference(runs, found["CLIP"], METRICS[0])
-                rows.append([setting, arm, f"{speed[arm]:.2f}", *cells, against, str(len(runs))])
+                for name in rivals:
+                    cells.append("–" if arm == name else evidence.difference(runs, found[name], METRICS[0]))
+                rows.append([setting, arm, f"{speed[arm]:.2f}", *cells, str(len(runs))])
     return evidence.markdown(rows)
 
 
