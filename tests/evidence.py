@@ -70,7 +70,9 @@ PARTS = {  # in order of worth
                     "instance intra", "instance both", "instance logit-kl", "clip-kd features", "clip-kd logits"),
         3, CLIP_CID_METRICS),
     "dlip_long": Part(*DLIP, ("teacher", "dlip", "as long as the teacher"), 3, DLIP_METRICS),
-    "dlip_arms": Part(*DLIP, ("dlip", "vlp + hr", "vlp + at", "at + hr", "attn self", "attn cross"), 1, DLIP_METRICS),
+    "dlip_arms": Part(
+        *DLIP, ("dlip", "vlp + hr", "vlp + at", "at + hr", "hr img", "hr text", "hr img text", "hr vl_e", "hr vl_d",
+                "attn self", "attn cross"), 1, DLIP_METRICS),
     "noise_0": Part(*ECLIPSE, ("noise 0, clip", "noise 0, eclipse"), 3, ECLIPSE_METRICS),
     "noise_20": Part(*ECLIPSE, ("noise 0.2, clip", "noise 0.2, eclipse"), 3, ECLIPSE_METRICS),
     "noise_60": Part(*ECLIPSE, ("noise 0.6, clip", "noise 0.6, eclipse"), 3, ECLIPSE_METRICS),
