@@ -120,7 +120,7 @@ def make(part, jobs):
         missing = [arm for arm in part.arms if not stored(part.script, arm, seed).is_file()]
         if missing:
             command = [sys.executable, f"{part.script}.py", "--ablate", *missing, "--seeds", str(seed), *part.flags,
-                       "--jobs", str(jobs), "--out", str(RUNS / part.script)]
+                       "--jobs", str(jobs), "--out", f"runs/evidence/{part.script}"]
             code = subprocess.call(command, cwd=REPO)
             for arm in missing:
                 keep(part.script, arm, seed)
