@@ -1596,7 +1596,7 @@ def finetunings(cfg):
 def teacher_command(cfg):
     """{field: value} of the command that fine-tunes and evaluates the teacher beside its student;
     None where none does."""
-    if cfg.stage != "all" or cfg.init or cfg.method == "blip" or not cfg.with_teacher:
+    if cfg.stage != "all" or cfg.init or not (cfg.with_teacher and distils(cfg)):
         return None
     changed = {name: value for name, value in vars(cfg).items() if value != getattr(Config, name)}
     return {**changed, "init": teacher_file(cfg), "out": Path(cfg.out, "teacher"),
