@@ -332,18 +332,23 @@ def blip(args):
 
 
 def embeddings(args):
-    """args.images unit vectors (n, 512), fp16 as --stage embed leaves them, and the same in float32 for faiss.
-
-    They lie in clusters; a third are near copies of others.
-    """
+    """args.images unit vectors (n, 512), fp16 as --stage embed leaves them. In clusters; a third are near copies."""
     torch.manual_seed(0)
-    n = args.images
-    centres = torch.randn(n // 50, 512)
-    x = clip_cid.unit(centres[torch.randint(len(centres), (n,))] + torch.randn(n, 512))
-    copies = torch.randperm(n)[:n // 3]
-    x[copies] = clip_cid.unit(x[torch.randint(n, (len(copies),))] + 0.01 * torch.randn(len(copies), 512))
-    x = x.half()
-    return x.to(args.device), clip_cid.unit(x).numpy()
+    n, on = args.images, {"device": args.device}
+    centres = torch.randn(n // 50, 512, **on)
+    x = clip_cid.unit(centres[torch.randint(len(centres), (n,), **on)] + torch.randn(n, 512, **on))
+    copies = torch.randperm(n, **on)[:n // 3]
+    x[copies] = clip_cid.unit(x[torch.randint(n, (len(copies),), **on)] + 0.01 * torch.randn(len(copies), 512, **on))
+    return x.half()
+
+
+def alone(args, title, function, *inputs):
+    """CUDA: print and keep a row of one side, its time and memory."""
+    torch.cuda.reset_peak_memory_stats()
+    seconds, _ = timed(args, function, *inputs)
+    note = f"{seconds:.1f} s, {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+    print(title, note, flush=True)
+    args.rows.append({"measured": title, "note": note})
 
 
 def memory_of(function):
@@ -363,9 +368,12 @@ def memory_of(function):
 
 def balance(args, eps=0.447):
     """All pairs closer than ε, their groups and the kept images, against faiss's exact range search alone."""
+    x, by_share = embeddings(args), clip_cid.Config(remove=0.437)
+    if x.is_cuda:
+        return alone(args, f"balance, {len(x):,} x 512, --remove 0.437", clip_cid.choose, by_share, x)
     import faiss
     faiss.omp_set_num_threads(torch.get_num_threads())
-    x, rows = embeddings(args)
+    rows = clip_cid.unit(x).numpy()
     ours = partial(clip_cid.choose, clip_cid.Config(eps=eps), x)
 
     def search():
@@ -377,15 +385,18 @@ def balance(args, eps=0.447):
     compare(args, f"balance, {len(x):,} x 512", {"--eps 0.447": ours, "faiss range search": search}, ">= 1.6",
             rounds=3, note=note)
     compare(args, f"balance, {len(x):,} x 512",
-            {"--eps 0.447": ours, "--remove 0.437": partial(clip_cid.choose, clip_cid.Config(remove=0.437), x)},
+            {"--eps 0.447": ours, "--remove 0.437": partial(clip_cid.choose, by_share, x)},
             "<= 1.2", rounds=3)
 
 
 def clustering(args, k=1000):
     """Spherical k-means against faiss's: the time, and the mean cosine reached; ten assignments of all vectors each."""
+    x = embeddings(args)
+    if x.is_cuda:
+        return alone(args, f"k-means, {len(x):,} x 512, k = 10,000, 20 iterations", clip_cid.kmeans, x, 10_000, 0)
     import faiss
     faiss.omp_set_num_threads(torch.get_num_threads())
-    x, rows = embeddings(args)
+    rows = clip_cid.unit(x).numpy()
     clip_cid.KMEANS_ITERATIONS = 9  # and a last assignment, which gives the labels
     found = {}
 
@@ -521,7 +532,8 @@ def main(argv=None):
     parser.add_argument("--device", default="auto", help="cpu or cuda [auto]")
     parser.add_argument("--quick", action="store_true", help="3 rounds instead of 5, of smaller batches")
     parser.add_argument("--batch", type=int, help="images per step [cuda 256, cpu 8; quick: a quarter]")
-    parser.add_argument("--images", type=int, default=200_000, help="vectors for balance and clustering [200000]")
+    parser.add_argument("--images", type=int, default=200_000,
+                        help="vectors for balance and clustering, on CUDA without faiss [200000]")
     parser.add_argument("--samples", type=int, default=1_000_000, help="pairs in the shards of million [1000000]")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some of the measurements")
     args = parser.parse_args(argv)
