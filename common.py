@@ -48,6 +48,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.data import ConcatDataset, DataLoader
 from tqdm import tqdm
 
@@ -306,10 +307,11 @@ def sum_over_processes(x):
 
 
 def average_gradients(parameters):
-    """Replace each gradient by its mean over the processes."""
-    for parameter in parameters:
-        if parameter.grad is not None and world_size() > 1:
-            sum_over_processes(parameter.grad).div_(world_size())
+    """Replace each gradient by its mean over the processes; all in one all-reduce."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if world_size() > 1:
+        total = sum_over_processes(parameters_to_vector(gradients))
+        vector_to_parameters(total / world_size(), gradients)
 
 
 def mean_over_processes(terms):
@@ -532,9 +534,9 @@ class Progress(tqdm):
 
     def __init__(self, cfg, state, steps, steps_per_epoch):
         self.cfg, self.steps, self.steps_per_epoch = cfg, steps, steps_per_epoch
-        terminal, batch = rank() == 0 and sys.stderr.isatty(), cfg.batch_size
-        super().__init__(total=steps * batch, initial=state["step"] * batch, unit=" images",
-                         ncols=0, file=None if terminal else open(os.devnull, "w"))
+        terminal = rank() == 0 and sys.stderr.isatty()
+        super().__init__(total=steps * cfg.batch_size, initial=state["step"] * cfg.batch_size,
+                         unit=" images", ncols=0, file=None if terminal else open(os.devnull, "w"))
 
     def count(self, state, bad):
         """Count a step with so many unusable samples. Returns whether an epoch ends with it,
@@ -1081,10 +1083,10 @@ class Tokenizer:
     def __call__(self, texts):
         """Long tensor (B, context_length): first, the text's ids, last, zeros. A long text keeps
         its last token."""
-        rows, length = [], self.context_length
+        rows = []
         for text in texts:
-            ids = [self.first, *self.encode(text)[:length - 2], self.last]
-            rows.append(ids + [0] * (length - len(ids)))
+            ids = [self.first, *self.encode(text)[:self.context_length - 2], self.last]
+            rows.append(ids + [0] * (self.context_length - len(ids)))
         return torch.tensor(rows)
 
 
@@ -1360,9 +1362,8 @@ def files_below(root, endings):
                 yield Path(folder, name)
 
 
-def is_held_out(path):
-    """Whether a path says by itself that it is for validation or test."""
-    return re.search(r"(?i)(^|[^a-z])(val|valid|validation|test)($|[^a-z])", str(path))
+# In a path that says by itself that it is for validation or test.
+HELD_OUT = re.compile(r"(?i)(^|[^a-z])(val|valid|validation|test)($|[^a-z])")
 
 
 class TarShards:
@@ -1378,7 +1379,7 @@ class TarShards:
 
     def __init__(self, root):
         shards = sorted(files_below(root, ".tar"))
-        train = [path for path in shards if not is_held_out(path.relative_to(root))]
+        train = [path for path in shards if not HELD_OUT.search(str(path.relative_to(root)))]
         self.shards = train or shards
         folders = sorted({str(path.parent) for path in self.shards})
         self.opened = f"{len(self.shards)} shards in {' '.join(folders)}"
@@ -1960,8 +1961,8 @@ def eval_loader(data, image_size, batch_size, workers, resize=resize_center_crop
 
     Unusable samples are left out: the evaluation sees which indices are missing.
     """
-    load = functools.partial(load_images, data, image_size, resize)
-    return Loader(range(len(data)), workers, batch_size=batch_size, collate_fn=load)
+    return Loader(range(len(data)), workers, batch_size=batch_size,
+                  collate_fn=functools.partial(load_images, data, image_size, resize))
 
 
 def load_images(data, image_size, resize, indices):

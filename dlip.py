@@ -1328,9 +1328,9 @@ def encode_captions(tokenizer, prompt, texts):
 
 def encode_pairs(tokenizer, pairs):
     """n pairs of question and answer -> ids (n, 2 context)."""
-    questions = [common.clean_blip_question(question) for question, _ in pairs]
-    answers = [answer for _, answer in pairs]
-    return torch.cat([tokenizer(questions), tokenizer(answers)], 1)
+    questions, answers = zip(*pairs)
+    return torch.cat([tokenizer(map(common.clean_blip_question, questions)),
+                      tokenizer(answers)], 1)
 
 
 KEPT = """Identity ShearX ShearY TranslateX TranslateY Rotate Brightness Sharpness AutoContrast
