@@ -492,7 +492,7 @@ def spanning_forest(n, parts):
         return node
 
     joining = []
-    for edge, (a, b) in enumerate(edges[:2].T.astype(int).tolist()):
+    for edge, (a, b) in enumerate(zip(*edges[:2].astype(int).tolist())):
         a, b = root(a), root(b)
         if a != b:
             parent[max(a, b)] = min(a, b)
