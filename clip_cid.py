@@ -22,7 +22,8 @@ uses again:
     embed     image.npy (n, T), text.npy (5, n, T), float16; keys.txt, a distinct key a row (n);
               embeddings.json. With --cache DIR these four lie in a folder of DIR, for many runs
     balance   kept.txt, the keys of the images that stay (any run takes it as --keep); balance.json,
-              how many groups, how large; balance.png, the largest. --filter none: no files
+              how many groups, how large; balance.png, the largest (--filter random: no
+              picture, none: no files)
     cluster   clusters.pt, the centroids (k, T), row and label of every kept image; clusters.png
     distil    config.json, log.csv, last.pt, best.pt, student.pt, results.json, pictures
     evaluate  evaluation.json, student and teacher on the test sets
@@ -98,7 +99,7 @@ from common import UserError, average_gradients, gather, normalise, option, rank
 # Letters in shape comments: B images or texts in the batch a function is given (in the losses: b of
 # this process against the B of all), N tokens, D width, H heads, E width of the student's joint
 # embedding, T width of the teacher's (in encoder_pair: texts; in similarity_kl: its matrix), S
-# image side in pixels, n images of distinct keys, k clusters (in backward: chunks), c of them.
+# image side in pixels, n images of distinct keys, k clusters, c of them.
 #
 # Words: the teacher is the CLIP that is distilled; --stage teacher trains one. A sample is an image
 # with its captions, counted as the data set counts them. Its row is its place in image.npy and
@@ -197,7 +198,7 @@ EMOJI_TEACHER = dict(
     long_tail=0.0,
     duplicates=0.0,
     batch_size=128,
-    seed=1000,  # other scenes than the students', of seeds 0, 1, 2
+    seed=1000,  # other scenes than the students', whose seeds start at 0
 )
 
 
@@ -402,7 +403,7 @@ MANY_EDGES = 2 ** 22  # so many edges may wait to be thinned out
 def block_cosines(x, a, b, out):
     """Cosines of the block of vectors from a on, rows, with the block from b on, columns.
 
-    -inf unless the row's vector stands before the column's, so that of all blocks with a <= b each
+    a <= b. -inf unless the row's vector stands before the column's, so that of all such blocks each
     pair has one entry. They stand in `out` until the next call: new memory for each block would
     cost a fifth of the time.
     """
@@ -426,10 +427,10 @@ def find_groups(x, eps=None, remove=None):
     Only pairs above a floor are looked at, and this is exact. Kruskal takes the edges best first,
     so pairs below the forest's count-th edge change nothing in its first count edges. That edge is
     not known beforehand, but the count-th best edge of a maximum spanning forest is never below the
-    count-th best of any other forest: its i-th best edge is as good as any forest can have. One
-    that is cheap to find: link each vector with the nearest of those before it in its block. It has
-    no cycle, as each vector adds one edge to earlier ones. Where it has fewer than count edges (the
-    first of a block has none before it) the floor is -inf, and all pairs are looked at.
+    count-th best of any other forest: its i-th best edge is as good as any forest can have. Another
+    forest is cheap to find: link each vector with the nearest of those before it in its block. It
+    has no cycle, as each vector adds one edge to earlier ones. Where it has fewer than count edges
+    (the first of a block has none before it) the floor is -inf, and all pairs are looked at.
     """
     n, out = len(x), torch.empty(0, device=x.device)
     if eps is not None:
@@ -439,7 +440,7 @@ def find_groups(x, eps=None, remove=None):
         if count == 0:
             return torch.arange(n), 0.0
         links = [block_cosines(x, start, start, out).amax(0) for start in range(0, n, BLOCK)]
-        # slack: blocks of another shape round otherwise, and best_links wants more than the floor
+        # slack: best_links takes what is above the floor, and of equals at the cut needs all
         floor = torch.cat(links).topk(count).values[-1].item() - 1e-5
     edges = best_links(x, count, floor, out)[:, :count]
     if eps is None:  # 1e-6 beyond the cosine of the last link: to link is to be closer than ε
@@ -454,8 +455,8 @@ def best_links(x, count, floor, out):
     Those worse than the count-th may be missing. Collected edges are thinned out to a forest again
     and again: of a cycle the worst edge links nothing that the others do not. The count-th best
     edge so far is the new floor: as of any forest, it is never above the one that is sought (see
-    find_groups). Processes share the blocks, and join their forests at the end. out: of
-    block_cosines.
+    find_groups). Processes share the blocks, and join their forests at the end. out: a matrix that
+    block_cosines writes to.
     """
     n = len(x)
     waiting, many = [np.empty((3, 0))], 0
@@ -501,10 +502,12 @@ def spanning_forest(n, parts):
 
 
 def centres(x, group):
-    """Of each group the member nearest to its normalised mean, the first of those within 1e-6 (A2).
+    """Of each group the member nearest to its normalised mean, the first of those whose cosine is
+    within 1e-6 of the nearest's (A2).
 
-    group (n,), on the CPU. Returns their positions, ascending. 1e-6: cosines of copies, or of both
-    members of a pair, are equal but for fp32 rounding, which must not choose between them.
+    group (n,), on the CPU: the lowest member of each vector's. Returns the nearest ones' positions,
+    ascending. 1e-6: cosines of copies, or of both members of a pair, are equal but for fp32
+    rounding, which must not choose between them.
     """
     lowest, sizes = group.unique(return_counts=True)
     alone, lowest = lowest[sizes == 1], lowest[sizes > 1]
@@ -531,15 +534,15 @@ KMEANS_ITERATIONS = 20
 def kmeans(x, k, seed):
     """Spherical k-means: k unit centroids that maximise the vectors' mean cosine with the nearest.
 
-    They start at k vectors drawn at random, as faiss's. Returns centroids (k, T), labels and
-    cosines with the own centroid (n,), and the objective before each iteration and at the end.
-    Every vector takes part in every iteration. Processes share the blocks; a block's sum is fp32,
-    the blocks are added up in float64. UserError when k > n.
+    They start at k vectors drawn at random, as faiss's. Returns centroids (k, T); on the CPU
+    labels and cosines with the own centroid (n,); and the objective before each iteration and at
+    the end. Every vector takes part in every iteration. Processes share the blocks; a block's sum
+    is fp32, the blocks are added up in float64. UserError when k > n.
     """
     n = len(x)
     if k > n:
         raise UserError(f"--k {k}: there are only {n:,} images to cluster")
-    x = unit(x)  # in fp32: twice the memory of fp16, but normalised once for all iterations
+    x = unit(x)  # fp32 beside the caller's fp16, but normalised once for all iterations
     start = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:k]
     centroids, objective = x[start], []
     for iteration in range(KMEANS_ITERATIONS + 1):
@@ -549,7 +552,7 @@ def kmeans(x, k, seed):
             block = slice(first, first + BLOCK)
             cosine[block], label[block] = (x[block] @ centroids.T).max(1)
             total += torch.zeros_like(centroids).index_add_(0, label[block], x[block])
-        for sums in (label, cosine, total):
+        for sums in (label, cosine, total):  # the first two are 0 where other processes' blocks are
             common.sum_over_processes(sums)
         objective.append(cosine.double().mean().item())
         if iteration == KMEANS_ITERATIONS:
@@ -718,7 +721,8 @@ class CLIPCID(nn.Module):
         return loss, {"cluster_hard": hard, "cluster_kl": kl, "teacher_entropy": entropy}
 
     def instance_loss(self, u, v, p, q, t_image, t_text):
-        """L_inst (A5): student rows against the teacher's embeddings of the whole batch."""
+        """L_inst (A5): student rows against the teacher's embeddings of the whole batch; logit-kl:
+        the students' similarity matrix against the teacher's; features: pair by pair."""
         mode, scale = self.cfg.instance, self.distil_scale.exp()
         if mode == "logit-kl":  # in the student's own width, no projection
             teacher = similarities(self.teacher_logit_scale.exp(), t_image, t_text)
@@ -831,7 +835,7 @@ def embed(cfg, data, device):
         if not report:
             report = common.on_first(lambda: start_embeddings(embeddings, teacher, size))
         embed_rows(cfg, embeddings, teacher, size, device)
-        common.gather_objects("done")
+        common.gather_objects("done")  # all processes are
         report["complete"] = True
         common.on_first(lambda: common.write_json(path, report))
     embeddings.logit_scale = report["logit_scale"]

@@ -281,7 +281,8 @@ def mixed_precision(precision, device):
 
 
 class Gather(torch.autograd.Function):
-    """(b, D) on each process -> (B, D) on all; the gradient is summed over the processes."""
+    """(b, D) on each process -> (B, D) on all; the gradient is summed over the processes, of which
+    each takes its own rows. b is the same on all."""
 
     @staticmethod
     def forward(ctx, x):
@@ -307,7 +308,8 @@ def sum_over_processes(x):
 
 
 def average_gradients(parameters):
-    """Replace each gradient by its mean over the processes; all in one all-reduce."""
+    """Replace each gradient by its mean over the processes. One all-reduce adds them all up, in a
+    vector that the gradients then are parts of."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if world_size() > 1:
         total = sum_over_processes(parameters_to_vector(gradients))
