@@ -349,7 +349,7 @@ SWITCHES = [
     (dict(lambda_hr=0.3, lambda_at=2.5), VLP | HR | AT)]
 
 
-@pytest.mark.parametrize("changes, names", SWITCHES, ids=lambda value: str(value))
+@pytest.mark.parametrize("changes, names", SWITCHES, ids=[str(changes) for changes, _ in SWITCHES])
 def test_every_switch_equals_loops(double, changes, names):
     cfg = config(**changes)
     (model, teacher), (image, ids) = make(cfg, resized(fusion_layers=cfg.fusion_layers or 2)), batch()
