@@ -83,7 +83,8 @@ from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-# Before torch: threads that wait soon sleep; on busy cores a run is then ten times as fast.
+# Before torch: a thread that waits for others soon sleeps; else a run on busy cores is ten times as
+# slow.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
@@ -230,15 +231,16 @@ def configure(argv=None):
     elif asked.stage != "all":  # go on where the stage before has left its files
         given.setdefault("out", stem)
 
-    path = asked.evaluate or asked.init
+    path = asked.evaluate
     if asked.stage == "evaluate":
         path = Path(given["out"], "student.pt")
     loaded = common.read_checkpoint(path)
-    if path and not asked.init:  # its data and sizes; a public one has none
+    if path:  # its data and sizes; a public one has none
         recipe = {**recipe, **common.known_fields(Config, loaded.config), "stage": "all"}
     if asked.evaluate:
         recipe.update(root=None, keep=None, device="auto", workers=-1)  # not the run's
-    return common.fill_config(Config, recipe, given, stem), given, loaded
+    cfg = common.fill_config(Config, recipe, given, stem)
+    return cfg, given, loaded or common.read_checkpoint(cfg.init)
 
 
 def settings_of(cfg, *names):
@@ -304,7 +306,7 @@ class Transformer(nn.Module):
             Block(width, heads, mlp_width, act) for _ in range(layers))
         self.grad_checkpoint = False
         std = width ** -0.5
-        last = std * (2 * layers) ** -0.5  # of the layers whose outputs x adds up
+        last = std * (2 * layers) ** -0.5  # of the 2 * layers projections that are added to x
         for block in self.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=std)
             nn.init.normal_(block.attn.out_proj.weight, std=last)
@@ -1053,7 +1055,7 @@ def build_optimiser(model, cfg, device):
 
 
 def learning_rate(peak, step, steps, warmup):
-    """Linear from 1e-6 over the warm-up, in short runs over a fifth of all; a cosine to 1e-5."""
+    """Linear from 1e-6 over the warm-up, at most a fifth of the run; then a cosine to 1e-5."""
     warmup = min(warmup, steps / 5)
     if step < warmup:
         return 1e-6 + (peak - 1e-6) * step / warmup
@@ -1193,7 +1195,7 @@ def prepare_towers(model, cfg):
 
 def encoder_pair(clip, visual, statistics, amp, *view):
     """Two functions: (B, 3, S, S) uint8 -> (B, E) and (T, context) token ids -> (T, E), both of
-    unit length. view: what else visual takes."""
+    unit length. clip has the text tower; visual is the image tower, view what else it takes."""
     def encode_image(image):
         with amp:
             return unit(visual(normalise(image, statistics), *view))

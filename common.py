@@ -21,7 +21,6 @@ import dataclasses
 import datetime
 import functools
 import gzip
-import heapq
 import html
 import io
 import itertools
@@ -78,7 +77,7 @@ def run_main(main, argv=None):
         main(argv)
         return 0
     except BrokenPipeError:  # the reader of our output has gone, as in `| head`
-        silence_stdout()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # no later flush fails
         return 1
     except (UserError, OSError, FloatingPointError, KeyboardInterrupt) as error:
         print(f"{Path(sys.argv[0]).name}: {str(error) or 'interrupted'}", file=sys.stderr)
@@ -91,11 +90,6 @@ def run_main(main, argv=None):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def silence_stdout():
-    """Nobody reads stdout any more: write to nowhere, so that no later print or flush fails."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def import_torchvision():
@@ -554,13 +548,9 @@ class Progress(tqdm):
     def show(self, row):
         """Print a row of log.csv."""
         metrics = " ".join(f"{name} {value:.6g}" for name, value in row.items())
-        try:
-            if rank() == 0:
-                self.write(f"{metrics} | {self}")
-                sys.stdout.flush()
-        except BrokenPipeError:  # the reader of our output has gone: stop as after SIGTERM
-            silence_stdout()
-            signal.raise_signal(signal.SIGTERM)
+        if rank() == 0:
+            self.write(f"{metrics} | {self}")
+            sys.stdout.flush()
 
 
 class StopRequest:
@@ -599,6 +589,8 @@ def run_arms(cfg, given, arms, baselines, first=()):
     so an interrupted ablation goes on. Writes table.md, and difference_to_BASELINE.md of each
     baseline that was run. Returns {arm: [results.json of each seed]}.
     """
+    if "method" in given:
+        raise UserError("--method: not with --ablate, whose arms have one each")
     alone = {name: value for name, value in given.items()
              if name not in ("ablate", "seeds", "jobs")}
     commands = []
@@ -607,8 +599,10 @@ def run_arms(cfg, given, arms, baselines, first=()):
             if name not in arms:
                 raise UserError(f"--ablate {name!r}: no such arm; there are {['all', *arms]}")
             out = Path(cfg.out, name.replace(" ", "_"), f"seed{seed}")
+            fields = {**alone, **arms[name], "seed": seed, "out": out}
+            fill_config(type(cfg), {}, {**fields, "resume": True}, out)  # an old arm's flags hold
             if not (out / "results.json").is_file():
-                commands.append({**alone, **arms[name], "seed": seed, "out": out})
+                commands.append(fields)
     if commands:
         run_commands([{**alone, **fields} for fields in first], cfg.jobs)
         run_commands(commands, cfg.jobs)
@@ -1032,38 +1026,23 @@ def load_merges(n_merges):
 
 
 def merge_bytes(word, merges):
-    """Token ids of one word by byte-pair encoding, in O(n log n) for n bytes: no token is long.
+    """Token ids of one word by byte-pair encoding.
 
-    The pair of lowest rank, of equal ones the leftmost, becomes one token, until no pair is in
-    `merges`. The id of a merged token grows with its rank and stands for it here.
+    The pair of lowest rank becomes one token, wherever it stands, until no pair is in `merges`. The
+    id of a merged token grows with its rank and stands for it here.
     """
-    # A merged token takes the place of its left part, and the right part's holds None.
-    ids = [-1, *(BYTES.index(b) for b in word), -1]  # -1: an end, which merges with nothing
-    ids[-2] += 256
-    queue = []
-
-    def neighbour(place, step):
-        """The nearest place that holds a token, to the right (1) or to the left (-1)."""
-        place += step
-        while ids[place] is None:
-            place += step
-        return place
-
-    def push(place):
-        merged = merges.get((ids[place], ids[neighbour(place, 1)]))
-        if merged:
-            heapq.heappush(queue, (merged, place))
-
-    for place in range(len(word)):
-        push(place)
-    while queue:
-        merged, left = heapq.heappop(queue)
-        right = neighbour(left, 1)
-        if merges.get((ids[left], ids[right])) == merged:  # else one is part of another token now
-            ids[left], ids[right] = merged, None
-            push(neighbour(left, -1))
-            push(left)
-    return [i for i in ids[1:-1] if i is not None]
+    ids = [BYTES.index(b) for b in word]
+    ids[-1] += 256
+    while True:
+        lowest = min((merges.get(pair, math.inf) for pair in zip(ids, ids[1:])), default=math.inf)
+        if lowest == math.inf:
+            return ids
+        merged = []
+        for i in ids:
+            merged.append(i)
+            if merges.get(tuple(merged[-2:])) == lowest:
+                merged[-2:] = [lowest]
+        ids = merged
 
 
 @functools.lru_cache(maxsize=2**16)  # web captions never stop bringing new words
@@ -1073,8 +1052,8 @@ def encode_run(run, vocab_size):
         return [vocab_size - 2 + SPECIALS.index(run)]
     chars = [f" {c} " if c.isnumeric() and not c.isalpha() else c for c in run]
     ids = []
-    for word in "".join(chars).split():
-        ids += merge_bytes(word.encode(), load_merges(vocab_size - 514))
+    for word in "".join(chars).split():  # of one without end, more than a context holds
+        ids += merge_bytes(word[:2000].encode(), load_merges(vocab_size - 514))
     return ids
 
 

@@ -14,15 +14,15 @@ online encoder runs without any tuning, pruned for speed; or in full capacity, i
     torchrun --nproc_per_node=8 eclipse.py --data cc3m           # ViT-B/16, shards in data/cc3m
     python eclipse.py --evaluate ViT-B-32.pt --data coco         # OpenAI, OpenCLIP, Hugging Face
 
-Measured on the emoji scenes, 40 % of the captions wrong, 5 seeds, a CPU core, torch 2.13.0
-(tests/EVIDENCE.md has tables, commands and commits): zero-shot top-1 on unseen drawings 15.6 ± 0.6
-at κ = 0.7, against 14.5 ± 1.0 for the same pruned encoder without distillation and 15.8 ± 1.4 for
-CLIP. Not run at the paper's scale.
+Measured on the emoji scenes, 40 % of the captions wrong, 5 of the demo's 12 epochs, 5 seeds, a CPU
+core, torch 2.13.0 (tests/EVIDENCE.md has tables, commands and commits): zero-shot top-1 on unseen
+drawings 15.6 ± 0.6 at κ = 0.7, against 14.5 ± 1.0 for the same pruned encoder without distillation
+and 15.8 ± 1.4 for CLIP. Not run at the paper's scale.
 
 From the paper: the three networks and what each sees; the KL from the momentum matrix to the online
-one; the stop-gradient on the texts of the online matrix (here in KD only, see A2); momentum 0.994,
-κ = 0.7, learning rate 5e-4, 40 epochs on CC3M, built on SLIP's code and EViT's pruning. EViT is
-Liang et al. 2022, SLIP Mu et al. 2022, ALBEF Li et al. 2021; [code] of theirs was read.
+one; the stop-gradient on the texts of the online matrix (by default in KD only: A2); momentum
+0.994, κ = 0.7, learning rate 5e-4, 40 epochs on CC3M, built on SLIP's code and EViT's pruning. EViT
+is Liang et al. 2022, SLIP Mu et al. 2022, ALBEF Li et al. 2021; [code] of theirs was read.
 
 Assumptions, where the public text is silent. Each is ours, not the paper's:
   A1  The total, NCE of both matrices (A2) + λ KD, is put together from these parts. NCE is CLIP's
@@ -34,8 +34,8 @@ Assumptions, where the public text is silent. Each is ours, not the paper's:
       NCE(Ā) the texts: --text-grad momentum. --text-grad online (default: one loss less, and three
       seeds on the emoji scenes do not separate them) lets NCE(A) train both and leaves NCE(Ā) out;
       --text-grad both adds the two. In KD the texts are stopped in every reading, unless the
-      teacher has a text encoder of its own. NCE(A) always stays: KD's gradient vanishes where
-      student = teacher, as at the start.
+      teacher has a text encoder of its own. NCE(A) always stays: KD's gradient vanishes where the
+      two matrices agree, as at the start for κ = 1.
   A3  One learnable logit scale, from 1/0.07, clamped to [1, 100] as in SLIP. Every term trains it
       but for the teacher's side of KD.
   A4  The teacher starts equal to the student, its projection included, and moves after every
@@ -59,7 +59,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
-# Before torch: threads that wait soon sleep; on busy cores a run is then ten times as fast.
+# Before torch: a thread that waits for others soon sleeps; else a run on busy cores is ten times as
+# slow.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
@@ -89,10 +90,12 @@ class Config(common.RunConfig):  # data, out, resume, ablate, seed, device, ...
     keep_rate: float = option(0.7, "κ, share of tokens that a pruning block of the online encoder "
                               "keeps; 1 is the paper's full capacity", (0.05, 1))
     fuse: bool = option(True, "merge dropped tokens into one, weighted by attention")
-    teacher_keep_rate: float = option(1.0, "κ of the momentum encoder in training (1: full view)")
+    teacher_keep_rate: float = option(1.0, "κ of the momentum encoder in training (1: full view)",
+                                      (0.05, 1))
     text_teacher: str = option("shared", "shared: one text encoder for both image encoders; "
-                               "momentum: the teacher has a moving average of its own (not ALBEF's "
-                               "loss, whose keys are momentum features)", ["shared", "momentum"])
+                               "momentum: the teacher has a moving average of its own, for Ā alone "
+                               "(not ALBEF's loss, whose keys are momentum features)",
+                               ["shared", "momentum"])
     text_grad: str = option("online", "whose contrastive loss trains the text encoder (A2)",
                             ["momentum", "online", "both"])
     kd_weight: float = option(1.0, "λ, weight of the distillation loss")
@@ -155,23 +158,23 @@ def configure(argv=None):
     """
     given = common.parse_command_line(Config, __doc__, argv)
     asked = Config(**given)
-    if asked.method == "clip":  # whatever --keep-rate says: plain CLIP is not pruned in training
+    if asked.method == "clip":  # whatever --keep-rate says (also in an ablation's commands)
         given["keep_rate"] = 1.0
     recipe = RECIPES.get(asked.data, LARGE)
-    loaded = common.read_checkpoint(asked.evaluate or asked.init)
+    loaded = common.read_checkpoint(asked.evaluate)
     if asked.evaluate:
-        recipe = {**recipe, "method": "clip+evit", "keep_rate": 1.0}  # a public CLIP: no teacher
+        recipe = {**recipe, "method": "clip+evit", "keep_rate": 1.0}  # of a public CLIP
         recipe.update(common.known_fields(Config, loaded.config),
                       root=None, device="auto", workers=-1)
     name = "kept_tokens" if asked.evaluate else asked.method
     stem = "runs/ablation" if asked.ablate else f"runs/{name}-{asked.data}"
     cfg = common.fill_config(Config, recipe, given, stem)
-    if len(cfg.kd_ramp) != 2:
-        raise UserError("--kd-ramp takes two fractions of training")
+    if len(cfg.kd_ramp) != 2 or not 0 <= cfg.kd_ramp[0] <= cfg.kd_ramp[1] <= 1:
+        raise UserError("--kd-ramp takes two fractions of training, the smaller one first")
     if cfg.text_teacher == "momentum" and cfg.text_grad != "online":
         raise UserError("--text-teacher momentum needs --text-grad online: the loss of its own "
                         "matrix has no gradient to the text")
-    return cfg, given, loaded
+    return cfg, given, loaded or common.read_checkpoint(cfg.init)
 
 
 # --------------------------------------------------------------------------------------- model
@@ -231,7 +234,7 @@ class Transformer(nn.Module):
             Block(width, heads, mlp_width, act) for _ in range(layers))
         self.grad_checkpoint = False
         std = width ** -0.5
-        last = std * (2 * layers) ** -0.5  # of the layers whose outputs x adds up
+        last = std * (2 * layers) ** -0.5  # of the 2 * layers projections that are added to x
         for block in self.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=std)
             nn.init.normal_(block.attn.out_proj.weight, std=last)
@@ -347,7 +350,7 @@ def pruning_block(block, x, keep_rate, fuse):
     """
     attended, q, k = block.attn(block.ln_1(x))
     x = x + attended
-    # The fused kernel keeps its N x N probabilities to itself; the CLS row alone costs O(N).
+    # scaled_dot_product_attention hides its N x N probabilities; the CLS row alone costs O(N).
     row = q[:, :, :1] @ k.mT * q.shape[-1] ** -0.5  # (B, H, 1, N)
     cls_attention = row.float().softmax(-1).mean(1)[:, 0, 1:]
     x, kept = reorganise_tokens(x, cls_attention, keep_rate, fuse)
@@ -425,7 +428,8 @@ class ECLIPSE(nn.Module):
 
     `online` is a whole CLIP: the online image encoder, the shared text encoder, the logit scale.
     `momentum` is the moving average of online.visual. Another image tower: replace
-    PruningVisionTransformer here. A training step, as in `train`:
+    PruningVisionTransformer here, with forward, prune and prune_blocks as it has them. A training
+    step, as in `train`:
 
         u, v = online(image, κ), text(caption)        partial view, and the text       embed
         ū = momentum(image)                           full view, no gradient           teach
@@ -454,10 +458,12 @@ class ECLIPSE(nn.Module):
 
     @torch.no_grad()
     def teach(self, image, text):
-        """ū (b, E), the full view of the images, and v̄ (b, E); None without such a teacher."""
+        """ū (b, E), the full view of the images, and v̄ (b, E); None without such a teacher. Chunk
+        by chunk of --accum, as the student, for memory."""
         u_bar = v_bar = None
         if self.momentum is not None:
-            u_bar = unit(self.momentum(image, self.cfg.teacher_keep_rate))
+            chunks = image.chunk(self.cfg.accum)
+            u_bar = unit(torch.cat([self.momentum(x, self.cfg.teacher_keep_rate) for x in chunks]))
         if self.momentum_text is not None:
             v_bar = self.momentum_text.encode_text(text)
         return u_bar, v_bar
@@ -470,7 +476,7 @@ class ECLIPSE(nn.Module):
         online     NCE(A)                   + λ KD(Ā, s<u, sg v>)   NCE(A) (default)
         both       NCE(A)          + NCE(Ā) + λ KD(Ā, s<u, sg v>)   both
 
-        The online images get gradients from every term with u, the scale from every term; nothing
+        The online images get gradients from every term of it with u, the scale from all; nothing
         trains ū but the moving average, and KD has no gradient to Ā. With a momentum text encoder
         Ā = s<ū, v̄>, and the student's side of KD is A: it trains both towers. Without a teacher
         the loss is NCE(A).
@@ -512,7 +518,7 @@ def build(cfg, loaded=None):
     model = ECLIPSE(cfg, size)
     if loaded:
         common.load_weights(model.online, weights, loaded.path)
-        model.update_momentum(0.0)  # teacher = student, also where a run's --init goes on training
+        model.update_momentum(0.0)  # teacher = student, also where --init is a run of ours
     if cfg.evaluate and "momentum.proj" in loaded.weights:  # a run's: the teacher as well
         for tower in ("online.visual", "momentum"):
             common.resize_positions(loaded.weights, tower, size)
@@ -530,7 +536,7 @@ def build_optimiser(model, cfg, device):
 
 
 def learning_rate(peak, step, steps, warmup):
-    """Linear from 1e-6 over the warm-up, in short runs over a fifth of all; a cosine to 1e-5."""
+    """Linear from 1e-6 over the warm-up, at most a fifth of the run; then a cosine to 1e-5."""
     warmup = min(warmup, steps / 5)
     if step < warmup:
         return 1e-6 + (peak - 1e-6) * step / warmup
@@ -541,7 +547,7 @@ def learning_rate(peak, step, steps, warmup):
 def schedules(cfg, step, steps, steps_per_epoch):
     """{"lr", "kd_weight"} at a step: one epoch of warm-up, as in SLIP; λ with its ramp (A1)."""
     lr = learning_rate(cfg.lr, step, steps, warmup=steps_per_epoch)
-    ramp = float(np.interp(step / steps, sorted(cfg.kd_ramp), (0, 1)))
+    ramp = float(np.interp(step / steps, cfg.kd_ramp, (0, 1)))
     return {"lr": lr, "kd_weight": cfg.kd_weight * ramp}
 
 
@@ -656,7 +662,7 @@ def prepare_towers(model, cfg):
 
 def encoder_pair(clip, visual, statistics, amp, *view):
     """Two functions: (B, 3, S, S) uint8 -> (B, E) and (T, context) token ids -> (T, E), both of
-    unit length. view: what else visual takes."""
+    unit length. clip has the text tower; visual is the image tower, view what else it takes."""
     def encode_image(image):
         with amp:
             return unit(visual(normalise(image, statistics), *view))
@@ -669,8 +675,8 @@ def encoder_pair(clip, visual, statistics, amp, *view):
 
 
 def encoders_of(model, statistics, amp):
-    """Encoders as trained, of each column of validation: {"val_online": a pair, ...}; and those of
-    the rows of the table: {"online κ=0.7": a pair, ...}, as trained first."""
+    """Two tables of pairs of encoders: {"val_online": a pair, ...}, each network at its κ in
+    training; {"online κ=0.7": a pair, ...}, each network at each κ, online as trained first."""
     own, teachers = model.cfg.keep_rate, model.cfg.teacher_keep_rate
     networks = {"online": (own, model.online, model.online.visual)}
     if model.momentum is not None:
@@ -699,7 +705,8 @@ def draw_kept_tokens(path, model, statistics, sets):
     rows, names = [images], ["image"]
     for block, kept in zip(visual.prune_blocks, kept_positions):
         if kept is not None:
-            patch = F.pad(patch.gather(1, kept.cpu()), (0, 1), value=-1)  # a fused one is no patch
+            # -1: a fused token is no patch (with --no-fuse a place that is never kept)
+            patch = F.pad(patch.gather(1, kept.cpu()), (0, 1), value=-1)
         left = (patch[:, :, None] == number).any(1).float().view(-1, 1, grid, grid)
         left = F.interpolate(left, scale_factor=size.patch_size)
         rows.append(images.where(left > 0, images // 5))
@@ -730,7 +737,7 @@ def evaluate_checkpoint(cfg, loaded):
 def ablation_arms(cfg):
     """{name: the flags in which the arm differs from those given}"""
     arms = {
-        "clip": {"method": "clip"},
+        "clip": {"method": "clip", "keep_rate": 1.0},
         "eclipse": {},
         "clip + evit": {"method": "clip+evit"},
         "full capacity": {"keep_rate": 1.0},
