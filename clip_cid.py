@@ -79,7 +79,7 @@ import itertools
 import math
 import os
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -742,7 +742,7 @@ class CLIPCID(nn.Module):
 
 CAPTIONS = 5  # of an image, at most: COCO's
 SHOWN, SHOWN_PIXELS = 12, 96  # pictures in a line of balance.png and clusters.png, their side
-DRAWN = "seed scenes concepts difficulty noise long_tail duplicates".split()
+DRAWN = "seed scenes concepts difficulty noise long_tail duplicates image_size preset".split()
 
 
 class Embeddings:
@@ -796,6 +796,7 @@ def read_stage(path, settings, read=common.read_json):
     found = common.on_first(lambda: read(path) if path.is_file() else None)
     if found is None:
         return None
+    found = found if isinstance(found, dict) else {}
     for name, value in settings.items():
         if found.get(name) != value:
             raise UserError(f"{path} was made with {name} {found.get(name)!s:.80}, not "
@@ -902,6 +903,8 @@ def balance(cfg, embeddings, device):
     """
     image, out = embeddings.open("image"), Path(cfg.out)
     rows = np.flatnonzero(image.any(1))  # the images that could be read
+    bad = Counter(unreadable=len(image) - len(rows))
+    common.check_bad(bad, len(rows), cfg.data)
     if cfg.filter == "none":
         return rows
     settings = {**embeddings.settings, **settings_of(cfg, "filter", "eps", "remove", "seed")}
@@ -917,7 +920,7 @@ def balance(cfg, embeddings, device):
             "groups": int((sizes > 1).sum()),
             "largest": sizes[:10].tolist(),
         }
-        keys = [embeddings.keys[row] for row in rows[chosen]]
+        keys = [embeddings.keys[row] for row in rows[chosen.numpy()]]
         common.on_first(lambda: common.write_keys(out / "kept.txt", keys))
         common.on_first(lambda: common.write_json(out / "balance.json", report))
         if rank() == 0:
@@ -1272,13 +1275,8 @@ def ablation_arms(cfg):
     fewer = round(seen * (1 - cfg.remove))  # --eps is refused
     for name in ("clip + filter", "clip-cid"):
         arms[f"{name}, equal epochs"] = {**arms[name], "samples": fewer}
-    if cfg.data == "emoji":  # other scenes: with embeddings of their own
-        for name in ("clip", "clip + filter", "clip-cid"):
-            easier = {**arms[name], "cache": ""}
-            arms[f"{name}, no noise"] = {**easier, "noise": 0.0}
-            arms[f"{name}, no duplicates"] = {**easier, "duplicates": 0.0, "long_tail": 0.0}
     cache = cfg.cache or str(Path(cfg.out, "embeddings"))
-    shared = {"samples": seen, "cache": cache, "stage": "distil"}
+    shared = {"samples": seen, "cache": cache, "stage": "distil", "filter": "balance"}
     return {name: {**shared, **fields} for name, fields in arms.items()}
 
 

@@ -20,6 +20,7 @@ import csv
 import dataclasses
 import datetime
 import functools
+import gc
 import gzip
 import html
 import io
@@ -37,6 +38,7 @@ import sys
 import tarfile
 import textwrap
 import time
+import traceback
 import unicodedata
 import warnings
 from dataclasses import dataclass, replace
@@ -68,26 +70,27 @@ class BadSample(Exception):
 def run_main(main, argv=None):
     """Call main(argv) and return the exit code.
 
-    0: done. 1: diverged. 2: what the user gave, or a file, cannot be used: one line on stderr.
-    130: Ctrl-C or SIGTERM.
+    0: done. 1: diverged, or a fault of ours. 2: what the user gave, or a file, cannot be used: one
+    line on stderr. 130: Ctrl-C or SIGTERM.
     """
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no such method
         sys.stdout.reconfigure(errors="replace")  # a console without κ or ± must not end a run
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a KeyboardInterrupt
     try:
         main(argv)
         return 0
     except BrokenPipeError:  # the reader of our output has gone, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # no later flush fails
         return 1
-    except (UserError, OSError, FloatingPointError, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as error:
+        told = isinstance(error, (UserError, OSError, FloatingPointError, KeyboardInterrupt))
+        if not told and not str(error).startswith("DataLoader "):  # has lost a process, or waits
+            traceback.print_exc()  # a fault of ours
+            return 1
         print(f"{Path(sys.argv[0]).name}: {str(error) or 'interrupted'}", file=sys.stderr)
         return {FloatingPointError: 1, KeyboardInterrupt: 130}.get(type(error), 2)
-    except RuntimeError as error:  # raised wherever the main process is when a loader process dies
-        if not str(error).startswith("DataLoader "):  # "Caught ...": an error of our code in it
-            raise
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        return 2
     finally:
+        gc.collect()  # the loader that an error has left: the exit would wait for its processes
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -148,8 +151,9 @@ def parse_command_line(config_class, description, argv=None):
         group.add_argument(flag(field.name), **argument(field))
     given = known_fields(config_class, vars(parser.parse_args(argv)))
     for field in fields:
-        if type(given.get(field.name)) in (int, float):  # a bool is an int as well
-            check_range(field, given[field.name])
+        values = given.get(field.name)
+        for value in values if isinstance(values, tuple) else (values,):
+            check_value(field, value)
     return given
 
 
@@ -171,10 +175,15 @@ def argument(field):
     return settings
 
 
-def check_range(field, value):
-    """UserError for a number outside of its range, by default from 0 on, of counts from 1."""
-    least = min(field.default or 0, isinstance(value, int))
-    least, most = field.metadata["allowed"] or (least, 1e12)
+def check_value(field, value):
+    """UserError for a text that is empty, as a shell variable that is not set, and for a number
+    outside of its range: by default from 0 on, of counts from 1 unless the default is lower."""
+    if value == "":
+        raise UserError(f"{flag(field.name)} is empty")
+    if type(value) not in (int, float):  # a bool is an int as well
+        return
+    default = 0 if isinstance(field.default, tuple) else field.default or 0
+    least, most = field.metadata["allowed"] or (min(default, isinstance(value, int)), 1e12)
     if not least <= value <= most:
         raise UserError(f"{flag(field.name)} {value:g}: must be from {least:g} to {most:g}")
 
@@ -199,7 +208,7 @@ class RunConfig:
     ablate: tuple[str, ...] = option((), "train and tabulate these arms (names in quotes, or all)")
     seeds: tuple[int, ...] = option((0, 1, 2), "seeds of the ablation")
     jobs: int = option(1, "runs of the ablation at a time: one a core, or one a GPU")
-    seed: int = option(0, "seed of weights, data order and augmentation")
+    seed: int = option(0, "seed of weights, data order and augmentation", (0, 1e9))
     device: str = option("auto", "auto, cuda, mps or cpu")
     workers: int = option(-1, "loader processes (-1: none for emoji, else up to 8 a process)")
     log_every: int = option(20, "steps between rows of log.csv")
@@ -220,9 +229,12 @@ def fill_config(config_class, recipe, given, folder):
     path = Path(out, "config.json")
     if given.get("resume") and path.is_file():
         try:
-            saved = known_fields(config_class, read_json(path)["config"])
+            config = read_json(path)["config"]
+            saved = known_fields(config_class, config)
+            if saved.keys() != config.keys():  # another script's, or an older one's
+                raise KeyError
         except (KeyError, TypeError, AttributeError):
-            raise UserError(f"{path} holds no config of a run: take another --out") from None
+            raise UserError(f"{path} holds no config of this script: take another --out") from None
     for name, value in given.items():
         if name not in FREE and saved.get(name, value) != value:
             raise UserError(f"{flag(name)} {value}: the run in {out} was started with "
@@ -601,7 +613,7 @@ def run_arms(cfg, given, arms, baselines, first=()):
             out = Path(cfg.out, name.replace(" ", "_"), f"seed{seed}")
             fields = {**alone, **arms[name], "seed": seed, "out": out}
             fill_config(type(cfg), {}, {**fields, "resume": True}, out)  # an old arm's flags hold
-            if not (out / "results.json").is_file():
+            if not (out / "results.json").is_file() and fields not in commands:
                 commands.append(fields)
     if commands:
         run_commands([{**alone, **fields} for fields in first], cfg.jobs)
@@ -641,7 +653,10 @@ def run_commands(commands, jobs):
                 raise
 
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(work, range(jobs)))
+        try:
+            list(pool.map(work, range(jobs)))
+        finally:
+            list(waiting)  # nobody takes another after Ctrl-C
 
 
 @contextlib.contextmanager
@@ -1196,7 +1211,7 @@ def clean_blip_question(text):
 
 # --------------------------------------------------------------------------------------- images
 
-IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
+IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 
 
 def open_image(source):
@@ -1360,10 +1375,9 @@ class TarShards:
 
     def __init__(self, root):
         shards = sorted(files_below(root, ".tar"))
-        train = [path for path in shards if not HELD_OUT.search(str(path.relative_to(root)))]
-        self.shards = train or shards
-        folders = sorted({str(path.parent) for path in self.shards})
-        self.opened = f"{len(self.shards)} shards in {' '.join(folders)}"
+        if root.name not in ("val", "test"):
+            shards = [path for path in shards if not HELD_OUT.search(str(path.relative_to(root)))]
+        self.shards, self.opened = shards, f"{len(shards)} shards below {root}"
         self.rows, self.keys, self.bad = load_index(Path(root), self.shards)
 
     def __len__(self):
@@ -1435,6 +1449,10 @@ KINDS = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "txt"
          "json": "json"}
 
 
+# between archives and behind them; more were never downloaded
+MOST_ZEROS = 2 * tarfile.RECORDSIZE
+
+
 def scan_shard(path, bad):
     """[(key, start and size of the image, start and size of the caption, whether that is json)].
 
@@ -1442,14 +1460,15 @@ def scan_shard(path, bad):
     """
     length, end, sound = path.stat().st_size, 0, False
     parts = collections.defaultdict(dict)  # key -> kind -> (start, size), or None where cut off
-    with contextlib.suppress(tarfile.TarError, OSError, ValueError), open(path, "rb") as file:
+    with contextlib.suppress(tarfile.TarError, ValueError), open(path, "rb") as file:
         if file.peek()[:2] == b"\x1f\x8b":
             raise UserError(f"{path} is compressed: unpack it first (gzip -d)")
         tar = tarfile.TarFile(fileobj=file, ignore_zeros=True)  # also what `cat a.tar b.tar` gives
         for member in tar:
             tar.members.clear()  # tarfile would keep all of them
             file.seek(end)
-            bad["in a damaged shard"] += any(file.read(member.offset - end))
+            gap = file.read(member.offset - end)
+            bad["in a damaged shard"] += len(gap) > MOST_ZEROS or any(gap)
             end = tar.offset
             key, _, extension = member.name.rpartition(".")
             kind = KINDS.get(extension.lower())
@@ -1459,7 +1478,7 @@ def scan_shard(path, bad):
                 parts[key].setdefault(kind, (member.offset_data, member.size) if whole else None)
         file.seek(end)
         rest = file.read()
-        sound = rest and not any(rest)  # a sound archive ends with blocks of zeros
+        sound = 0 < len(rest) < MOST_ZEROS and not any(rest)  # a sound archive ends with zeros
     samples = []
     for key, places in parts.items():
         image, caption = places.get("image"), places.get("txt") or places.get("json")
@@ -1475,8 +1494,9 @@ def scan_shard(path, bad):
     return samples
 
 
-RECORD = {"captions": {"key", "image", "captions"},
-          "questions": {"key", "image", "question", "answers"}}
+# what a record holds: texts, and a list of texts
+RECORD = {"captions": (["key", "image"], "captions"),
+          "questions": (["key", "image", "question"], "answers")}
 
 
 class Listed:
@@ -1494,10 +1514,10 @@ class Listed:
         try:
             head = json.loads(read_bytes(path, 0, self.ends[0]))
             self.kind, self.answers = head["kind"], head.get("answers")
-            self.needed = RECORD[self.kind]
-            if head["samples"] != len(self):
-                raise ValueError
+            self.texts, self.list = RECORD[self.kind]
             self.bad = collections.Counter(head["unusable"])
+            if head["samples"] != len(self) or self.bad.total() < 0:
+                raise ValueError
             self.command = (f"run python data/prepare.py {head['name']} "
                             f"{shlex.quote(os.path.normpath(folder / head['root']))} "
                             f"--out {shlex.quote(str(folder))}")
@@ -1505,7 +1525,7 @@ class Listed:
                 file = folder / source["file"]
                 if file.exists() and stamp(file) != [source["size"], source["time"]]:
                     raise UserError(f"{file} has changed since {path} was made: {self.command}")
-        except (ValueError, KeyError, TypeError, IndexError):
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError):
             raise UserError(f"{path} is no list of data/prepare.py, or not whole") from None
 
     def __len__(self):
@@ -1516,10 +1536,11 @@ class Listed:
         start, end = self.ends[i:i + 2]
         try:
             record = json.loads(read_bytes(self.path, start, end - start))
-            if self.needed <= record.keys():
+            texts = [*(record[name] for name in self.texts), *record[self.list]]
+            if isinstance(record[self.list], list) and set(map(type, texts)) == {str}:
                 return record
             raise ValueError
-        except (ValueError, AttributeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{self.path}, line {i + 2}, is damaged: {self.command}") from None
 
     def key(self, i):
@@ -1530,7 +1551,7 @@ class Listed:
         image = read_bytes(self.path.parent / record["image"])
         if self.kind == "questions":
             return image, (record["question"], record["answers"])
-        return image, record["captions"]
+        return image, record["captions"]  # none in a test split
 
     def question_kind(self, i):
         return self.record(i).get("kind")
@@ -1606,9 +1627,6 @@ class ImageFolder:
         path, label = self.images[i]
         return read_bytes(path), label
 
-    def key(self, i):
-        return self.images[i][0]
-
 
 def imagenet_names(folders):
     """The class names of folders that are called by wnid (n01440764)."""
@@ -1645,7 +1663,7 @@ class TorchvisionSet(ConcatDataset):
         try:
             make = getattr(import_torchvision().datasets, made)
             super().__init__([make(str(root), part) for part in parts])
-        except (ImportError, RuntimeError, OSError) as error:
+        except Exception as error:  # its readers raise many types
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"{name} cannot be read from {root} ({reason}); get it with: python -c \"import "
@@ -1656,7 +1674,7 @@ class TorchvisionSet(ConcatDataset):
     def __getitem__(self, i):
         try:
             return super().__getitem__(i)
-        except (OSError, SyntaxError, ValueError) as error:
+        except Exception as error:
             raise BadSample("corrupt image") from error
 
 
@@ -1669,7 +1687,7 @@ def parts_of(data):
     """["coco", "coco", "cc3m"] of --data "coco*2+cc3m". UserError for what is none."""
     names = []
     for part in data.split("+"):
-        match = re.fullmatch(r"([^*]+)(?:\*([1-9]\d*))?", part.strip())
+        match = re.fullmatch(r"([^*]+?)(?: *\* *([1-9]\d{0,3}))?", part.strip())
         if not match or match[1] in names or (match[1] == "emoji" and data != "emoji"):
             raise UserError(f"--data {data}: {part!r} is no NAME or NAME*2 (a whole number), or "
                             "cannot be mixed in")
@@ -1784,6 +1802,8 @@ def evaluation_sets(cfg, image_size, split):
             found.update(emoji_sets(cfg, image_size, split))
             continue
         label = Path(name).name
+        if label in found:
+            raise UserError(f"--eval-data: two sets are called {label}")
         data = open_set(label, data_folder(cfg, name), split)
         if data is not None:
             found[label] = data
@@ -1830,7 +1850,7 @@ def example_images(sets, image_size, count, resize=resize_center_crop):
     for data in sets.values():
         if data.kind == "captions":
             for images, _, captions in eval_loader(data, image_size, count, 0, resize):
-                return images, [min(texts, key=len) for texts in captions]
+                return images, [min(texts, key=len, default="") for texts in captions]
     return None
 
 
@@ -1871,6 +1891,8 @@ class TrainSamples:
             rng = np.random.default_rng((self.seed, epoch, index))
             try:
                 source, texts = self.data[index]
+                if not texts:
+                    raise BadSample("without caption")
                 image = random_resized_crop(source, self.image_size, rng, self.crop_scale)
             except BadSample as error:
                 reason = error
@@ -2120,7 +2142,6 @@ def zero_shot(features, labels, classifier):
     earlier = torch.arange(len(classifier), device=labels.device) < labels
     # not "greater": a score that is not a number beats all, and is beaten by all
     ahead = (~(scores <= own) | (scores == own) & earlier).sum(1)
-    ahead = ahead.masked_fill(own.isnan().squeeze(1), 5)  # with fewer than five classes too
     return {"top1": percent(ahead == 0), "top5": percent(ahead < 5)}
 
 
@@ -2232,17 +2253,12 @@ def linear_probe(train, test, classes):
 
     A split is (features (N, D), labels (N,)). The inverse regularisation (scikit-learn's C:
     minimise C * sum of losses + |W|^2 / 2) is chosen on every fifth training image, then all are
-    fitted anew. UserError where a feature is no finite number.
+    fitted anew.
     """
     def accuracy(train, test, c):
         x, y = test
         return percent(fit_logistic(*train, classes, c)(x).argmax(1) == y)
 
-    for features, _ in (train, test):
-        broken = (~features.isfinite().all(1)).nonzero()
-        if len(broken):
-            raise UserError(f"linear probe: image {broken[0].item()} (from 0, of those that can be "
-                            "read) has features that are no finite numbers")
     x, y = train
     held = torch.arange(len(y)) % 5 == 4
     scores = {c: accuracy((x[~held], y[~held]), (x[held], y[held]), c) for c in STRENGTHS}
@@ -2270,19 +2286,11 @@ def fit_logistic(x, y, classes, c):
 
 
 def test_checkpoint(cfg, size, encoders):
-    """--evaluate, --linear-probe: {key: {"<set>_<metric>": value}} of the test sets.
-
-    The mean of several sets' zero-shot top-1 accuracies is added.
-    """
+    """--evaluate, --linear-probe: {key: {"<set>_<metric>": value}} of the test sets."""
     sets = evaluation_sets(cfg, size.image_size, "test")
     training = evaluation_sets(cfg, size.image_size, "train") if cfg.linear_probe else {}
-    cells = score_sets(encoders, size.tokenizer(), sets, size.image_size, loader_workers(cfg),
-                       training)
-    for cell in cells.values():
-        top1 = [cell[f"{name}_top1"] for name, data in sets.items() if data.kind == "classes"]
-        if len(top1) > 1:
-            cell["mean_top1"] = sum(top1) / len(top1)
-    return cells
+    return score_sets(encoders, size.tokenizer(), sets, size.image_size, loader_workers(cfg),
+                      training)
 
 
 def validate(run, model, encoders, sets, state):
@@ -2531,10 +2539,10 @@ def vqa_accuracy(answer, human_answers):
 def caption_scores(data, image_size, generate, workers=0):
     """{"bleu1" ... "bleu4" in percent, "cider": 100 x CIDEr-D} of a set, by COCO's formulas.
 
-    generate: (B, 3, S, S) uint8 -> list of B captions. Images that cannot be read are left out.
-    Without references (a test split) nothing is scored: {}. The domains of a list (nocaps') add
-    "cider_in", "cider_near" and "cider_out": each is scored as a set of its own, with its own
-    document frequencies, as is usual for nocaps. So "cider" is not their mean.
+    generate: (B, 3, S, S) uint8 -> list of B captions. Images that cannot be read are left out,
+    counted as "unreadable". Without references (a test split) nothing is scored: {}. The domains of
+    a list (nocaps') add "cider_in", "cider_near" and "cider_out": each is scored as a set of its
+    own, with its own document frequencies, as is usual for nocaps. So "cider" is not their mean.
     """
     captions, references, places = [], [], []
     for images, indices, targets in batches(data, image_size, workers, "captioning"):
@@ -2543,7 +2551,8 @@ def caption_scores(data, image_size, generate, workers=0):
         places += indices
     if not any(references):
         return {}
-    scores = {f"bleu{n}": 100 * value for n, value in enumerate(bleu(references, captions), 1)}
+    scores = unreadable(data, places)
+    scores |= {f"bleu{n}": 100 * value for n, value in enumerate(bleu(references, captions), 1)}
     scores["cider"] = 100 * cider_d(references, captions).mean()
     domains = [data.record(i).get("domain") for i in places] if isinstance(data, Listed) else []
     for domain in sorted(set(domains) - {None}):
@@ -2653,23 +2662,6 @@ def plot_grid(path, rows, names, captions, title):
     for axis, caption in zip(axes.flat, captions):
         axis.set_title(fold(caption), loc="left", fontsize=9)
     figure.savefig(path)
-
-
-def plot_captions(path, images, captions, title):
-    """Images (n, 3, S, S) uint8; above each its captions, of {who: n strings}."""
-    above = []
-    for texts in zip(*captions.values()):
-        above.append("\n".join(f"{who}: {text}" for who, text in zip(captions, texts)))
-    rows = images.split(4)
-    plot_grid(path, rows, [""] * len(rows), above, title)
-
-
-def overlay(images, attention):
-    """Images (n, 3, S, S) uint8, dark but where attention (n, g, g) is, on a scale of its own."""
-    light = F.interpolate(attention[:, None], images.shape[-2:], mode="bicubic")
-    light = light - light.amin((2, 3), keepdim=True)
-    light = light / light.amax((2, 3), keepdim=True).clamp(min=1e-12)
-    return (images * (0.15 + 0.85 * light)).to(torch.uint8)
 
 
 @picture

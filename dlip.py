@@ -224,9 +224,10 @@ def configure(argv=None):
 def check(cfg):
     """UserError for values that contradict each other."""
     tunes = cfg.stage in ("finetune", "evaluate")
-    if cfg.data != "emoji" and (cfg.stage == "all" or cfg.ablate):
-        raise UserError(f"--stage all and --ablate are for emoji: with --data {cfg.data} the "
-                        "stages are run one by one, each with its data")
+    whole = cfg.stage == "all"
+    if (whole or cfg.ablate) and not (whole and cfg.data == "emoji"):
+        raise UserError(f"--data {cfg.data}: --stage all, and --ablate, which needs it, are for "
+                        "emoji; with others the stages are run one by one, each with its data")
     if tunes and ("vqa" in cfg.task) != (cfg.data == "vqav2") and cfg.data != "emoji":
         raise UserError(f"--task {' '.join(cfg.task)} is not for --data {cfg.data}: vqav2 has "
                         "questions, the others captions")
@@ -1159,11 +1160,14 @@ PUBLISHED = {768: VIT["base"], 1024: VisionSize(1024, 24, 16)}
 
 def blip_size(checkpoint, weights):
     """BLIPSize: as saved with ours, else that of a published BLIP."""
-    saved = checkpoint.size or {}
+    saved = checkpoint.size
     positions = weights.get("visual_encoder.pos_embed")
-    if "vision" in saved:
-        return BLIPSize(VisionSize(**saved["vision"]), TextSize(**saved["text"]),
-                        saved["embed_dim"])
+    if saved:
+        try:
+            return BLIPSize(VisionSize(**saved["vision"]), TextSize(**saved["text"]),
+                            saved["embed_dim"])
+        except (KeyError, TypeError):
+            raise UserError(f"{checkpoint.path} does not say the sizes of a BLIP") from None
     if positions is None or positions.shape[2] not in PUBLISHED:
         raise UserError(f"{checkpoint.path}: these are no weights of a BLIP")
     vision = PUBLISHED[positions.shape[2]]
@@ -1567,7 +1571,9 @@ def metrics_of(asked, data, rerank_k, answers=None):
         answer = partial(asked.answer, data.answers)
         given, metrics = common.answer_questions(data, cfg.image_size, answer, workers)
         if "accuracy" not in metrics:
-            given = [{**each, "question_id": int(each["question_id"])} for each in given]
+            for each in given:  # VQAv2's are numbers
+                number = each["question_id"]
+                each["question_id"] = int(number) if number.isdecimal() else number
             common.write_json(answers, given)
         return common.prefixed("vqa", metrics)
     return common.caption_scores(data, cfg.image_size, asked.caption, workers)
@@ -1691,11 +1697,22 @@ def draw_pictures(folder, cfg, models, captioners):
     sets = task_sets(cfg, "caption", "test")
     images, captions = common.example_images(sets, cfg.image_size, 8, common.resize_whole)
     if captioners:
-        said = {who: asked.caption(images) for who, asked in captioners.items()}
-        common.plot_captions(folder / "captions.png", images, {"reference": captions, **said},
-                             "captions of test images")
+        above = [f"reference: {text}" for text in captions]
+        for who, asked in captioners.items():
+            above = [f"{said}\n{who}: {text}" for said, text in zip(above, asked.caption(images))]
+        rows = images.split(4)
+        common.plot_grid(folder / "captions.png", rows, [""] * len(rows), above,
+                         "captions of test images")
     if "retrieval" in cfg.task:
         draw_attention(folder / "attention.png", models, images, captions)
+
+
+def overlay(images, attention):
+    """Images (n, 3, S, S) uint8, dark but where attention (n, g, g) is, on a scale of its own."""
+    light = F.interpolate(attention[:, None], images.shape[-2:], mode="bicubic")
+    light = light - light.amin((2, 3), keepdim=True)
+    light = light / light.amax((2, 3), keepdim=True).clamp(min=1e-12)
+    return (images * (0.15 + 0.85 * light)).to(torch.uint8)
 
 
 def draw_attention(path, models, images, captions):
@@ -1716,7 +1733,7 @@ def draw_attention(path, models, images, captions):
         maps = maps[range(len(images)), places, 1:].cpu()  # without CLS
         side = math.isqrt(maps.shape[1])
         maps = maps.unflatten(1, (side, side))
-        rows.append(common.overlay(images, maps))
+        rows.append(overlay(images, maps))
     title = "cross-attention of a word to the image, last layer of the fusion encoder"
     common.plot_grid(path, rows, ["image", *models], words, title)
 

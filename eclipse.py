@@ -99,7 +99,8 @@ class Config(common.RunConfig):  # data, out, resume, ablate, seed, device, ...
     text_grad: str = option("online", "whose contrastive loss trains the text encoder (A2)",
                             ["momentum", "online", "both"])
     kd_weight: float = option(1.0, "λ, weight of the distillation loss")
-    kd_ramp: tuple[float, ...] = option((0.1, 0.3), "λ rises between these fractions of training")
+    kd_ramp: tuple[float, ...] = option((0.1, 0.3), "λ rises between these fractions of training",
+                                         (0, 1))
     ema: float = option(0.99, "momentum of the teacher per step (0: a copy of the student)", (0, 1))
 
     preset: str = option("demo", "sizes of both towers", list(common.PRESETS), section="model")
@@ -169,7 +170,7 @@ def configure(argv=None):
     name = "kept_tokens" if asked.evaluate else asked.method
     stem = "runs/ablation" if asked.ablate else f"runs/{name}-{asked.data}"
     cfg = common.fill_config(Config, recipe, given, stem)
-    if len(cfg.kd_ramp) != 2 or not 0 <= cfg.kd_ramp[0] <= cfg.kd_ramp[1] <= 1:
+    if len(cfg.kd_ramp) != 2 or cfg.kd_ramp[0] > cfg.kd_ramp[1]:
         raise UserError("--kd-ramp takes two fractions of training, the smaller one first")
     if cfg.text_teacher == "momentum" and cfg.text_grad != "online":
         raise UserError("--text-teacher momentum needs --text-grad online: the loss of its own "

@@ -46,7 +46,9 @@ class Lists:
     """The lists in the making: records, and what could not be used, of each split."""
 
     def __init__(self, root, out):
-        self.root, self.out = root.absolute(), out.absolute()
+        self.root, self.out = (Path(os.path.abspath(folder)) for folder in (root, out))
+        # not of what is reached by a link, from where .. leads elsewhere
+        self.relative = self.root == self.out == self.out.resolve()
         self.sources, self.first = {}, {}
         self.lines = defaultdict(dict)  # by key
         self.bad = defaultdict(Counter)  # samples, by reason
@@ -63,7 +65,7 @@ class Lists:
 
     def place(self, path):
         """A path as the lists hold it."""
-        return os.path.relpath(path, self.out) if self.out == self.root else str(path)
+        return os.path.relpath(path, self.out) if self.relative else str(path)
 
     def read(self, path, **options):
         """What a json file holds."""
@@ -95,6 +97,8 @@ class Lists:
         kind = "questions" if self.answers else "captions"
         head = {"name": name, "kind": kind, "made_from": list(self.sources.values()),
                 "root": os.path.relpath(self.root, self.out), "answers": self.answers}
+        for split in ("train", "val", "test", "test-dev"):  # of another time
+            (self.out / f"{split}.jsonl").unlink(missing_ok=True)
         for split in self.lines | self.bad:
             lines, bad, path = self.lines[split], self.bad[split], self.out / f"{split}.jsonl"
             if not lines:

@@ -322,7 +322,12 @@ def test_damaged_and_joined_shards(tmp_path):
         assert all(data[i][0][4:].decode() == data[i][1][0][4:] for i in range(len(data)))
     (tmp_path / "1.tar").write_bytes(b"<html>404</html>" * 100)
     (tmp_path / "2.tar").write_bytes(b"")
-    assert TarShards(tmp_path).bad["in a damaged shard"] == data.bad["in a damaged shard"] + 2
+    for name, zeros in ("3.tar", slice(10 ** 5, None)), ("4.tar", slice(10 ** 5, 2 * 10 ** 5)):
+        path = write_tar(tmp_path / name, pairs(*range(500)))
+        content = bytearray(path.read_bytes())  # room that a download has not filled yet
+        content[zeros] = bytes(len(content[zeros]))
+        path.write_bytes(content)
+    assert TarShards(tmp_path).bad["in a damaged shard"] == data.bad["in a damaged shard"] + 4
 
 
 def test_index_is_cached_and_follows_the_shards(tmp_path, monkeypatch):
@@ -371,7 +376,9 @@ def test_what_is_for_validation_is_not_trained_on(tmp_path, capsys):
     keys = ["cc3m-train-0000/cc3m-train-0000", "link/latest/linked"]
     assert [data.key(i) for i in range(len(data))] == keys
     out = capsys.readouterr().out
-    assert f"train: 2 images with captions, of 2 shards in {root} {root}/link" in out
+    assert f"train: 2 images with captions, of 2 shards below {root}" in out
+    write_tar(tmp_path / "only" / "val" / "0.tar", pairs("v"))
+    assert "no captioned images" in refusal(training_set, config(data="x", root=tmp_path / "only"), 8)
 
 
 # ---------------------------------------------------------------------------- classes, questions
@@ -482,7 +489,7 @@ def test_a_mixture_is_its_parts_one_after_another(corpora, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [
-    "coco*0", "coco*-1", "coco*two", "coco*", "coco*0.5", "coco+coco*2", "coco+", "+coco",
+    "coco*0", "coco*99999", "coco*-1", "coco*two", "coco*", "coco*0.5", "coco+coco*2", "coco+", "+coco",
     "coco+emoji", "emoji*2", "coco*2*3", "coco+vg", "nowhere"])
 def test_data_that_is_none(tmp_path, name):
     refusal(training_set, config(data=name, root=tmp_path if "+" in name else None), 8)
@@ -507,6 +514,8 @@ def test_evaluation_sets(corpora):
     folder = config(data="coco", root=corpora / "coco", eval_data=(str(corpora / "sbu"),))
     assert list(evaluation_sets(folder, 8, "val"))[0] == "sbu"
     assert "no test split" in refusal(evaluation_sets, folder, 8, "test")
+    twice = config(eval_data=(str(corpora / "coco"), f"{corpora}/./coco"))
+    assert "two sets are called coco" in refusal(evaluation_sets, twice, 8, "test")
     assert list(evaluation_sets(config(data="mine+sbu", root=corpora), 8, "val")) == ["mine", "sbu"]
     only_classes = config(data="mine", root=corpora / "mine", eval_data=(str(corpora / "classes"),))
     write_classes(corpora / "classes", ["a", "b"])

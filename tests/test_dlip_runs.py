@@ -353,7 +353,7 @@ ERRORS = {
     "--image-size 42": "42 8",
     "--scenes 8": "8 16 --batch-size",
     "--out {wrong}/file": "{wrong}/file",
-    "--ablate nothing": "nothing vlp all",
+    "--ablate nothing": "nothing vlp all", "--ablate vlp --stage distil": "--ablate --stage", "--lr -1": "--lr -1",
     "--teacher {wrong}/missing.pt": "{wrong}/missing.pt",
     "--teacher {wrong}/cut.pt": "{wrong}/cut.pt",
     "--teacher {wrong}": "{wrong}",

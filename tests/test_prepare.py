@@ -335,7 +335,11 @@ def test_lists_that_have_aged(tmp_path):
     run("coco", tmp_path / "a b", "--out", tmp_path / "lists")
     path = tmp_path / "lists" / "train.jsonl"
     lines = path.read_text().splitlines(keepends=True)
-    for line in (lines[3][:20] + "\n", lines[3].replace("captions", "captains"), "[3]\n"):
+    record = json.loads(lines[3])
+    edited = [json.dumps({**record, **change}) + "\n" for change in (
+        {"captions": "a dog"}, {"captions": [5]}, {"captions": None}, {"key": 5}, {"image": None})]
+    for line in (lines[3][:20] + "\n", lines[3].replace("captions", "captains"), "[3]\n",
+                 "[" * 10 ** 5 + "\n", *edited):
         path.write_text("".join([*lines[:3], line, *lines[4:]]))
         data = Listed(path)
         with pytest.raises(UserError, match="line 4, is damaged"):
@@ -352,6 +356,20 @@ def test_lists_that_have_aged(tmp_path):
         path.write_text(text)
         with pytest.raises(UserError, match="is no list of data/prepare.py, or not whole"):
             Listed(path)
+
+
+def test_a_folder_on_another_disk_and_lists_of_another_time(tmp_path):
+    folder = tmp_path / "data" / "vqav2"
+    write_images(tmp_path / "data" / "coco", ["test2015/000000000001.jpg"])  # beside the link
+    (tmp_path / "a" / "disk").mkdir(parents=True)
+    folder.symlink_to(tmp_path / "a" / "disk")
+    write_json(folder / "answer_list.json", ["yes"])
+    write_json(folder / "v2_OpenEnded_mscoco_test2015_questions.json",
+               {"questions": [{"question_id": 1, "question": "Is it?", "image_id": 1}]})
+    (folder / "val.jsonl").write_text("")
+    lists = run("vqav2", folder)
+    assert samples_of(lists["test"]) == {"1": (b"image test2015/000000000001.jpg", ("Is it?", []))}
+    assert lists.keys() == {"test"}
 
 
 def test_main_script(tmp_path, capsys):
