@@ -629,6 +629,7 @@ def run_arms(cfg, given, arms, baselines, first=()):
             print(f"\ndifference to {arm!r}, subtracted seed by seed (in how many it is positive)")
             path = Path(cfg.out, f"difference_to_{arm.replace(' ', '_')}.md")
             print_table(over_seeds(found, found[arm]), path)
+    print(f"tables and runs: {cfg.out}")
     return found
 
 
@@ -713,7 +714,8 @@ def to_flags(fields):
 
 
 def over_seeds(found, baseline=()):
-    """{"arm: cell": {metric: "mean ± std (positive/seeds)"}}; the std is the sample's.
+    """{"arm: cell": {metric: "mean ± std"}}, of differences with " (positive/seeds)"; the std is
+    the sample's.
 
     found: {arm: [results.json]}, each with its seed; baseline: the runs of the arm whose first
     cell is subtracted, seed by seed; what it lacks is left out.
@@ -730,7 +732,9 @@ def over_seeds(found, baseline=()):
                 x = x[~np.isnan(x)]
                 if len(x):
                     std = x.std(ddof=min(1, len(x) - 1))
-                    row[metric] = f"{shown(x.mean())} ± {shown(std)} ({sum(x > 0)}/{len(x)})"
+                    row[metric] = f"{shown(x.mean())} ± {shown(std)}"
+                    if baseline:
+                        row[metric] += f" ({sum(x > 0)}/{len(x)})"
     return table
 
 
@@ -1166,7 +1170,7 @@ class BertTokenizer(Tokenizer):
         self._tokens, self.vocab_size = tokens, len(tokens)
         self._ids = {token: i for i, token in enumerate(tokens)}
         specials = map(self._ids.get, BERT_SPECIALS)
-        self.pad, self.unk, self.cls, self.sep, self.mask, self.dec, self.enc = specials
+        self.pad, self.unk, self.cls, self.sep, _, self.dec, self.enc = specials
         self.first, self.last = self.cls, self.sep
 
     def encode(self, text):
@@ -1703,9 +1707,9 @@ def data_folder(cfg, name):
     parts, folder = set(parts_of(cfg.data)), DATA / name
     if cfg.root and name in parts:
         folder = Path(cfg.root, name if len(parts) > 1 else "")
-    elif Path(name).name != name or not folder.is_dir():
+    elif Path(name).name != name or not (folder.is_dir() or name in TORCHVISION):
         folder = Path(name)
-    if not folder.is_dir():
+    if not folder.is_dir() and name not in TORCHVISION:  # which say how they are downloaded
         raise UserError(f"no folder {folder} (a set NAME belongs into {DATA}/NAME, or "
                         "anywhere with --root FOLDER: see data/README.md)")
     return folder
@@ -1810,6 +1814,8 @@ def evaluation_sets(cfg, image_size, split):
         elif split == "test" and name not in parts:
             raise UserError(f"--eval-data {name} has no test split: a list test.jsonl, or shards "
                             "in test/ (see data/README.md)")
+    if split == "test" and not found and rank() == 0:
+        print("no test set: nothing will be scored at the end (--eval-data names one)")
     return found
 
 

@@ -1397,8 +1397,9 @@ LOG_COLUMNS = """step epoch lr alpha loss itc itm lm hr_img hr_text hr_vl_e hr_v
     logit_scale val_retrieval val_caption val_vqa""".split()
 
 
-def train(cfg):
-    """Train, validate after every epoch, save the student; a run folder of its own.
+def train(cfg, stages):
+    """Train, validate after every epoch, save the student; a run folder of its own. stages: the Run
+    it is part of, whose config.json is written when all has been found to fit.
 
     With cfg.resume, which run_stages sets (--out itself asks for --resume), what is done is not
     done again, and what was interrupted goes on.
@@ -1422,6 +1423,7 @@ def train(cfg):
     steps_per_epoch = len(samples) // cfg.batch_size
     steps = max(1, round(cfg.epochs * steps_per_epoch))
     loader = common.train_loader(samples, cfg, steps, state["step"], device)
+    stages.write_config()
     run.start(state["step"])
     student.visual_encoder.grad_checkpoint = cfg.grad_checkpoint
     if cfg.compile:
@@ -1623,22 +1625,24 @@ def run_stages(cfg):
     """What --stage names, in folders below --out; common.Run refuses one that holds a run already,
     unless --resume."""
     device = common.start_device(cfg.device, cfg.seed)
-    teacher = teacher_file(cfg) if distils(cfg) and not cfg.init else None
-    for path in (cfg.init, teacher, cfg.vision_init):
-        common.read_checkpoint(path)  # before anything is written
-    common.Run(cfg, None, ()).write_config()
+    stages = common.Run(cfg, None, ())
+    if not cfg.init:  # what does not fit is said before the teacher's command starts
+        tokenizer = tokenizer_of(cfg)
+        build(cfg, tokenizer)
+        load_teacher(cfg, tokenizer, device)
     beside = teacher_command(cfg) if rank() == 0 else None
     with common.command_beside(__file__, beside) if beside else nullcontext():
         if not cfg.init:
             stage = "teacher" if cfg.stage == "teacher" else "distil"
             # reads captions, validates by retrieval
             train(replace(cfg, stage=stage, task=("retrieval",), out=f"{cfg.out}/{stage}",
-                          resume=True))
+                          resume=True), stages)
         if cfg.stage in ("all", "finetune"):
             for own in finetunings(cfg).values():
-                train(own)
+                train(own, stages)
     if cfg.stage in ("all", "evaluate"):
         common.on_first(partial(evaluate, cfg, device))
+        stages.write_config()
 
 
 def open_predictor(path, cfg, device, need=()):

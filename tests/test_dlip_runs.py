@@ -387,7 +387,7 @@ def test_user_errors_are_one_line(flags, teacher, words_blip, wrong, whole, tmp_
     message = error("dlip", *start, *flags.format(**names).split(), *out)
     missing = [word for word in ERRORS[flags].format(**names).split() if word not in message]
     assert not missing, message
-    assert not list((tmp_path / "run").glob("*/log.csv")), "the error came after training"
+    assert not list((tmp_path / "run").glob("**/*.*[nv]")), "the same --out is refused then"  # json, csv
 
 
 # ------------------------------------------------------------------------------------ real files
