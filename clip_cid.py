@@ -931,7 +931,7 @@ def balance(cfg, embeddings, device):
                       "where the largest holds much of the data, lower --eps or --remove")
                 stays = torch.zeros(len(rows)).index_fill_(0, chosen, 1)
                 draw_groups(out / "balance.png", embeddings, rows, group, stays,
-                            "image semantic balance: the largest groups, what stays first")
+                            "semantic balance: of the largest groups 12 each, what stays first")
     return common.listed(embeddings.keys, out / "kept.txt")
 
 

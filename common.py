@@ -1379,9 +1379,10 @@ class TarShards:
 
     def __init__(self, root):
         shards = sorted(files_below(root, ".tar"))
-        if root.name not in ("val", "test"):
-            shards = [path for path in shards if not HELD_OUT.search(str(path.relative_to(root)))]
-        self.shards, self.opened = shards, f"{len(shards)} shards below {root}"
+        train = [path for path in shards if not HELD_OUT.search(str(path.relative_to(root)))]
+        if not train and root.name in ("val", "test"):
+            train = shards
+        self.shards, self.opened = train, f"{len(train)} shards below {root}"
         self.rows, self.keys, self.bad = load_index(Path(root), self.shards)
 
     def __len__(self):
@@ -1897,8 +1898,8 @@ class TrainSamples:
             rng = np.random.default_rng((self.seed, epoch, index))
             try:
                 source, texts = self.data[index]
-                if not texts:
-                    raise BadSample("without caption")
+                if not texts:  # captions, or questions with their answers
+                    raise BadSample("without text")
                 image = random_resized_crop(source, self.image_size, rng, self.crop_scale)
             except BadSample as error:
                 reason = error
@@ -2328,7 +2329,7 @@ def write_results(run, encoders, sets, state, device):
         "best_validation": state["best"],
     })
     print_table(cells)
-    plot_curves(run.path("curves.png"), f"{cfg.method} on {cfg.data}")
+    plot_curves(run.path("curves.png"), f"{cfg.method} on {cfg.data}: losses, validation in %")
     first, *_ = encoders.values()
     draw_retrieval(run.path("retrieval.png"), first, tokenizer, sets, side)
     print(f"pictures, tables and checkpoints: {run.folder}")
@@ -2641,7 +2642,7 @@ def new_figure(rows, columns, size, title):
     from matplotlib.figure import Figure
 
     figure = Figure(size, layout="compressed")
-    figure.suptitle(title)
+    figure.suptitle(title, fontsize=size[0])
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 

@@ -1221,8 +1221,8 @@ def open_blip(path, cfg, tokenizer, *how):
 def build(cfg, tokenizer):
     """DLIP around a new student, or around the one of --init."""
     if cfg.stage == "finetune":
-        untie = "vqa" in cfg.task
-        student = open_blip(cfg.init, cfg, tokenizer, NEEDED[cfg.task[0]], untie)
+        student = open_blip(cfg.init, cfg, tokenizer, NEEDED[cfg.task[0]],
+                            "vqa" in cfg.task)  # whose two text networks are untied
     else:
         student = BLIP(size_of(cfg, tokenizer))
         if cfg.vision_init:
@@ -1329,8 +1329,6 @@ class AnsweredQuestions:
 
     def __getitem__(self, i):
         image, (question, answers) = self.data[i]
-        if not answers:
-            raise common.BadSample("without answer")
         return image, [(question, answer) for answer in answers]
 
 
@@ -1475,7 +1473,8 @@ def finish(run, student, state):
         student.half()
     run.save_model("blip.pt", student)
     common.write_json(run.path("results.json"), {"seed": cfg.seed, **state})
-    common.plot_curves(run.path("curves.png"), f"{cfg.stage} on {cfg.data}")
+    common.plot_curves(run.path("curves.png"),
+                       f"{cfg.stage} on {cfg.data}: losses, validation in %")
 
 
 # ------------------------------------------------------------------------ evaluation, pictures
@@ -1514,8 +1513,7 @@ class Predictor:
         """
         ids = common.trim_padding(ids, 4)
         with self.amp:
-            fused = self.blip.fuse(ids, states)
-            return self.blip.match(fused.states)[:, 1]
+            return self.blip.match(self.blip.fuse(ids, states).states)[:, 1]
 
     def caption(self, image):
         """Captions by beam search, 3 beams, 5 to 20 tokens [BLIP] of which [DEC] and the prompt are

@@ -762,7 +762,7 @@ def ablation_arms(cfg):
     if cfg.data == "emoji":
         for noise in (0, 0.2, 0.6):
             for method in ("clip", "eclipse"):
-                arms[f"noise {noise}, {method}"] = {"noise": noise, "method": method}
+                arms[f"noise {noise}, {method}"] = {**arms[method], "noise": noise}
     return arms
 
 
