@@ -13,9 +13,6 @@ pixels.
 
 import argparse
 import bisect
-import collections
-import concurrent.futures
-import contextlib
 import csv
 import dataclasses
 import datetime
@@ -41,7 +38,10 @@ import time
 import traceback
 import unicodedata
 import warnings
-from dataclasses import dataclass, replace
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -215,8 +215,7 @@ class RunConfig:
 
 
 # Flags that may differ when a run goes on.
-FREE = {"out", "resume", "root", "cache", "device", "workers", "log_every", "seeds", "ablate",
-        "jobs"}
+FREE = "out resume root cache device workers log_every seeds ablate jobs".split()
 
 
 def fill_config(config_class, recipe, given, folder):
@@ -362,7 +361,7 @@ def replace_file(path, write):
         raise UserError(f"{path} cannot be written: {reason}") from error
 
 
-@contextlib.contextmanager
+@contextmanager
 def writing(path):
     """UserError, naming the file, where what happens inside cannot be written to it."""
     try:
@@ -430,24 +429,21 @@ class Run:
 
     def __init__(self, cfg, size, columns):
         self.folder, self.cfg, self.size, self.columns = Path(cfg.out), cfg, size, columns
-        if rank() == 0 and self.path("config.json").exists() and not cfg.resume:
+        if rank() == 0 and (self.folder / "config.json").exists() and not cfg.resume:
             raise UserError(f"{cfg.out} holds a run: go on with --resume, or choose another --out")
-
-    def path(self, name):
-        return self.folder / name
 
     def write_config(self):
         """config.json, unless the run that goes on has left it."""
-        path = self.path("config.json")
+        path = self.folder / "config.json"
         if rank() == 0 and not path.exists():
-            write_json(path, {"config": dataclasses.asdict(self.cfg), "environment": environment()})
+            write_json(path, {"config": asdict(self.cfg), "environment": environment()})
 
     def start(self, step):
         """config.json and log.csv; later rows of an interrupted run are dropped."""
         self.write_config()
         if rank() > 0:
             return
-        path = self.path("log.csv")
+        path = self.folder / "log.csv"
         rows = read_csv(path) if path.exists() else []
         lines = [self.columns, *(row.values() for row in rows if int(row["step"]) <= step)]
         write_text(path, "".join(",".join(cells) + "\n" for cells in lines))
@@ -456,14 +452,14 @@ class Run:
         """Append a row to log.csv; absent columns stay empty."""
         cells = [f"{row[name]:.8g}" if name in row else "" for name in self.columns]
         if rank() == 0:
-            path = self.path("log.csv")
+            path = self.folder / "log.csv"
             with writing(path), open(path, "a") as file:
                 file.write(",".join(cells) + "\n")
 
     def save(self, name, content):
         """torch.save, atomic: a crash while writing leaves the previous checkpoint whole."""
         if rank() == 0:
-            replace_file(self.path(name), lambda temporary: torch.save(content, temporary))
+            replace_file(self.folder / name, lambda temporary: torch.save(content, temporary))
 
     def load_state(self, samples, **parts):
         """The loop's counters at the last checkpoint, its tensors loaded into the parts.
@@ -472,7 +468,7 @@ class Run:
         model, optimiser, scaler. UserError when the checkpoint is damaged, or when the training
         set no longer has as many samples: its steps per epoch would be others.
         """
-        path, self.parts = self.path("last.pt"), parts
+        path, self.parts = self.folder / "last.pt", parts
         if not (self.cfg.resume and path.exists()):
             return {"step": 0, "best": -1.0, "best_step": 0, "bad": 0, "samples": samples}
         try:
@@ -516,8 +512,7 @@ class Run:
 
 def checkpoint(model, cfg, size):
     """What our checkpoint files hold."""
-    return {"model": model.state_dict(), "config": dataclasses.asdict(cfg),
-            "size": dataclasses.asdict(size)}
+    return {"model": model.state_dict(), "config": asdict(cfg), "size": asdict(size)}
 
 
 DIVERGED = "lower --lr or use --precision fp32 (a checkpoint saved before it diverged is kept)"
@@ -653,14 +648,14 @@ def run_commands(commands, jobs):
                 list(waiting)  # nobody takes another
                 raise
 
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(jobs) as pool:
         try:
             list(pool.map(work, range(jobs)))
         finally:
             list(waiting)  # nobody takes another after Ctrl-C
 
 
-@contextlib.contextmanager
+@contextmanager
 def command_beside(script, fields):
     """Run a script with {field: value} while the body of `with` runs, then wait for it; each has
     half of the CPU's threads. UserError when it fails. When the body does, it is told to end."""
@@ -672,7 +667,7 @@ def command_beside(script, fields):
         end_command(process, fields)
         torch.set_num_threads(threads)
     except BaseException:
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with suppress(subprocess.TimeoutExpired):
             process.wait(5)  # after Ctrl-C it ends by itself
         process.terminate()
         raise
@@ -888,8 +883,7 @@ def told_by_tensors(weights):
     conv, positions = weights["visual.conv1.weight"], weights["visual.positional_embedding"]
     width, _, _, patch = conv.shape
     vocab, text_width = weights["token_embedding.weight"].shape
-    layers = collections.Counter(name.split(".")[0] for name in weights
-                                 if name.endswith(".ln_1.weight"))
+    layers = Counter(name.split(".")[0] for name in weights if name.endswith(".ln_1.weight"))
     return dict(
         image_size=math.isqrt(len(positions) - 1) * patch, patch_size=patch,  # CLS and a square
         vision_width=width, vision_layers=layers["visual"],
@@ -1024,7 +1018,7 @@ def read_lines(name):
     return gzip.decompress((DATA / name).read_bytes()).decode().split("\n")
 
 
-@functools.lru_cache(maxsize=4)
+@functools.cache
 def load_merges(n_merges):
     """{(left id, right id): id of the merged token} of the first n_merges byte pairs of
     data/bpe_simple_vocab_16e6.txt.gz, in order of rank.
@@ -1053,10 +1047,10 @@ def merge_bytes(word, merges):
     ids = [BYTES.index(b) for b in word]
     ids[-1] += 256
     while True:
-        lowest = min((merges.get(pair, math.inf) for pair in zip(ids, ids[1:])), default=math.inf)
-        if lowest == math.inf:
+        known = [merges[pair] for pair in itertools.pairwise(ids) if pair in merges]
+        if not known:
             return ids
-        merged = []
+        lowest, merged = min(known), []
         for i in ids:
             merged.append(i)
             if merges.get(tuple(merged[-2:])) == lowest:
@@ -1325,8 +1319,8 @@ def resize_whole(source, size):
 
 # Every set d: len(d); d[i] -> (encoded image or PIL image, target), or BadSample; d.kind says what
 # the target is: "captions" a list of strings, "classes" the number of one of d.classes (whose
-# prompts are d.templates), "questions" (question, human answers). Captions and questions have
-# d.key(i), questions d.question_kind(i), and what is read from lists or shards has d.bad, unusable
+# prompts are d.templates), "questions" (question, human answers, the question's kind or None).
+# Captions and questions have d.key(i), and what is read from lists or shards has d.bad, unusable
 # samples by reason.
 
 NOT_DOWNLOADED, HELD_BACK = "not downloaded", "in COCO's val or test"
@@ -1399,8 +1393,7 @@ class TarShards:
             texts = json.loads(text).get("caption") if is_json else text.decode("utf-8-sig")
         except (ValueError, AttributeError, RecursionError) as error:
             raise BadSample("unreadable caption") from error
-        captions = clean_captions(texts)
-        return read_bytes(self.shards[shard], image, image_size), captions
+        return read_bytes(self.shards[shard], image, image_size), clean_captions(texts)
 
 
 ROW = np.dtype([("shard", "u4"), ("image", "i8"), ("image_size", "i8"), ("caption", "i8"),
@@ -1417,12 +1410,12 @@ def load_index(root, shards):
     # offsets would then pair images with captions wrongly.
     state = str([(path.relative_to(root), *stamp(path)) for path in shards])
     cache = root / ".index.npz"
-    with contextlib.suppress(Exception):  # absent, or damaged in any way: build it again
+    with suppress(Exception):  # absent, or damaged in any way: build it again
         with np.load(cache) as index:
             if str(index["state"]) == state:
-                bad = collections.Counter(json.loads(str(index["bad"])))
+                bad = Counter(json.loads(str(index["bad"])))
                 return index["rows"], index["keys"], bad
-    rows, keys, bad = [], [], collections.Counter()
+    rows, keys, bad = [], [], Counter()
     for number, path in enumerate(tqdm(shards, "indexing shards", disable=None)):
         folder = path.relative_to(root).with_suffix("").as_posix()
         for key, *places in scan_shard(path, bad):
@@ -1464,8 +1457,8 @@ def scan_shard(path, bad):
     Counts in `bad` what cannot be used. The key of a member ends at the last dot of its name.
     """
     length, end, sound = path.stat().st_size, 0, False
-    parts = collections.defaultdict(dict)  # key -> kind -> (start, size), or None where cut off
-    with contextlib.suppress(tarfile.TarError, ValueError), open(path, "rb") as file:
+    parts = defaultdict(dict)  # key -> kind -> (start, size), or None where cut off
+    with suppress(tarfile.TarError, ValueError), open(path, "rb") as file:
         if file.peek()[:2] == b"\x1f\x8b":
             raise UserError(f"{path} is compressed: unpack it first (gzip -d)")
         tar = tarfile.TarFile(fileobj=file, ignore_zeros=True)  # also what `cat a.tar b.tar` gives
@@ -1499,9 +1492,9 @@ def scan_shard(path, bad):
     return samples
 
 
-# what a record holds: texts, and a list of texts
-RECORD = {"captions": (["key", "image"], "captions"),
-          "questions": (["key", "image", "question"], "answers")}
+# what a record holds: texts, the last is a list of texts
+RECORD = {"captions": ["key", "image", "captions"],
+          "questions": ["key", "image", "question", "answers"]}
 
 
 class Listed:
@@ -1512,15 +1505,14 @@ class Listed:
     """
 
     def __init__(self, path):
-        self.path, folder = Path(path), Path(path).parent
-        self.opened = path
+        self.path, self.opened, folder = path, path, path.parent
         with open(path, "rb") as file:
             self.ends = np.cumsum([len(line) for line in file])  # of the first line, then records
         try:
             head = json.loads(read_bytes(path, 0, self.ends[0]))
             self.kind, self.answers = head["kind"], head.get("answers")
-            self.texts, self.list = RECORD[self.kind]
-            self.bad = collections.Counter(head["unusable"])
+            self.fields = RECORD[self.kind]
+            self.bad = Counter(head["unusable"])
             if head["samples"] != len(self) or self.bad.total() < 0:
                 raise ValueError
             self.command = (f"run python data/prepare.py {head['name']} "
@@ -1541,8 +1533,8 @@ class Listed:
         start, end = self.ends[i:i + 2]
         try:
             record = json.loads(read_bytes(self.path, start, end - start))
-            texts = [*(record[name] for name in self.texts), *record[self.list]]
-            if isinstance(record[self.list], list) and set(map(type, texts)) == {str}:
+            *texts, last = (record[name] for name in self.fields)
+            if isinstance(last, list) and set(map(type, texts + last)) == {str}:
                 return record
             raise ValueError
         except (ValueError, KeyError, TypeError, RecursionError):
@@ -1555,11 +1547,8 @@ class Listed:
         record = self.record(i)
         image = read_bytes(self.path.parent / record["image"])
         if self.kind == "questions":
-            return image, (record["question"], record["answers"])
+            return image, (record["question"], record["answers"], record.get("kind"))
         return image, record["captions"]  # none in a test split
-
-    def question_kind(self, i):
-        return self.record(i).get("kind")
 
 
 class Mixture(ConcatDataset):
@@ -1577,7 +1566,7 @@ class Mixture(ConcatDataset):
     def key(self, i):
         part = bisect.bisect_right(self.cumulative_sizes, i)
         data = self.datasets[part]
-        place = len(data) - (self.cumulative_sizes[part] - i)
+        place = i - self.cumulative_sizes[part] + len(data)
         return f"{self.names[part]}/{data.key(place)}"
 
 
@@ -1590,9 +1579,6 @@ class Subset(torch.utils.data.Subset):
 
     def key(self, i):
         return self.dataset.key(self.indices[i])
-
-    def question_kind(self, i):
-        return self.dataset.question_kind(self.indices[i])
 
 
 class ImageFolder:
@@ -1635,8 +1621,7 @@ class ImageFolder:
 
 def imagenet_names(folders):
     """The class names of folders that are called by wnid (n01440764)."""
-    lines = read_text(DATA / "imagenet_classes.tsv").splitlines()
-    names = dict(line.split("\t") for line in lines)
+    names = dict(line.split("\t") for line in read_text(DATA / "imagenet_classes.tsv").splitlines())
     for folder in folders:
         if folder not in names:
             raise UserError(f"{folder} is no ImageNet class, a wnid as in {DATA}/imagenet_classes"
@@ -1728,8 +1713,8 @@ def open_set(name, root, split):
     if name != "imagenet" and any(files_below(root, ".tar")):
         return open_captions(root, split, "", TarShards)
     if name in PREPARED:
-        command = f"run python data/prepare.py {name} {shlex.quote(str(root))}"
-        raise UserError(f"{name} in {root} is not prepared yet: {command} (see data/README.md)")
+        raise UserError(f"{name} in {root} is not prepared yet: run python data/prepare.py {name} "
+                        f"{shlex.quote(str(root))} (see data/README.md)")
     if split == "val" and not ((root / "val").is_dir() and (root / "test").is_dir()):
         return None  # val/ serves as test
     return ImageFolder(root, split)
@@ -1923,8 +1908,7 @@ def step_batches(n, batch, steps, start, seed):
     for step in range(start, steps):
         epoch, position = divmod(step, n // batch)
         if position == 0 or step == start:
-            sequence = np.random.SeedSequence((seed, epoch))
-            drawn = int(sequence.generate_state(1, np.uint64)[0])
+            drawn = int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0])
             generator = torch.Generator().manual_seed(drawn)
             batches = torch.randperm(n, generator=generator).split(batch)
         share = batches[position][rank()::world_size()]
@@ -1979,7 +1963,7 @@ def load_images(data, image_size, resize, indices):
     """A batch of eval_loader, of those of these samples that can be used; None if none can."""
     good = []
     for i in indices:
-        with contextlib.suppress(BadSample):
+        with suppress(BadSample):
             source, target = data[i]
             good.append((torch.from_numpy(resize(source, image_size)), i, target))
     if good:
@@ -1995,8 +1979,7 @@ def ignore_signals(worker):
 
 def collate_train(batch):
     images, tokens, bad, *more = zip(*batch)
-    tokens = trim_padding(torch.stack(tokens))
-    return torch.stack(images), tokens, sum(bad), *map(torch.stack, more)
+    return torch.stack(images), trim_padding(torch.stack(tokens)), sum(bad), *map(torch.stack, more)
 
 
 def normalise(image, statistics):
@@ -2034,7 +2017,7 @@ def check_bad(bad, good, where):
 
 def check_epoch(state, name):
     """check_bad of what the processes met in an epoch; the count starts anew."""
-    bad = collections.Counter(unreadable=sum(gather_objects(state["bad"])))
+    bad = Counter(unreadable=sum(gather_objects(state["bad"])))
     check_bad(bad, state["samples"] - bad.total(), name)
     state["bad"] = 0
 
@@ -2060,8 +2043,7 @@ def embed_images(encoders, data, image_size, workers):
     features, targets = [], []
     loader = batches(data, image_size, workers, "embedding", resize_center_crop, 128)
     for images, _, batch_targets in loader:
-        batch = [encode(images).float() for encode, _ in encoders.values()]
-        features.append(torch.stack(batch))
+        features.append(torch.stack([encode(images).float() for encode, _ in encoders.values()]))
         targets += batch_targets
     return torch.cat(features, 1), targets
 
@@ -2134,7 +2116,7 @@ def zero_shot_classifier(encode_text, tokenizer, classes, templates):
     """(K, D): per class the templates' unit features, averaged and renormalised, as CLIP's."""
     texts = [template.format(name) for name in classes for template in templates]
     features = embed_texts(encode_text, tokenizer, texts)
-    features = features.unflatten(0, (len(classes), len(templates)))
+    features = features.unflatten(0, (len(classes), -1))
     return F.normalize(features.mean(1), dim=-1)
 
 
@@ -2321,7 +2303,7 @@ def write_results(run, encoders, sets, state, device):
     calls = {name: functools.partial(encode, images) for name, (encode, _) in encoders.items()}
     for name, milliseconds in compare_latency(calls, device, 5).items():
         cells[name]["images_per_second"] = 1000 * len(images) / milliseconds
-    write_json(run.path("results.json"), {
+    write_json(run.folder / "results.json", {
         "cells": cells,
         "seed": cfg.seed,
         "steps": state["step"],
@@ -2329,9 +2311,9 @@ def write_results(run, encoders, sets, state, device):
         "best_validation": state["best"],
     })
     print_table(cells)
-    plot_curves(run.path("curves.png"), f"{cfg.method} on {cfg.data}: losses, validation in %")
+    plot_curves(run.folder / "curves.png", f"{cfg.method} on {cfg.data}: losses, validation in %")
     first, *_ = encoders.values()
-    draw_retrieval(run.path("retrieval.png"), first, tokenizer, sets, side)
+    draw_retrieval(run.folder / "retrieval.png", first, tokenizer, sets, side)
     print(f"pictures, tables and checkpoints: {run.folder}")
 
 
@@ -2342,7 +2324,7 @@ def compare_latency(functions, device, rounds=15):
     synchronised before every reading of the clock.
     """
     device = getattr(torch, torch.device(device).type)  # torch.cuda, torch.mps or torch.cpu
-    times = collections.defaultdict(list)
+    times = defaultdict(list)
     with torch.inference_mode():
         for _ in range(2 + rounds):
             for key, function in functions.items():
@@ -2427,7 +2409,7 @@ def ptb_tokenize(text):
 
 def count_ngrams(sentence):
     """How often each n-gram, n = 1 to 4, occurs in a sentence."""
-    words, counts = sentence.split(), collections.Counter()
+    words, counts = sentence.split(), Counter()
     for n in range(1, 5):
         counts.update(zip(*(words[i:] for i in range(n))))
     return counts
@@ -2446,7 +2428,7 @@ def bleu(references, hypotheses):
         words = len(hypothesis.split())
         lengths = [len(ref.split()) for ref in refs]
         closest += min(lengths, key=lambda length: (abs(length - words), length))
-        most = collections.Counter()
+        most = Counter()
         for ref in refs:
             most |= count_ngrams(ref)  # the larger of two counts
         for gram, count in count_ngrams(hypothesis).items():
@@ -2469,7 +2451,7 @@ def cider_d(references, hypotheses):
     An n-gram in every image's references weighs nothing, so a single image scores 0.
     references: N lists of R strings; hypotheses: N strings.
     """
-    frequency = collections.Counter()  # images with the n-gram in a reference
+    frequency = Counter()  # images with the n-gram in a reference
     for refs in references:
         frequency.update(set().union(*map(count_ngrams, refs)))
 
@@ -2577,13 +2559,13 @@ def answer_questions(data, image_size, answer, workers=0):
     human answers (a test split) are not scored. answer: (B, 3, S, S) uint8, list of B questions ->
     list of B strings. Questions whose image cannot be read are left out, counted as "unreadable".
     """
-    results, accuracies = [], collections.defaultdict(list)
+    results, accuracies = [], defaultdict(list)
     for images, places, targets in batches(data, image_size, workers, "answering"):
-        answers = answer(images, [question for question, _ in targets])
-        for i, text, (_, humans) in zip(places, answers, targets, strict=True):
+        answers = answer(images, [question for question, *_ in targets])
+        for i, text, (_, humans, kind) in zip(places, answers, targets, strict=True):
             results.append({"question_id": data.key(i), "answer": text})
             if humans:
-                kind, accuracy = data.question_kind(i), 100 * vqa_accuracy(text, humans)
+                accuracy = 100 * vqa_accuracy(text, humans)
                 accuracies["accuracy"].append(accuracy)
                 if kind:
                     accuracies[f"accuracy_{kind}"].append(accuracy)
@@ -2648,8 +2630,7 @@ def new_figure(rows, columns, size, title):
 
 def fold(text):
     """The lines of a text, each over at most four lines of 26 letters."""
-    lines = [textwrap.fill(line, 26, max_lines=4) for line in text.split("\n")]
-    return "\n".join(lines)
+    return "\n".join(textwrap.fill(line, 26, max_lines=4) for line in text.split("\n"))
 
 
 @picture

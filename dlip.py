@@ -1328,7 +1328,7 @@ class AnsweredQuestions:
         return len(self.data)
 
     def __getitem__(self, i):
-        image, (question, answers) = self.data[i]
+        image, (question, answers, _) = self.data[i]
         return image, [(question, answer) for answer in answers]
 
 
@@ -1472,8 +1472,8 @@ def finish(run, student, state):
     if cfg.stage == "teacher":  # for data/, where half the size matters more than the digits
         student.half()
     run.save_model("blip.pt", student)
-    common.write_json(run.path("results.json"), {"seed": cfg.seed, **state})
-    common.plot_curves(run.path("curves.png"),
+    common.write_json(run.folder / "results.json", {"seed": cfg.seed, **state})
+    common.plot_curves(run.folder / "curves.png",
                        f"{cfg.stage} on {cfg.data}: losses, validation in %")
 
 

@@ -646,7 +646,7 @@ def train(cfg, loaded=None):
     if rank() == 0:
         common.write_results(run, cells, test, state, device)
         if cfg.keep_rate < 1:
-            draw_kept_tokens(run.path("tokens.png"), model, statistics, test)
+            draw_kept_tokens(run.folder / "tokens.png", model, statistics, test)
 
 
 def prepare_towers(model, cfg):

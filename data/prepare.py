@@ -94,8 +94,8 @@ class Lists:
             first = next(iter(self.first.values()), "they list nothing")
             raise UserError(f"nothing can be used of {', '.join(self.sources)} in {self.root}: "
                             f"{first} (see data/README.md)")
-        kind = "questions" if self.answers else "captions"
-        head = {"name": name, "kind": kind, "made_from": list(self.sources.values()),
+        head = {"name": name, "kind": "questions" if self.answers else "captions",
+                "made_from": list(self.sources.values()),
                 "root": os.path.relpath(self.root, self.out), "answers": self.answers}
         for split in ("train", "val", "test", "test-dev"):  # of another time
             (self.out / f"{split}.jsonl").unlink(missing_ok=True)
@@ -107,8 +107,7 @@ class Lists:
             check_bad(bad, len(lines), path)
             notes = +self.notes[split]
             head |= {"samples": len(lines), "unusable": bad, "notes": notes}
-            text = "\n".join([json.dumps(head), *lines.values()]) + "\n"
-            write_text(path, text)
+            write_text(path, "\n".join([json.dumps(head), *lines.values()]) + "\n")
             for found, number in {"samples": len(lines), **notes}.items():
                 print(f"{path}: {number:,} {found}")
 
@@ -143,7 +142,7 @@ def image_file(root, folders, name):
                         for each in names))
 
 
-def read_captions(lists, split, path, find, digits=0):
+def read_captions(lists, split, path, folders, digits=0):
     """A json in COCO's form: images with id and file_name, annotations with image_id, caption."""
     content, captions = lists.read(path), defaultdict(list)
     for i, annotation in enumerate(take(content, "annotations", list)):
@@ -159,24 +158,25 @@ def read_captions(lists, split, path, find, digits=0):
                 raise BadSample("with an id that another image has too")
             if not captions[number]:
                 raise BadSample("without caption")
-            lists.add(split, str(number).zfill(digits), find(file), captions=captions[number],
-                      domain=image.get("domain"))
-    unlisted = sum(len(texts) for number, texts in captions.items() if str(number) not in ids)
-    lists.notes[split]["captions of images that are not listed"] += unlisted
+            lists.add(split, str(number).zfill(digits), image_file(lists.root, folders, file),
+                      captions=captions[number], domain=image.get("domain"))
+    lists.notes[split]["captions of images that are not listed"] += sum(
+        len(texts) for number, texts in captions.items() if str(number) not in ids)
 
 
 # restval: what COCO's official validation part leaves after Karpathy's val and test
 KARPATHY = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 
 
-def read_karpathy(lists, path, key_of, find):
+def read_karpathy(lists, path, key_of, folders):
     for i, image in enumerate(take(lists.read(path), "images", list)):
         split = KARPATHY.get(str(field(image, "split")))
         with lists.entry(lists.bad, split or "train", f"{path}, image {i}"):
             if not split:
                 raise BadSample("of no split")
             captions = [take(sentence, "raw") for sentence in take(image, "sentences", list)]
-            lists.add(split, key_of(image), find(take(image, "filename")),
+            lists.add(split, key_of(image),
+                      image_file(lists.root, folders, take(image, "filename")),
                       captions=clean_captions(captions))
 
 
@@ -188,22 +188,19 @@ def coco_splits(lists, folder):
 
 
 def coco(lists):
-    root, folders = lists.root, ("val2014", "train2014", "val2017", "train2017")
-    splits = coco_splits(lists, root)
+    splits = coco_splits(lists, lists.root)
     if splits:
         return read_karpathy(lists, splits, lambda image: f"{take(image, 'cocoid', int):012d}",
-                             lambda name: image_file(root, folders, name))
+                             ("val2014", "train2014", "val2017", "train2017"))
     for split, year in (("train", "train2017"), ("test", "val2017")):
-        path = root / "annotations" / f"captions_{year}.json"
+        path = lists.root / "annotations" / f"captions_{year}.json"
         if path.is_file() or split == "train":
-            read_captions(lists, split, path, lambda name: image_file(root, (year,), name), 12)
+            read_captions(lists, split, path, (year,), 12)
 
 
 def flickr30k(lists):
-    folders = "flickr30k-images", "images"
     read_karpathy(lists, lists.root / "dataset_flickr30k.json",
-                  lambda image: take(image, "filename"),
-                  lambda name: image_file(lists.root, folders, name))
+                  lambda image: take(image, "filename"), ("flickr30k-images", "images"))
 
 
 def vg(lists):
@@ -288,8 +285,7 @@ def add_rows(lists, split, path, captions, folder):
 
 
 def nocaps(lists):
-    read_captions(lists, "test", lists.root / "nocaps_val_4500_captions.json",
-                  lambda name: image_file(lists.root, ("", "val"), name))
+    read_captions(lists, "test", lists.root / "nocaps_val_4500_captions.json", ("", "val"))
 
 
 def vqav2(lists):
@@ -316,8 +312,7 @@ def read_questions(lists, split, part, path):
         for i, annotation in enumerate(take(lists.read(annotations), "annotations", list)):
             with lists.entry(lists.notes, split, f"{annotations}, annotation {i}"):
                 answers = [take(answer, "answer") for answer in take(annotation, "answers", list)]
-                kind = annotation.get("answer_type")
-                given[take(annotation, "question_id", int)] = answers, kind
+                given[take(annotation, "question_id", int)] = answers, annotation.get("answer_type")
     for i, entry in enumerate(take(lists.read(path), "questions", list)):
         with lists.entry(lists.bad, split, f"{path}, question {i}"):
             number, question = take(entry, "question_id", int), take(entry, "question")

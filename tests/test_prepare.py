@@ -216,12 +216,12 @@ def test_vqa_v2(tmp_path, part, split):
     official = split in ("train", "val")
     for n in range(36):
         i, q = divmod(n, 3)
-        image, (question, answers) = data[n]
+        image, (question, answers, kind) = data[n]
         assert data.key(n) == str(data.record(n)["question_id"]) == str(100 * i + q)
         assert image == f"image {folder}/COCO_{folder}_{10 * i:012d}.jpg".encode()
         assert question == f"Question {q} about {i}?"
         assert answers == [f"answer {a % 3} to {100 * i + q}" for a in range(10) if official]
-        assert data.question_kind(n) == (["yes/no", "number", "other"][q] if official else None)
+        assert kind == (["yes/no", "number", "other"][q] if official else None)
 
 
 def test_vqa_v2_reads_the_folders_of_2017(tmp_path):
@@ -368,7 +368,8 @@ def test_a_folder_on_another_disk_and_lists_of_another_time(tmp_path):
                {"questions": [{"question_id": 1, "question": "Is it?", "image_id": 1}]})
     (folder / "val.jsonl").write_text("")
     lists = run("vqav2", folder)
-    assert samples_of(lists["test"]) == {"1": (b"image test2015/000000000001.jpg", ("Is it?", []))}
+    image = b"image test2015/000000000001.jpg"
+    assert samples_of(lists["test"]) == {"1": (image, ("Is it?", [], None))}
     assert lists.keys() == {"test"}
 
 

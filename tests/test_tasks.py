@@ -275,8 +275,7 @@ def test_answers_are_scored_as_one_by_one():
     humans = [["yes"] * (2 + i % 9) + ["no"] * (8 - i % 9) for i in range(70)]
     humans[8] = []
     kinds = [("yes/no", "other", None)[i % 3] for i in range(70)]
-    questions = [(f"question {i}", humans[i]) for i in range(70)]
-    data = Samples("questions", questions, (3, 69), question_kind=kinds.__getitem__)
+    data = Samples("questions", [(f"question {i}", humans[i], kinds[i]) for i in range(70)], (3, 69))
 
     def answer(images, asked):
         return ["no" if text.endswith("1") else "yes" for text in asked]

@@ -143,7 +143,7 @@ def test_signals_with_loader_processes(photos, tmp_path):
 def test_a_full_disk_is_named(tmp_path):
     cfg = eclipse.Config(out=str(tmp_path), resume=True)
     run_folder = common.Run(cfg, None, ["step"])
-    run_folder.path("log.csv").symlink_to("/dev/full")
+    (run_folder.folder / "log.csv").symlink_to("/dev/full")
     with pytest.raises(common.UserError, match="log.csv cannot be written: No space left"):
         run_folder.log({"step": 1})
 

@@ -31,7 +31,6 @@ Letters in shape comments: S side of the canvas in pixels.
 import csv
 import dataclasses
 import functools
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -219,8 +218,7 @@ class EmojiScenes:
         frequency = 1.0 / np.arange(1, self.concepts + 1) ** self.long_tail
         rng = np.random.default_rng(self.seed)
         self.frequency = rng.permutation(frequency / frequency.sum())
-        self.samples = kept_samples(dataclasses.astuple(self))
-        self.bad = Counter()
+        self.samples = kept_samples((self.kind, *dataclasses.astuple(self)))
 
     def __len__(self):
         return self.scenes
@@ -286,13 +284,9 @@ class EmojiClasses:
         for concept, row in enumerate(rows):
             for artist in row["artists"][split]:
                 self.items += 3 * [(concept, artist)]
-        self.bad = Counter()
 
     def __len__(self):
         return len(self.items)
-
-    def key(self, index):
-        return f"emoji-class-{self.split}-{index:05d}"
 
     def __getitem__(self, index):
         concept, artist = self.items[index]
@@ -302,47 +296,35 @@ class EmojiClasses:
         return image, self.classes.index(self.names[concept])
 
 
-class EmojiQuestions:
+class EmojiQuestions(EmojiScenes):
     """All questions about each of `scenes` scenes, with one answer as if ten people gave it.
 
-    The arguments are those of EmojiScenes. The scenes differ: one thing or two as often, not all
-    large, so that "where", "how many" and "is there" have no answer that is mostly right.
-    `answers`: all that can be right, for any scene.
+    The scenes differ from those with captions: one thing or two as often, not all large, so that
+    "where", "how many" and "is there" have no answer that is mostly right. `answers`: all that can
+    be right, for any scene.
     """
 
     kind = "questions"
 
-    def __init__(self, *args, **options):
-        self.scenes = EmojiScenes(*args, **options)
-        self.scenes.setting = self.scenes.setting._replace(**QUESTIONED)
-        self.scenes.samples = {}  # not those with captions
-        self.samples = kept_samples((*dataclasses.astuple(self.scenes), "questions"))
-        self.answers = emoji_answers(self.scenes.concepts, self.scenes.difficulty)
-        self.bad = Counter()
+    def __post_init__(self):
+        super().__post_init__()
+        self.setting = self.setting._replace(**QUESTIONED)
+        self.answers = emoji_answers(self.concepts, self.difficulty)
 
     def __len__(self):
-        return QUESTIONS * len(self.scenes)
+        return QUESTIONS * self.scenes
 
     def key(self, index):
-        return f"{self.scenes.key(index // QUESTIONS)}-{index % QUESTIONS}"
+        return f"{super().key(index // QUESTIONS)}-{index % QUESTIONS}"
+
+    def captions(self, scene):
+        """What is kept beside the image of a scene: here its questions."""
+        return self.questions(scene)
 
     def __getitem__(self, index):
-        scene, number = divmod(index, QUESTIONS)
-        image, asked = self._sample(scene)
-        _, question, answer = asked[number]
-        return image, (question, [answer] * 10)
-
-    def _sample(self, scene):
-        if scene not in self.samples:
-            if self.scenes.canvas > LARGE:
-                self.samples.clear()
-            self.samples[scene] = self.scenes[scene][0], self.scenes.questions(scene)
-        return self.samples[scene]
-
-    def question_kind(self, index):
-        """What a question is about."""
-        scene, number = divmod(index, QUESTIONS)
-        return self._sample(scene)[1][number][0]
+        image, asked = super().__getitem__(index // QUESTIONS)
+        kind, question, answer = asked[index % QUESTIONS]
+        return image, (question, [answer] * 10, kind)
 
 
 def emoji_answers(concepts, difficulty):
@@ -392,8 +374,8 @@ def compose_scene(rng, setting, concepts, artists):
         across = rng.uniform(size / 2, 1 - size / 2)
         x, y = (across, along) if vertical else (along, across)
         objects.append({"concept": concept, "artist": artist, "x": x, "y": y, "size": size})
-    background = list(COLOURS)[rng.integers(setting.colours)]
-    return {"background": background, "vertical": vertical, "objects": objects}
+    return {"background": list(COLOURS)[rng.integers(setting.colours)], "vertical": vertical,
+            "objects": objects}
 
 
 def render_scene(rng, scene, setting, canvas):
