@@ -95,7 +95,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import common
-from common import UserError, average_gradients, gather, normalise, option, rank, world_size
+from common import UserError, gather, normalise, on_first, option, rank, world_size
 
 # Letters in shape comments: B images or texts in the batch a function is given (in the losses: b of
 # this process against the B of all), N tokens, D width, H heads, E width of the student's joint
@@ -220,6 +220,8 @@ def configure(argv=None):
     """
     given = common.parse_command_line(Config, __doc__, argv)
     asked = Config(**given)
+    if asked.ablate and "filter" in given:
+        raise UserError("--filter: not with --ablate, whose arms have one each")
     if asked.eps and (asked.ablate or asked.filter == "random"):
         raise UserError("--eps: not with --ablate or --filter random, which need the size of what "
                         "stays beforehand: give --remove")
@@ -513,7 +515,7 @@ def centres(x, group):
     """
     lowest, sizes = group.unique(return_counts=True)
     alone, lowest = lowest[sizes == 1], lowest[sizes > 1]
-    rows = torch.isin(group, lowest).nonzero().squeeze(1)  # (m,), all members of these g groups
+    rows = torch.isin(group, lowest).nonzero().flatten()  # (m,), all members of these g groups
     number = torch.searchsorted(lowest, group[rows]).to(x.device)  # (m,), of the group
     blocks = list(zip(rows.split(BLOCK), number.split(BLOCK)))
     mean = torch.zeros(len(lowest), x.shape[1], device=x.device)
@@ -523,8 +525,8 @@ def centres(x, group):
     cosine = torch.cat([(unit(x[members]) * mean[own]).sum(1) for members, own in blocks])
     best = mean.new_zeros(len(lowest)).scatter_reduce(0, number, cosine, "amax", include_self=False)
     nearest = (cosine >= best[number] - 1e-6).cpu()
-    first = torch.full_like(lowest, len(x))
-    first.scatter_reduce_(0, number.cpu()[nearest], rows[nearest], "amin")
+    first = torch.full_like(lowest, len(x)).scatter_reduce(
+        0, number.cpu()[nearest], rows[nearest], "amin")
     return torch.cat([alone, first]).sort().values
 
 
@@ -562,8 +564,7 @@ def kmeans(x, k, seed):
         centroids = unit(total)
         # empty clusters start again at the vectors that are worst served, different ones
         empty = torch.bincount(label, minlength=k) == 0
-        worst = cosine.argsort(stable=True)[:empty.sum()]
-        centroids[empty] = x[worst]
+        centroids[empty] = x[cosine.argsort(stable=True)[:empty.sum()]]
 
 
 # -------------------------------------------------------------------------------------- losses
@@ -583,7 +584,7 @@ def similarities(scale, u, v):
 def match(logits):
     """CE(rows, diagonal) of this process's rows (b, B) of a matrix of similarities."""
     b = len(logits)
-    target = torch.arange(rank() * b, (rank() + 1) * b, device=logits.device)
+    target = rank() * b + torch.arange(b, device=logits.device)
     return F.cross_entropy(logits, target)
 
 
@@ -666,8 +667,8 @@ class CLIPCID(nn.Module):
         self.prototypes = nn.Parameter(start.clone(), requires_grad=cfg.prototypes != "teacher")
 
     def logit_scales(self):
-        scales = [self.student.logit_scale, self.distil_scale]
-        return [scale for scale in scales if scale is not None]
+        return [scale for scale in (self.student.logit_scale, self.distil_scale)
+                if scale is not None]
 
     def embed(self, image, text):
         """u (b, E) and v (b, E), with gradient."""
@@ -756,10 +757,10 @@ class Embeddings:
 
     def __init__(self, cfg, data):
         self.data, row_of = data, {}
-        keys = [data.key(i) for i in range(len(data))]
-        rows = [row_of.setdefault(key, len(row_of)) for key in keys]
-        self.keys, self.rows = list(row_of), np.array(rows)
-        self.samples = np.unique(rows, return_index=True)[1]  # (n,): the first of each row
+        keys = map(data.key, range(len(data)))
+        self.rows = np.array([row_of.setdefault(key, len(row_of)) for key in keys])
+        self.keys = list(row_of)
+        self.samples = np.unique(self.rows, return_index=True)[1]  # (n,): the first of each row
         data_set = settings_of(cfg, "data", *(DRAWN if cfg.data == "emoji" else ()))
         teacher = teacher_file(cfg)
         found = teacher.stat()  # cheaper than its content, which may be 10 GB
@@ -768,9 +769,8 @@ class Embeddings:
             **settings_of(cfg, "keep", "precision", "act"),
             "teacher": f"{teacher}, {found.st_size} bytes, {found.st_mtime_ns}",
         }
-        self.folder = Path(cfg.out)
-        if cfg.cache:  # one folder per training set
-            self.folder = Path(cfg.cache, "-".join(map(str, data_set.values())))
+        name = "-".join(map(str, data_set.values()))  # one per training set
+        self.folder = Path(cfg.cache, name) if cfg.cache else Path(cfg.out)
 
     def open(self, name, mode="c"):
         """A memory map; "c": what is changed in memory does not reach the file."""
@@ -793,7 +793,7 @@ def read_stage(path, settings, read=common.read_json):
 
     UserError when the file is damaged, or was made with other settings.
     """
-    found = common.on_first(lambda: read(path) if path.is_file() else None)
+    found = on_first(lambda: read(path) if path.is_file() else None)
     if found is None:
         return None
     found = found if isinstance(found, dict) else {}
@@ -836,11 +836,11 @@ def embed(cfg, data, device):
     if not report.get("complete"):
         teacher, size = load_teacher(cfg, device)
         if not report:
-            report = common.on_first(lambda: start_embeddings(embeddings, teacher, size))
+            report = on_first(lambda: start_embeddings(embeddings, teacher, size))
         embed_rows(cfg, embeddings, teacher, size, device)
         common.gather_objects("done")  # all processes are
         report["complete"] = True
-        common.on_first(lambda: common.write_json(path, report))
+        on_first(lambda: common.write_json(path, report))
     embeddings.logit_scale = report["logit_scale"]
     return embeddings
 
@@ -864,14 +864,15 @@ def start_embeddings(embeddings, teacher, size):
 def embed_rows(cfg, embeddings, teacher, size, device):
     """Fill this process's share of the rows that are still to do."""
     image, text = embeddings.open("image", "r+"), embeddings.open("text", "r+")
-    todo = common.on_first(lambda: np.flatnonzero(~image.any(1)))
+    todo = on_first(lambda: np.flatnonzero(~image.any(1)))
     rows = np.array_split(todo, world_size())[rank()]
     subset = common.Subset(embeddings.data, embeddings.samples[rows])
     # 256 images at a time
     loader = common.eval_loader(subset, size.image_size, 256, common.loader_workers(cfg))
     tokenizer = size.tokenizer()
     amp, _ = common.mixed_precision(cfg.precision, device)
-    encode_image, encode_text = encoders(teacher, size.pixel_statistics(device), amp)
+    encode_image, encode_text = encoder_pair(teacher, teacher.visual,
+                                             size.pixel_statistics(device), amp)
     for images, places, captions in tqdm(loader, f"embedding, in {embeddings.folder}",
                                          disable=rank() > 0 or None):
         captions = [texts[:CAPTIONS] for texts in captions]
@@ -880,8 +881,7 @@ def embed_rows(cfg, embeddings, teacher, size, device):
         v = encode_text(tokens).cpu()
         if not torch.cat([u, v]).isfinite().all():
             raise UserError(f"{teacher_file(cfg)} gives NaN: try --precision fp32")
-        counts = list(map(len, captions))
-        for row, own in zip(rows[places], v.half().split(counts)):
+        for row, own in zip(rows[places], v.half().split(list(map(len, captions)))):
             for number, vector in enumerate(own):
                 write_row(text, number * len(image) + row, vector)
         for row, vector in zip(rows[places], u.half()):
@@ -903,8 +903,7 @@ def balance(cfg, embeddings, device):
     """
     image, out = embeddings.open("image"), Path(cfg.out)
     rows = np.flatnonzero(image.any(1))  # the images that could be read
-    bad = Counter(unreadable=len(image) - len(rows))
-    common.check_bad(bad, len(rows), cfg.data)
+    common.check_bad(Counter(unreadable=len(image) - len(rows)), len(rows), cfg.data)
     if cfg.filter == "none":
         return rows
     settings = {**embeddings.settings, **settings_of(cfg, "filter", "eps", "remove", "seed")}
@@ -921,8 +920,8 @@ def balance(cfg, embeddings, device):
             "largest": sizes[:10].tolist(),
         }
         keys = [embeddings.keys[row] for row in rows[chosen.numpy()]]
-        common.on_first(lambda: common.write_keys(out / "kept.txt", keys))
-        common.on_first(lambda: common.write_json(out / "balance.json", report))
+        on_first(lambda: common.write_keys(out / "kept.txt", keys))
+        on_first(lambda: common.write_json(out / "balance.json", report))
         if rank() == 0:
             print(f"{cfg.filter}: {len(chosen):,} of {len(rows):,} images kept")
             if cfg.filter == "balance":
@@ -940,8 +939,7 @@ def choose(cfg, x):
     many as balance would keep, each a group of its own, ε = 0."""
     if cfg.filter == "random":
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(cfg.seed))
-        stay = order[round(cfg.remove * len(x)):]
-        return stay.sort().values, torch.arange(len(x)), 0.0
+        return order[round(cfg.remove * len(x)):].sort().values, torch.arange(len(x)), 0.0
     group, eps = find_groups(x, cfg.eps, cfg.remove)
     return centres(x, group), group, eps
 
@@ -962,7 +960,7 @@ def cluster(cfg, embeddings, kept, device):
         x = torch.from_numpy(embeddings.open("image")[kept]).to(device)
         centroids, label, cosine, objective = kmeans(x, cfg.k, cfg.seed)
         found = {**settings, "centroids": centroids.cpu(), "label": label}
-        common.on_first(lambda: common.replace_file(path, lambda new: torch.save(found, new)))
+        on_first(lambda: common.replace_file(path, lambda new: torch.save(found, new)))
         if rank() == 0:
             print(f"k-means: k = {cfg.k}, mean cosine {objective[0]:.4f} -> {objective[-1]:.4f}")
             draw_groups(path.with_suffix(".png"), embeddings, kept, label, cosine,
@@ -976,10 +974,9 @@ def draw_groups(path, embeddings, rows, group, score, title):
 
     group, score (n,): of the embeddings' rows (n,).
     """
-    sizes = torch.bincount(group)
     lines, names = [], []
-    for number in sizes.argsort(descending=True, stable=True)[:10]:
-        members = (group == number).nonzero().squeeze(1)
+    for number in torch.bincount(group).argsort(descending=True, stable=True)[:10]:
+        members = (group == number).nonzero().flatten()
         best = score[members].argsort(descending=True, stable=True)[:SHOWN]
         places = embeddings.samples[rows[members[best].numpy()]]
         lines.append(common.load_images(embeddings.data, SHOWN_PIXELS,
@@ -1031,9 +1028,9 @@ def prepare(cfg, size, device):
         return common.TrainSamples(kept_data, *how), {}
     centroids, label = cluster(cfg, embeddings, kept, device)
     rows = embeddings.rows[samples]
-    label = label[np.searchsorted(kept, rows)]
     taught = {"centroids": centroids, "teacher_logit_scale": embeddings.logit_scale}
-    return TaughtSamples(embeddings, rows, label, kept_data, *how), taught
+    return TaughtSamples(embeddings, rows, label[np.searchsorted(kept, rows)], kept_data,
+                         *how), taught
 
 
 # ------------------------------------------------------------------------------------ training
@@ -1053,8 +1050,8 @@ def build_optimiser(model, cfg, device):
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay(cfg)}
     vectors = {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}
-    fused = device.type in ("cuda", "cpu")
-    return torch.optim.AdamW([matrices, vectors], lr=cfg.lr, betas=(0.9, 0.98), fused=fused)
+    return torch.optim.AdamW([matrices, vectors], lr=cfg.lr, betas=(0.9, 0.98),
+                             fused=device.type in ("cuda", "cpu"))
 
 
 def learning_rate(peak, step, steps, warmup):
@@ -1083,9 +1080,8 @@ def backward(model, image, text, others, amp, scaler):
     chunks = list(zip(image.chunk(accum), text.chunk(accum)))
     with amp, torch.set_grad_enabled(accum == 1):
         embedded = [model.embed(*chunk) for chunk in chunks]
-    u, v = map(torch.cat, zip(*embedded))
-    u.requires_grad_()  # without effect where they have a graph, accum 1
-    v.requires_grad_()
+    # requires_grad_ has no effect where they have a graph, accum 1
+    u, v = (torch.cat(parts).requires_grad_() for parts in zip(*embedded))
     loss, terms = model.loss(u, v, *others)  # outside of autocast
     scaler.scale(loss).backward()
     if accum > 1:
@@ -1100,7 +1096,7 @@ def update(model, optimiser, scaler, lr):
     """One optimiser step on the processes' mean gradient, then the clamp of the logit scales."""
     for group in optimiser.param_groups:
         group["lr"] = lr
-    average_gradients(model.parameters())
+    common.average_gradients(model.parameters())
     scaler.step(optimiser)
     scaler.update()
     optimiser.zero_grad()
@@ -1136,7 +1132,7 @@ def train(cfg, loaded=None):
     run.start(state["step"])
     prepare_towers(model, cfg)
     student = model.student
-    cells = {"student": encoders(student, statistics, amp)}
+    cells = {"student": encoder_pair(student, student.visual, statistics, amp)}
     trained = {"val_student": cells["student"]}
 
     progress = common.Progress(cfg, state, steps, steps_per_epoch)
@@ -1151,7 +1147,7 @@ def train(cfg, loaded=None):
             epoch_ends, logs, saves = progress.count(state, bad)
             stopping = stop.agreed(synchronise=logs)
             if logs:
-                row = common.log_row(state, steps_per_epoch, now, terms, model.logit_scales()[0])
+                row = common.log_row(state, steps_per_epoch, now, terms, student.logit_scale)
                 if model.distil_scale is not None:
                     row["distil_scale"] = model.distil_scale.exp().item()
                 if epoch_ends:
@@ -1210,10 +1206,6 @@ def encoder_pair(clip, visual, statistics, amp, *view):
     return encode_image, encode_text
 
 
-def encoders(clip, statistics, amp):
-    return encoder_pair(clip, clip.visual, statistics, amp)
-
-
 def evaluate_checkpoint(cfg, loaded):
     """--evaluate: the test scores of a checkpoint, ours or a published one, and --linear-probe.
 
@@ -1227,8 +1219,8 @@ def evaluate_checkpoint(cfg, loaded):
         clips["teacher"] = load_teacher(cfg, device)
     table = {}
     for name, (clip, size) in clips.items():
-        cells = {name: encoders(clip, size.pixel_statistics(device), amp)}
-        table.update(common.test_checkpoint(cfg, size, cells))
+        pair = encoder_pair(clip, clip.visual, size.pixel_statistics(device), amp)
+        table |= common.test_checkpoint(cfg, size, {name: pair})
     common.print_table(table)
     if cfg.stage == "evaluate":
         common.write_json(Path(cfg.out, "evaluation.json"), table)
@@ -1246,16 +1238,16 @@ def ablation_arms(cfg):
     """
     arms = {
         "clip": PLAIN_CLIP,
-        "clip + filter": dict(method="clip"),
-        "clip + filter + cluster": dict(instance_weight=0.0),
-        "clip + filter + instance": dict(cluster_weight=0.0),
+        "clip + filter": {"method": "clip"},
+        "clip + filter + cluster": {"instance_weight": 0.0},
+        "clip + filter + instance": {"cluster_weight": 0.0},
         "clip-cid": {},
-        "clip-cid, no filter": dict(filter="none"),
-        "clip-cid, no clip loss": dict(nce_weight=0.0),
-        "clip, random filter": dict(method="clip", filter="random"),
-        "clip-cid, random filter": dict(filter="random"),
-        "clip-kd features": dict(cluster_weight=0.0, instance="features"),
-        "clip-kd logits": dict(cluster_weight=0.0, instance="logit-kl"),
+        "clip-cid, no filter": {"filter": "none"},
+        "clip-cid, no clip loss": {"nce_weight": 0.0},
+        "clip, random filter": {"method": "clip", "filter": "random"},
+        "clip-cid, random filter": {"filter": "random"},
+        "clip-kd features": {"cluster_weight": 0.0, "instance": "features"},
+        "clip-kd logits": {"cluster_weight": 0.0, "instance": "logit-kl"},
     }
     values = {
         "cluster_terms": ("hard", "kl"),
@@ -1275,8 +1267,12 @@ def ablation_arms(cfg):
     fewer = round(seen * (1 - cfg.remove))  # --eps is refused
     for name in ("clip + filter", "clip-cid"):
         arms[f"{name}, equal epochs"] = {**arms[name], "samples": fewer}
-    cache = cfg.cache or str(Path(cfg.out, "embeddings"))
-    shared = {"samples": seen, "cache": cache, "stage": "distil", "filter": "balance"}
+    shared = {
+        "samples": seen,
+        "cache": cfg.cache or str(Path(cfg.out, "embeddings")),
+        "stage": "distil",
+        "filter": "balance",
+    }
     return {name: {**shared, **fields} for name, fields in arms.items()}
 
 
@@ -1284,10 +1280,9 @@ def ablate(cfg, given):
     """--ablate: the teacher's embeddings, which the arms share; the arms that are not done yet;
     then the table of all that are."""
     arms = ablation_arms(cfg)
-    first = []
-    for seed in cfg.seeds if cfg.data == "emoji" else cfg.seeds[:1]:  # each has scenes of its own
-        first.append({"stage": "embed", "seed": seed, "cache": arms["clip-cid"]["cache"],
-                      "out": Path(cfg.out, "embed", f"seed{seed}")})
+    seeds = cfg.seeds if cfg.data == "emoji" else cfg.seeds[:1]  # each has scenes of its own
+    first = [{"stage": "embed", "seed": seed, "cache": arms["clip-cid"]["cache"],
+              "out": Path(cfg.out, "embed", f"seed{seed}")} for seed in seeds]
     common.run_arms(cfg, given, arms, ("clip", "clip-cid"), first)
 
 

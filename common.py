@@ -866,6 +866,9 @@ def clip_weights(checkpoint, act=None):
             weights = from_hugging_face(weights)
         told = checkpoint.size or told_by_json(path.parent)
         size = Size(**{**told_by_tensors(weights), **told})
+        if (size.vision_width % size.vision_heads or size.text_width % size.text_heads
+                or size.image_size % size.patch_size):
+            raise ValueError(f"sizes that do not divide: {size}")
     except Exception as error:  # a name, a shape or a field that no CLIP ViT has
         raise UserError(f"{path} is no CLIP ViT ({type(error).__name__}: {error})") from None
     size = replace(size, act=act or size.act)
@@ -1303,6 +1306,8 @@ def resize_center_crop(source, size):
     """uint8 (3, size, size): shorter side to `size`, then the central square."""
     image = open_image(source)
     short = min(image.size)
+    if max(image.size) > 100 * short:  # resized whole, as the field does, it may fill the memory
+        raise BadSample("image too thin")
     sides = [size * side // short for side in image.size]
     left, top = (round((side - size) / 2) for side in sides)
     image = resize(image, sides, (0, 0, *image.size), short // (2 * size))

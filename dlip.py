@@ -1624,6 +1624,9 @@ def run_stages(cfg):
     unless --resume."""
     device = common.start_device(cfg.device, cfg.seed)
     stages = common.Run(cfg, None, ())
+    if (stages.folder / "log.csv").exists():
+        raise UserError(f"{cfg.out} is a part of the run in {stages.folder.parent}: --out takes "
+                        "that")
     if not cfg.init:  # what does not fit is said before the teacher's command starts
         tokenizer = tokenizer_of(cfg)
         build(cfg, tokenizer)

@@ -70,7 +70,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import common
-from common import UserError, average_gradients, gather, normalise, option, rank
+from common import UserError, gather, normalise, option, rank
 
 # Letters in shape comments: B images or texts in the batch a function is given (in the losses: b of
 # this process against the B of all), N tokens, D width, H heads, E width of the joint embedding,
@@ -164,9 +164,15 @@ def configure(argv=None):
     recipe = RECIPES.get(asked.data, LARGE)
     loaded = common.read_checkpoint(asked.evaluate)
     if asked.evaluate:
-        recipe = {**recipe, "method": "clip+evit", "keep_rate": 1.0}  # of a public CLIP
-        recipe.update(common.known_fields(Config, loaded.config),
-                      root=None, device="auto", workers=-1)
+        recipe = {
+            **recipe,
+            "method": "clip+evit",  # of a public CLIP
+            "keep_rate": 1.0,
+            **common.known_fields(Config, loaded.config),
+            "root": None,
+            "device": "auto",
+            "workers": -1,
+        }
     name = "kept_tokens" if asked.evaluate else asked.method
     stem = "runs/ablation" if asked.ablate else f"runs/{name}-{asked.data}"
     cfg = common.fill_config(Config, recipe, given, stem)
@@ -400,7 +406,7 @@ def similarities(scale, u, v):
 def match(logits):
     """CE(rows, diagonal) of this process's rows (b, B) of a matrix of similarities."""
     b = len(logits)
-    target = torch.arange(rank() * b, (rank() + 1) * b, device=logits.device)
+    target = rank() * b + torch.arange(b, device=logits.device)
     return F.cross_entropy(logits, target)
 
 
@@ -463,8 +469,8 @@ class ECLIPSE(nn.Module):
         by chunk of --accum, as the student, for memory."""
         u_bar = v_bar = None
         if self.momentum is not None:
-            chunks = image.chunk(self.cfg.accum)
-            u_bar = unit(torch.cat([self.momentum(x, self.cfg.teacher_keep_rate) for x in chunks]))
+            u_bar = unit(torch.cat([self.momentum(chunk, self.cfg.teacher_keep_rate)
+                                    for chunk in image.chunk(self.cfg.accum)]))
         if self.momentum_text is not None:
             v_bar = self.momentum_text.encode_text(text)
         return u_bar, v_bar
@@ -503,8 +509,8 @@ class ECLIPSE(nn.Module):
     @torch.no_grad()
     def update_momentum(self, m):
         """Teacher <- m teacher + (1 - m) student, projection included (A4)."""
-        pairs = [(self.momentum, self.online.visual), (self.momentum_text, self.online)]
-        for teacher, student in pairs:
+        for teacher, student in ((self.momentum, self.online.visual),
+                                 (self.momentum_text, self.online)):
             if teacher is not None:
                 for name, average in teacher.named_parameters():
                     average.lerp_(student.get_parameter(name), 1 - m)
@@ -532,8 +538,8 @@ def build_optimiser(model, cfg, device):
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay(cfg)}
     vectors = {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}
-    fused = device.type in ("cuda", "cpu")
-    return torch.optim.AdamW([matrices, vectors], lr=cfg.lr, betas=(0.9, 0.98), fused=fused)
+    return torch.optim.AdamW([matrices, vectors], lr=cfg.lr, betas=(0.9, 0.98),
+                             fused=device.type in ("cuda", "cpu"))
 
 
 def learning_rate(peak, step, steps, warmup):
@@ -547,9 +553,10 @@ def learning_rate(peak, step, steps, warmup):
 
 def schedules(cfg, step, steps, steps_per_epoch):
     """{"lr", "kd_weight"} at a step: one epoch of warm-up, as in SLIP; λ with its ramp (A1)."""
-    lr = learning_rate(cfg.lr, step, steps, warmup=steps_per_epoch)
-    ramp = float(np.interp(step / steps, cfg.kd_ramp, (0, 1)))
-    return {"lr": lr, "kd_weight": cfg.kd_weight * ramp}
+    return {
+        "lr": learning_rate(cfg.lr, step, steps, warmup=steps_per_epoch),
+        "kd_weight": cfg.kd_weight * float(np.interp(step / steps, cfg.kd_ramp, (0, 1))),
+    }
 
 
 def backward(model, image, text, others, amp, scaler):
@@ -564,9 +571,8 @@ def backward(model, image, text, others, amp, scaler):
     chunks = list(zip(image.chunk(accum), text.chunk(accum)))
     with amp, torch.set_grad_enabled(accum == 1):
         embedded = [model.embed(*chunk) for chunk in chunks]
-    u, v = map(torch.cat, zip(*embedded))
-    u.requires_grad_()  # without effect where they have a graph, accum 1
-    v.requires_grad_()
+    # requires_grad_ has no effect where they have a graph, accum 1
+    u, v = (torch.cat(parts).requires_grad_() for parts in zip(*embedded))
     loss, terms = model.loss(u, v, *others)  # outside of autocast
     scaler.scale(loss).backward()
     if accum > 1:
@@ -581,7 +587,7 @@ def update(model, optimiser, scaler, lr):
     """One optimiser step on the processes' mean gradient, then the clamp of the logit scales."""
     for group in optimiser.param_groups:
         group["lr"] = lr
-    average_gradients(model.parameters())
+    common.average_gradients(model.parameters())
     scaler.step(optimiser)
     scaler.update()
     optimiser.zero_grad()
@@ -605,8 +611,8 @@ def train(cfg, loaded=None):
     data = common.training_set(cfg, size.image_size)
     test = common.evaluation_sets(cfg, size.image_size, "test")  # what is missing is said now
     validation = common.evaluation_sets(cfg, size.image_size, "val")
-    tokenizer = size.tokenizer()
-    samples = common.TrainSamples(data, tokenizer, size.image_size, crop_scale(cfg), cfg.seed)
+    samples = common.TrainSamples(data, size.tokenizer(), size.image_size, crop_scale(cfg),
+                                  cfg.seed)
 
     run = common.Run(cfg, size, LOG_COLUMNS)
     state = run.load_state(len(samples), model=model, optimiser=optimiser, scaler=scaler)
@@ -691,6 +697,7 @@ def encoders_of(model, statistics, amp):
 
 
 @common.picture
+@torch.no_grad()
 def draw_kept_tokens(path, model, statistics, sets):
     """Images, and what is left of them after each pruning block: dropped patches are darkened."""
     visual, size = model.online.visual, model.size
@@ -698,8 +705,7 @@ def draw_kept_tokens(path, model, statistics, sets):
     if not examples:
         return
     images, captions = examples
-    with torch.no_grad():
-        _, kept_positions = visual.prune(normalise(images, statistics), model.cfg.keep_rate)
+    _, kept_positions = visual.prune(normalise(images, statistics), model.cfg.keep_rate)
     grid = size.image_size // size.patch_size
     number = torch.arange(grid ** 2)
     patch = number.expand(len(images), -1)  # (n, N-1): the number of the patch each token is
@@ -783,9 +789,10 @@ def draw_sweet_spot(path, arms, results):
             curve.append((np.median(speeds), np.mean(scores), np.std(scores, ddof=1),
                           name.removeprefix("online ")))
     for height, (method, points) in zip((8, -16, -30), curves.items()):
-        *columns, names = zip(*sorted(points))
+        points.sort()
+        *columns, _ = zip(*points)
         line, *_ = axis.errorbar(*columns, label=method, marker="o", capsize=3)
-        for i, (x, y, name) in enumerate(zip(*columns[:2], names)):  # neighbours' labels apart
+        for i, (x, y, _, name) in enumerate(points):  # neighbours' labels apart
             axis.annotate(name, (x, y), (5, height - i % 2 * 12), textcoords="offset points",
                           color=line.get_color())
     axis.margins(x=0.1)

@@ -182,6 +182,9 @@ def test_a_file_of_ours_tells_its_size(tmp_path, prefix):
     assert (size, loaded.config) == (TINY, {"lr": 1})
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
     assert common.clip_weights(loaded, "quick_gelu")[1].act == "quick_gelu"
+    loaded.size["text_heads"] = 0
+    with pytest.raises(UserError, match="x.pt is no CLIP"):
+        common.clip_weights(loaded)
 
 
 def test_safetensors_equals_the_package(tmp_path):
@@ -208,7 +211,7 @@ def test_safetensors_equals_the_package(tmp_path):
 def test_faulty_weights_are_one_line(tmp_path, changed, message):
     weights = {**eclipse.CLIP(TINY, eclipse.VisionTransformer(TINY)).state_dict(), **changed}
     weights = {name: tensor for name, tensor in weights.items() if tensor is not None}
-    torch.save(weights, tmp_path / "x.pt")
+    torch.save({"model": weights, "config": {}, "size": asdict(TINY)}, tmp_path / "x.pt")
     with pytest.raises(UserError, match=f"x.pt.*{message}") as error:
         load(tmp_path / "x.pt", "gelu")
     assert "\n" not in str(error.value)

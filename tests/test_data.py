@@ -175,6 +175,8 @@ def test_crop_of_extreme_images_is_torchvisions(size):
     top, left, height, width = crop.get_params(Image.new("L", size), *ranges)
     box = random_crop_box(*size, np.random.default_rng(0), ranges[0])
     assert box == (left, top, width, height)
+    with pytest.raises(BadSample, match="thin"):
+        resize_center_crop(Image.new("L", (1000, 2)), 8)
 
 
 def decoding_difference(encoded, size, seed):

@@ -373,7 +373,7 @@ ERRORS = {
     "--data vqav2 --stage finetune --init {words} --root {wrong}/empty": "{wrong}/empty prepare.py",
     "--data coco --stage finetune --task caption --init {wrong}/no_decoder.pt": "{wrong}/no_decoder.pt",
     "--out {run}": "{run} --resume --out",
-    "--resume --out {run} --lr 0.5": "--lr 0.5 {run}",
+    "--resume --out {run} --lr 0.5": "--lr 0.5 {run}", "--resume --out {run}/distil": "{run} distil part",
 }
 
 

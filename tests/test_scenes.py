@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from common import BertTokenizer, UserError, clean_blip_caption, clean_blip_question
+from common import BertTokenizer, clean_blip_caption, clean_blip_question
 from data.emoji import scenes
 from data.emoji.scenes import EmojiClasses, EmojiQuestions, EmojiScenes, emoji_answers, emoji_words
 
@@ -167,10 +167,3 @@ def test_small_vocabulary_covers_every_word(concepts):
     for text in texts:
         pieces = [small._tokens[i] for i in small.encode(text)]
         assert pieces == [full._tokens[i] for i in full.encode(text)]
-
-
-@pytest.mark.parametrize("kind, concepts", [(EmojiScenes, 413), (EmojiScenes, 2), (EmojiQuestions, 3)])
-def test_wrong_number_of_concepts(kind, concepts):
-    with pytest.raises(UserError, match=f"^--concepts {concepts}: .*$"):
-        kind("test", 10, 32, concepts=concepts, difficulty="hard")
-    assert kind("test", 10, 32, concepts=4, difficulty="hard")[9]
