@@ -796,7 +796,7 @@ def read_stage(path, settings, read=common.read_json):
     found = on_first(lambda: read(path) if path.is_file() else None)
     if found is None:
         return None
-    found = found if isinstance(found, dict) else {}
+    found = found if isinstance(found, dict) else {}  # else no stage wrote it
     for name, value in settings.items():
         if found.get(name) != value:
             raise UserError(f"{path} was made with {name} {found.get(name)!s:.80}, not "
@@ -881,7 +881,8 @@ def embed_rows(cfg, embeddings, teacher, size, device):
         v = encode_text(tokens).cpu()
         if not torch.cat([u, v]).isfinite().all():
             raise UserError(f"{teacher_file(cfg)} gives NaN: try --precision fp32")
-        for row, own in zip(rows[places], v.half().split(list(map(len, captions)))):
+        counts = list(map(len, captions))
+        for row, own in zip(rows[places], v.half().split(counts)):
             for number, vector in enumerate(own):
                 write_row(text, number * len(image) + row, vector)
         for row, vector in zip(rows[places], u.half()):

@@ -84,7 +84,8 @@ def run_main(main, argv=None):
         return 1
     except (Exception, KeyboardInterrupt) as error:
         told = isinstance(error, (UserError, OSError, FloatingPointError, KeyboardInterrupt))
-        if not told and not str(error).startswith("DataLoader "):  # has lost a process, or waits
+        # torch's "DataLoader ...": one of its processes has died, or hangs
+        if not told and not str(error).startswith("DataLoader "):
             traceback.print_exc()  # a fault of ours
             return 1
         print(f"{Path(sys.argv[0]).name}: {str(error) or 'interrupted'}", file=sys.stderr)
@@ -607,7 +608,8 @@ def run_arms(cfg, given, arms, baselines, first=()):
                 raise UserError(f"--ablate {name!r}: no such arm; there are {['all', *arms]}")
             out = Path(cfg.out, name.replace(" ", "_"), f"seed{seed}")
             fields = {**alone, **arms[name], "seed": seed, "out": out}
-            fill_config(type(cfg), {}, {**fields, "resume": True}, out)  # an old arm's flags hold
+            # UserError where the arm was run with other flags
+            fill_config(type(cfg), {}, {**fields, "resume": True}, out)
             if not (out / "results.json").is_file() and fields not in commands:
                 commands.append(fields)
     if commands:

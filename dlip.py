@@ -37,9 +37,9 @@ reimplementation that looks derived from the authors' code (jfan1256/dlip-v2); [
 From the paper: the sizes of its Table 1; all weights 1; distillation in pre-training only; L_HR of
 image, text, fusion encoder and decoder, the text's from the last layer; L_AT of the last layers'
 self- and cross-attention as KL; learning rate 5e-4 times 0.85 an epoch, 20 epochs, weight decay
-0.02; a larger rate of small text networks in fine-tuning for retrieval. The image
-encoder starts from an ImageNet ViT (--vision-init; without, Flickr30K's TR@1 is 74.5 in place of
-85.5), the text network afresh: a BERT's weights, not offered here, made it 85.9.
+0.02; a larger rate of small text networks in fine-tuning for retrieval. The image encoder starts
+from an ImageNet ViT (--vision-init; without, Flickr30K's TR@1 is 74.5 in place of 85.5), the text
+network afresh: a BERT's weights, not offered here, made it 85.9.
 
 Assumptions, where the public text is silent. Each is ours, not the paper's:
   A1  L_HR is the sum of four batch means of 1 - cosine [near]: at the CLS of image and text, at
@@ -1739,7 +1739,7 @@ def draw_attention(path, models, images, captions):
         side = math.isqrt(maps.shape[1])
         maps = maps.unflatten(1, (side, side))
         rows.append(overlay(images, maps))
-    title = "cross-attention of a word to the image, last layer of the fusion encoder"
+    title = "where a word looks (bright): cross-attention, last layer of the fusion encoder"
     common.plot_grid(path, rows, ["image", *models], words, title)
 
 

@@ -97,6 +97,9 @@ class Lists:
         head = {"name": name, "kind": "questions" if self.answers else "captions",
                 "made_from": list(self.sources.values()),
                 "root": os.path.relpath(self.root, self.out), "answers": self.answers}
+        for split, lines in self.lines.items():  # before anything is removed or written
+            if lines:
+                check_bad(self.bad[split], len(lines), self.out / f"{split}.jsonl")
         for split in ("train", "val", "test", "test-dev"):  # of another time
             (self.out / f"{split}.jsonl").unlink(missing_ok=True)
         for split in self.lines | self.bad:
@@ -104,7 +107,6 @@ class Lists:
             if not lines:
                 print(f"{path} is not written: {self.first[split]}")
                 continue
-            check_bad(bad, len(lines), path)
             notes = +self.notes[split]
             head |= {"samples": len(lines), "unusable": bad, "notes": notes}
             write_text(path, "\n".join([json.dumps(head), *lines.values()]) + "\n")

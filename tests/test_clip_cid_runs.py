@@ -200,11 +200,16 @@ def test_damaged_images_are_left_out(teacher, tmp_path):
     train[31][1]["jpg"] = b"no image"
     write_shard(tmp_path / "train" / "0.tar", train)
     write_shard(tmp_path / "val" / "0.tar", photo_samples(range(900, 908)))
-    run("clip_cid", *TINY, "--data", "mine", "--root", tmp_path, "--teacher", teacher, "--filter",
-        "none", "--out", tmp_path / "run")
+    flags = ["clip_cid", *TINY, "--data", "mine", "--root", tmp_path, "--teacher", teacher, "--filter",
+             "none", "--out"]
+    run(*flags, tmp_path / "run")
     zero = np.flatnonzero((np.load(tmp_path / "run" / "image.npy") == 0).all(1))
     assert zero.tolist() == [7, 31]
     assert checkpoint(tmp_path / "run", "clusters.pt")["row"] == np.delete(range(48), zero).tolist()
+    for _, parts in train[:6]:
+        parts["jpg"] = b"?"
+    write_shard(tmp_path / "train" / "0.tar", train)
+    assert "8 of 48" in error(*flags, tmp_path / "bad")
 
 
 # ------------------------------------------------------------------------------- interruptions

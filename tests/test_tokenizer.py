@@ -184,8 +184,8 @@ def long_words(length):
 
 
 def test_a_word_without_end_costs_no_more_than_a_context_holds(clip):
-    for word in long_words(400_000):
-        assert torch.equal(clip([word]), clip([word[:2000]]))
+    for word in long_words(20_000):
+        assert torch.equal(clip([word]), clip([word[:2000]])) and len(clip.encode(word)) <= 6000
 
 
 @pytest.mark.parametrize("vocab_size", [513, 49409])
