@@ -12,7 +12,8 @@ embeddings is its own, for the detail that clusters lose. CLIP's own loss is a t
     python clip_cid.py                                     # emoji scenes, a few minutes on a laptop
     python clip_cid.py --ablate all --jobs 2               # the ladder of ablations on them
     python clip_cid.py --data coco --root DIR --teacher ViT-L-14.pt
-    torchrun --nproc_per_node=8 clip_cid.py --data cc3m --teacher open_clip_pytorch_model.bin
+    torchrun --nproc_per_node=8 clip_cid.py --data cc3m --teacher open_clip_pytorch_model.bin \\
+        --act gelu
     python clip_cid.py --evaluate ViT-B-32.pt --data coco  # OpenAI, OpenCLIP, Hugging Face
 
 The stages run one after the other; --stage runs up to one of them ("evaluate" only scores the
@@ -44,7 +45,7 @@ paper's scale.
 Assumptions. [paper]: CLIP-CID's abstract or a summary of it, not the full text; [figure]: its
 architecture figure as published, perhaps of a draft; [sibling]: a paper or code of the same group
 that follows CLIP-CID or shares its parts (DanQing, RealSyn, MLCD, UNICOM, ALIP); [choice]: ours. A
-tag speaks for what stands between it and the tag before.
+tag covers the text since the tag before.
   A1  Groups by Union-Find at a Euclidean distance ε [paper], that is connected components. A share
       of 43.7 % of LAION400M goes (--remove) [paper]; ε is set so that the same share of any data
       goes [choice], or given (--eps): the cosine distance 0.1 of DanQing is ε = 0.447 [sibling].
@@ -54,15 +55,17 @@ tag speaks for what stands between it and the tag before.
       spherical, from k of them drawn at random, 20 iterations, --k [choice].
   A4  Cluster discrimination is a softmax loss and a KL divergence [paper] over the outputs of one
       fully connected layer, the prototypes, for the student's and the teacher's image embedding;
-      the layer starts at the cluster centres [figure]. It learns, from the student's side alone
-      (--prototypes) [choice]. Its rows have unit length (MLCD) [sibling]. L_hard is the
-      cross-entropy with the k-means label, L_kl is KL(teacher || student), added 1:1 [choice];
-      scale 32 for the student, --teacher-scale for the teacher [choice]; every cluster a negative,
-      --sample-rate 1, where MLCD draws a tenth of its million [choice].
-  A5  Instance discrimination contrasts student and teacher [paper], crossed: student images against
-      teacher texts, student texts against teacher images [figure]. In each softmax a student's
-      embedding searches among the teacher's; the reverse search is left out [choice]. A learnable
-      scale of its own, from 1/0.07, at most 100 [choice].
+      the layer starts at the cluster centres [figure]. It learns (--prototypes); the teacher's
+      outputs get no gradient, but are those of the layer as it is now [choice]. Its rows have unit
+      length (MLCD) [sibling]. L_hard is the cross-entropy with the k-means label, L_kl is
+      KL(teacher || student), added 1:1; scale 32 for the student and the teacher
+      (--teacher-scale); every cluster a negative, --sample-rate 1 [choice], where MLCD draws a
+      tenth of its million [sibling].
+  A5  Instance discrimination is a bidirectional contrastive loss of student and teacher [paper],
+      crossed: student images against teacher texts, student texts against teacher images [figure].
+      These two are the directions: in each softmax a student's embedding searches among the
+      teacher's, not the reverse; their mean; of an image's captions the first five take part
+      [choice]. A learnable scale of its own, from 1/0.07, in [1, 100] [choice].
   A6  Total: γ CLIP + α cluster + β instance, α = β = γ = 1 (--nce-weight, --cluster-weight,
       --instance-weight) [choice]; the figure draws no CLIP loss, as with --nce-weight 0. Student
       embeddings are projected linearly to the teacher's width for the two distillation losses,
@@ -70,11 +73,13 @@ tag speaks for what stands between it and the tag before.
   A7  The teacher's embeddings are made offline [figure], of the centre crop; the student's random
       crops are compared with them [choice].
   A8  Large data: AdamW, learning rate 1e-3, weight decay 0.2, β = (0.9, 0.98), 32 epochs, warm-up,
-      then cosine [sibling]. The warm-up takes a tenth of the run [choice]; batch 4096 and k =
+      then cosine [sibling]. The warm-up takes a tenth of the run, from 1e-6, the cosine ends at
+      1e-5, decay is of matrices alone, prototypes included [choice]; batch 4096 and k =
       10,000, for COCO and Flickr30k 1024 and 1000; crops as in SLIP [choice]. The emoji scenes: the
       same but for 12 epochs, batch 64, k = 256 and the crops [choice].
 """
 
+import hashlib
 import itertools
 import math
 import os
@@ -138,7 +143,7 @@ class Config(common.RunConfig):  # data, out, resume, ablate, seed, device, ...
                          ["balance", "random", "none"], section="image semantic balance")
     remove: float = option(0.437, "share of the images to remove; ε follows from it", (0, 0.999))
     eps: float | None = option(None, "ε, in place of --remove: images closer are linked; "
-                               "not with --ablate or --filter random", (1e-6, 2))
+                               "not with --ablate or --filter random", (1e-3, 2))
 
     k: int = option(256, "number of clusters", (1, math.inf), section="cluster discrimination")
     cluster_weight: float = option(1.0, "α, weight of the cluster loss")
@@ -177,7 +182,7 @@ class Config(common.RunConfig):  # data, out, resume, ablate, seed, device, ...
     grad_checkpoint: bool = option(False, "recompute blocks in the backward pass, for memory")
 
     scenes: int = option(16000, "training scenes", section="emoji scenes (--data emoji)")
-    concepts: int = option(100, "how many concepts are drawn")
+    concepts: int = option(100, "how many concepts are drawn", (4, 412))
     difficulty: str = option("easy", "objects, sizes, backgrounds", ["easy", "medium", "hard"])
     noise: float = option(0.4, "share of training scenes with another scene's caption", (0, 1))
     long_tail: float = option(1.0, "exponent z of concept frequencies 1 / rank^z")
@@ -222,6 +227,10 @@ def configure(argv=None):
     asked = Config(**given)
     if asked.ablate and "filter" in given:
         raise UserError("--filter: not with --ablate, whose arms have one each")
+    if asked.stage == "teacher" and PLAIN_CLIP.keys() & given.keys():
+        raise UserError("--method, --filter: not with --stage teacher, which trains a plain CLIP")
+    if asked.evaluate and "stage" in given:
+        raise UserError("--stage: not with --evaluate, which scores that checkpoint alone")
     if asked.eps and (asked.ablate or asked.filter == "random"):
         raise UserError("--eps: not with --ablate or --filter random, which need the size of what "
                         "stays beforehand: give --remove")
@@ -230,12 +239,10 @@ def configure(argv=None):
     if asked.stage == "teacher":
         recipe = {**(EMOJI_TEACHER if asked.data == "emoji" else recipe), **PLAIN_CLIP}
         stem = "runs/teacher"
-    elif asked.stage != "all":  # go on where the stage before has left its files
-        given.setdefault("out", stem)
 
     path = asked.evaluate
     if asked.stage == "evaluate":
-        path = Path(given["out"], "student.pt")
+        path = Path(given.get("out", stem), "student.pt")
     loaded = common.read_checkpoint(path)
     if path:  # its data and sizes; a public one has none
         recipe = {**recipe, **common.known_fields(Config, loaded.config), "stage": "all"}
@@ -400,8 +407,8 @@ BLOCK = 4096  # vectors of a block: memory grows with its square, never with n²
 MANY_EDGES = 2 ** 22  # so many edges may wait to be thinned out
 
 # x: embeddings (n, T) on any device, in any precision; they become unit vectors block by block.
-# edges (3, m), a float64 array: m pairs of vectors i < j as j, i and minus their cosine. np.lexsort
-# sorts by the last of these first: the best cosine first, equal ones by i, then by j.
+# edges (3, m), a float64 array: m pairs of vectors i < j, in its rows j, i and minus their cosine.
+# np.lexsort sorts by the last of these first: the best cosine first, equal ones by i, then by j.
 
 
 def block_cosines(x, a, b, out):
@@ -424,9 +431,10 @@ def find_groups(x, eps=None, remove=None):
     of each group stays. Returns (the lowest member of each vector's group (n,), ε).
 
     Whatever ε is, the groups are the components of the maximum spanning forest of all pairs without
-    its edges beyond ε, and each edge left removes one vector. So the best count = remove * n edges
-    of that forest meet `remove` exactly. Among links that are equal at this cut the first pairs
-    stay, and the ε reported is just beyond the last link: as --eps it would take in all its equals.
+    its edges beyond ε, and each edge left removes one vector. So the best `count` edges of that
+    forest, count = remove * n, meet `remove` exactly. Among links that are equal at this cut the
+    first pairs stay, and the ε reported is just beyond the last link: as --eps it would take in all
+    its equals.
 
     Only pairs above a floor are looked at, and this is exact. Kruskal takes the edges best first,
     so pairs below the forest's count-th edge change nothing in its first count edges. That edge is
@@ -681,8 +689,8 @@ class CLIPCID(nn.Module):
         term            weight            what gets its gradient
         nce             nce_weight        both towers, the student's logit scale
         cluster_hard    cluster_weight    image tower, P_v, prototypes; nothing of the text's side
-        cluster_kl      cluster_weight    the same, through the student's softmax. The teacher's is
-                                          detached, yet moves as the prototypes learn
+        cluster_kl      cluster_weight    the same, through the student's softmax. The teacher's
+                                          gets none, but is that of the prototypes as they are now
         instance        instance_weight   both towers, P_v, P_t, distil_scale; of --instance
                                           features no scale, of logit-kl the student's scale and
                                           no projection
@@ -743,7 +751,8 @@ class CLIPCID(nn.Module):
 
 CAPTIONS = 5  # of an image, at most: COCO's
 SHOWN, SHOWN_PIXELS = 12, 96  # pictures in a line of balance.png and clusters.png, their side
-DRAWN = "seed scenes concepts difficulty noise long_tail duplicates image_size preset".split()
+# what decides the emoji scenes
+SCENE_FIELDS = "seed scenes concepts difficulty noise long_tail duplicates image_size".split()
 
 
 class Embeddings:
@@ -761,15 +770,18 @@ class Embeddings:
         self.rows = np.array([row_of.setdefault(key, len(row_of)) for key in keys])
         self.keys = list(row_of)
         self.samples = np.unique(self.rows, return_index=True)[1]  # (n,): the first of each row
-        data_set = settings_of(cfg, "data", *(DRAWN if cfg.data == "emoji" else ()))
+        data_set = settings_of(cfg, "data", *(SCENE_FIELDS if cfg.data == "emoji" else ()))
         teacher = teacher_file(cfg)
         found = teacher.stat()  # cheaper than its content, which may be 10 GB
+        digest = hashlib.md5(repr((self.keys, data.digest)).encode()).hexdigest()
         self.settings = {
             **data_set,
+            "samples": f"{len(self.keys)} of digest {digest}",
             **settings_of(cfg, "keep", "precision", "act"),
             "teacher": f"{teacher}, {found.st_size} bytes, {found.st_mtime_ns}",
         }
-        name = "-".join(map(str, data_set.values()))  # one per training set
+        # one per training set, whose name may be a path
+        name = "-".join(map(str, data_set.values())).replace("/", "-")
         self.folder = Path(cfg.cache, name) if cfg.cache else Path(cfg.out)
 
     def open(self, name, mode="c"):
@@ -830,9 +842,6 @@ def embed(cfg, data, device):
     folder = embeddings.folder
     path = folder / "embeddings.json"
     report = read_stage(path, embeddings.settings) or {}
-    if report and common.read_keys(folder / "keys.txt") != embeddings.keys:
-        raise UserError(f"{folder}/keys.txt lists other samples than --data {cfg.data} has now: "
-                        "delete embeddings.json, or choose another folder")
     if not report.get("complete"):
         teacher, size = load_teacher(cfg, device)
         if not report:
@@ -940,7 +949,8 @@ def choose(cfg, x):
     many as balance would keep, each a group of its own, ε = 0."""
     if cfg.filter == "random":
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(cfg.seed))
-        return order[round(cfg.remove * len(x)):].sort().values, torch.arange(len(x)), 0.0
+        count = min(round(cfg.remove * len(x)), len(x) - 1)
+        return order[count:].sort().values, torch.arange(len(x)), 0.0
     group, eps = find_groups(x, cfg.eps, cfg.remove)
     return centres(x, group), group, eps
 
@@ -973,7 +983,7 @@ def cluster(cfg, embeddings, kept, device):
 def draw_groups(path, embeddings, rows, group, score, title):
     """A line of images for each of the ten largest groups: the SHOWN members of the best scores.
 
-    group, score (n,): of the embeddings' rows (n,).
+    group, score (n,): of the given rows (n,).
     """
     lines, names = [], []
     for number in torch.bincount(group).argsort(descending=True, stable=True)[:10]:
@@ -1015,7 +1025,7 @@ def prepare(cfg, size, device):
     how = size.tokenizer(), size.image_size, crop_scale(cfg), cfg.seed
     if cfg.method == "clip" and cfg.filter == "none":
         return common.TrainSamples(data, *how), {}
-    embeddings = embed(cfg, data, device)
+    embeddings = embed(replace(cfg, image_size=size.image_size), data, device)
     if cfg.stage == "embed":
         return None
     if device.type == "mps":  # no sums in float64 there
@@ -1172,8 +1182,8 @@ def train(cfg, loaded=None):
 def teaching_inputs(teaching, seed, step, device):
     """What CLIPCID.loss takes beside u and v, of a batch of TaughtSamples; () without a teacher.
 
-    The last is a seed for sample_clusters, another one at each step of each run: none of them takes
-    10^9 steps.
+    The last is a seed for sample_clusters, another one at each step of each run (no run has 10^9
+    steps).
     """
     if not teaching:
         return ()
@@ -1216,7 +1226,7 @@ def evaluate_checkpoint(cfg, loaded):
     amp, _ = common.mixed_precision(cfg.precision, device)
     model = build(cfg, loaded)
     clips = {loaded.path.stem: (model.student.to(device), model.size)}
-    if cfg.stage == "evaluate":
+    if cfg.stage == "evaluate" and cfg.method == "clip_cid":
         clips["teacher"] = load_teacher(cfg, device)
     table = {}
     for name, (clip, size) in clips.items():
@@ -1254,7 +1264,7 @@ def ablation_arms(cfg):
         "cluster_terms": ("hard", "kl"),
         "instance": ("intra", "both", "logit-kl"),
         "prototypes": ("teacher", "learned"),
-        "k": (cfg.k // 4, cfg.k * 4),
+        "k": (max(1, cfg.k // 4), cfg.k * 4),
         "sample_rate": (0.25, 0.5),
         "teacher_scale": (8.0, 100.0),
     }
@@ -1295,7 +1305,7 @@ def main(argv=None):
         evaluate_checkpoint(cfg, loaded)
     elif cfg.stage in ("embed", "balance", "cluster"):
         size, _ = common.clip_size(cfg, loaded)
-        # runs though --method clip would not need it
+        # these run with --method clip too
         prepare(replace(cfg, method="clip_cid"), size, common.start_device(cfg.device, cfg.seed))
     else:
         train(cfg, loaded)

@@ -38,6 +38,7 @@ import time
 import traceback
 import unicodedata
 import warnings
+import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -52,6 +53,8 @@ from PIL import Image
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.data import ConcatDataset, DataLoader
 from tqdm import tqdm
+
+from data.emoji import scenes
 
 DATA = Path(__file__).resolve().parent / "data"
 
@@ -599,6 +602,9 @@ def run_arms(cfg, given, arms, baselines, first=()):
     """
     if "method" in given:
         raise UserError("--method: not with --ablate, whose arms have one each")
+    if world_size() > 1:
+        raise UserError("--ablate: not under torchrun; --jobs runs several arms at a time")
+    script = sys.modules[type(cfg).__module__].__file__
     alone = {name: value for name, value in given.items()
              if name not in ("ablate", "seeds", "jobs")}
     commands = []
@@ -613,8 +619,8 @@ def run_arms(cfg, given, arms, baselines, first=()):
             if not (out / "results.json").is_file() and fields not in commands:
                 commands.append(fields)
     if commands:
-        run_commands([{**alone, **fields} for fields in first], cfg.jobs)
-        run_commands(commands, cfg.jobs)
+        run_commands(script, [{**alone, **fields} for fields in first], cfg.jobs)
+        run_commands(script, commands, cfg.jobs)
     found = {}
     for name in arms:
         for path in Path(cfg.out, name.replace(" ", "_")).glob("seed*/results.json"):
@@ -630,8 +636,8 @@ def run_arms(cfg, given, arms, baselines, first=()):
     return found
 
 
-def run_commands(commands, jobs):
-    """Run this script with each of [{field: value}], `jobs` at a time.
+def run_commands(script, commands, jobs):
+    """Run a script with each of [{field: value}], `jobs` at a time.
 
     One job a GPU, or an equal share of the CPU's threads a job. UserError when a command fails,
     KeyboardInterrupt after Ctrl-C, which the running commands get as well: they save and end first.
@@ -643,7 +649,7 @@ def run_commands(commands, jobs):
         if gpus:
             variable, value = "CUDA_VISIBLE_DEVICES", slot % gpus
         for fields in waiting:  # the threads share it: who is free takes the next
-            process = start_command(sys.argv[0], fields, variable, value)
+            process = start_command(script, fields, variable, value)
             try:
                 end_command(process, fields)
             except UserError:
@@ -728,8 +734,9 @@ def over_seeds(found, baseline=()):
                               - base.get(run["seed"], {}).get(metric, missing) for run in runs])
                 x = x[~np.isnan(x)]
                 if len(x):
-                    std = x.std(ddof=min(1, len(x) - 1))
-                    row[metric] = f"{shown(x.mean())} ± {shown(std)}"
+                    row[metric] = shown(x.mean())
+                    if len(x) > 1:
+                        row[metric] += f" ± {shown(x.std(ddof=1))}"
                     if baseline:
                         row[metric] += f" ({sum(x > 0)}/{len(x)})"
     return table
@@ -834,8 +841,8 @@ def read_content(path):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-               "I64": torch.int64}
+SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+               "BF16": torch.bfloat16, "I64": torch.int64, "BOOL": torch.bool}
 
 
 def read_safetensors(path):
@@ -866,10 +873,12 @@ def clip_weights(checkpoint, act=None):
     try:
         if "vision_model.embeddings.class_embedding" in weights:
             weights = from_hugging_face(weights)
+        own = told_by_tensors(weights)
         told = checkpoint.size or told_by_json(path.parent)
-        size = Size(**{**told_by_tensors(weights), **told})
-        if (size.vision_width % size.vision_heads or size.text_width % size.text_heads
-                or size.image_size % size.patch_size):
+        if own["act"] or told.get("vision_width", own["vision_width"]) != own["vision_width"]:
+            told = {}  # OpenAI's own archive needs no json; that of another model tells nothing
+        size = Size(**{**own, **told})
+        if size.vision_width % size.vision_heads or size.text_width % size.text_heads:
             raise ValueError(f"sizes that do not divide: {size}")
     except Exception as error:  # a name, a shape or a field that no CLIP ViT has
         raise UserError(f"{path} is no CLIP ViT ({type(error).__name__}: {error})") from None
@@ -910,12 +919,14 @@ def told_by_json(folder):
     if "vision_config" in content:  # Hugging Face's config.json
         vision = content["vision_config"]
         told = dict(act=vision.get("hidden_act", "quick_gelu"),
+                    vision_width=vision.get("hidden_size", 768),
                     vision_heads=vision.get("num_attention_heads", 12),
                     text_heads=content["text_config"].get("num_attention_heads", 8))
     if "model_cfg" in content:  # open_clip_config.json
         model = content["model_cfg"]
         vision = model["vision_cfg"]
         told = dict(act="quick_gelu" if model.get("quick_gelu") else "gelu",
+                    vision_width=vision["width"],
                     vision_heads=vision["width"] // vision.get("head_width", 64),
                     text_heads=model["text_cfg"]["heads"])
     pixels = content.get("preprocess_cfg", content)
@@ -982,8 +993,8 @@ def resize_positions(weights, tower, size):
 def resize_grid(positions, count, antialias):
     """Position embeddings of CLS and a square grid, (1 + g*g, D) -> (count, D), bicubic.
 
-    No square, as of a distilled DeiT: unchanged, so that load_weights refuses them, with both
-    shapes.
+    What is no square, as of a distilled DeiT with its two class tokens, is returned unchanged:
+    load_weights then refuses it and names both shapes.
     """
     old, new = math.isqrt(len(positions) - 1), math.isqrt(count - 1)
     if old == new or len(positions) != 1 + old ** 2:
@@ -1123,7 +1134,6 @@ class CLIPTokenizer(Tokenizer):
 BERT_SPECIALS = "[PAD] [UNK] [CLS] [SEP] [MASK] [DEC] [ENC]".split()
 IDEOGRAPH = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df"
                        "\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]")
-BLIP_SYMBOLS = r'[.!"()*#:;~]'  # what BLIP takes out of captions and questions
 
 
 def split_words(text):
@@ -1200,16 +1210,6 @@ class BertTokenizer(Tokenizer):
         for spaced in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
             text = text.replace(spaced, spaced.strip())
         return text
-
-
-def clean_blip_caption(text):
-    """A caption as BLIP reads it: lower case, a space for .!"()*#:;~, at most 30 words."""
-    return " ".join(re.sub(BLIP_SYMBOLS, " ", text.lower()).split()[:30])
-
-
-def clean_blip_question(text):
-    """A question as BLIP reads it: lower case, .!"()*#:;~ removed, at most 50 words."""
-    return " ".join(re.sub(BLIP_SYMBOLS, "", text.lower()).split()[:50])
 
 
 # --------------------------------------------------------------------------------------- images
@@ -1327,8 +1327,8 @@ def resize_whole(source, size):
 # Every set d: len(d); d[i] -> (encoded image or PIL image, target), or BadSample; d.kind says what
 # the target is: "captions" a list of strings, "classes" the number of one of d.classes (whose
 # prompts are d.templates), "questions" (question, human answers, the question's kind or None).
-# Captions and questions have d.key(i), and what is read from lists or shards has d.bad, unusable
-# samples by reason.
+# Captions and questions have d.key(i) and d.digest, which tells other content of the same keys (so
+# far as sizes do), and what is read from lists or shards has d.bad, unusable samples by reason.
 
 NOT_DOWNLOADED, HELD_BACK = "not downloaded", "in COCO's val or test"
 
@@ -1338,7 +1338,7 @@ def read_bytes(path, start=0, size=-1):
         with open(path, "rb") as file:
             file.seek(start)
             return file.read(size)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter: a NUL in the path
         raise BadSample("unreadable file") from error
 
 
@@ -1348,8 +1348,12 @@ def stamp(path):
     return [stat.st_size, stat.st_mtime_ns]
 
 
+HIDDEN = (".", "@")  # folders; @: a file server's thumbnails
+
+
 def files_below(root, endings):
-    """The files below a folder whose names end so, linked folders too, sorted within a folder."""
+    """The files below a folder whose names end so, linked folders too, sorted within a folder;
+    nothing hidden."""
     seen = set()
     for folder, inside, names in os.walk(root, followlinks=True):
         place = os.path.realpath(folder)
@@ -1357,7 +1361,7 @@ def files_below(root, endings):
             inside.clear()
             continue
         seen.add(place)
-        inside.sort()
+        inside[:] = sorted(name for name in inside if not name.startswith(HIDDEN))
         for name in sorted(names):
             if name.lower().endswith(endings) and not name.startswith("."):
                 yield Path(folder, name)
@@ -1379,12 +1383,13 @@ class TarShards:
     kind = "captions"
 
     def __init__(self, root):
-        shards = sorted(files_below(root, ".tar"))
+        shards = sorted(files_below(root, (".tar", ".tar.gz", ".tgz")))
         train = [path for path in shards if not HELD_OUT.search(str(path.relative_to(root)))]
         if not train and root.name in ("val", "test"):
             train = shards
-        self.shards, self.opened = train, f"{len(train)} shards below {root}"
-        self.rows, self.keys, self.bad = load_index(Path(root), self.shards)
+        self.shards = train
+        self.rows, self.keys, self.bad = load_index(root, self.shards)
+        self.digest = zlib.crc32(self.rows.tobytes())
 
     def __len__(self):
         return len(self.rows)
@@ -1403,6 +1408,7 @@ class TarShards:
         return read_bytes(self.shards[shard], image, image_size), clean_captions(texts)
 
 
+INDEX_VERSION = "2"  # another one when scan_shard finds other things
 ROW = np.dtype([("shard", "u4"), ("image", "i8"), ("image_size", "i8"), ("caption", "i8"),
                 ("caption_size", "i8"), ("is_json", "?")])  # 37 bytes
 
@@ -1415,7 +1421,7 @@ def load_index(root, shards):
     """
     # With the time: tar pads its files, so that a rewritten shard often keeps its size, and old
     # offsets would then pair images with captions wrongly.
-    state = str([(path.relative_to(root), *stamp(path)) for path in shards])
+    state = str([(path.relative_to(root), *stamp(path)) for path in shards]) + INDEX_VERSION
     cache = root / ".index.npz"
     with suppress(Exception):  # absent, or damaged in any way: build it again
         with np.load(cache) as index:
@@ -1439,10 +1445,14 @@ def load_index(root, shards):
     return rows, keys, bad
 
 
+def are_texts(x):
+    return isinstance(x, list) and all(isinstance(text, str) for text in x)
+
+
 def clean_captions(texts):
     """The captions of a sample, one text or a list, their white space tidied. BadSample if none."""
     texts = [texts] if isinstance(texts, str) else texts
-    if not isinstance(texts, list) or set(map(type, texts)) - {str}:
+    if not are_texts(texts):
         raise BadSample("caption is no text")
     captions = [" ".join(text.split()) for text in texts if text.strip()]
     if not captions:
@@ -1473,11 +1483,13 @@ def scan_shard(path, bad):
             tar.members.clear()  # tarfile would keep all of them
             file.seek(end)
             gap = file.read(member.offset - end)
-            bad["in a damaged shard"] += len(gap) > MOST_ZEROS or any(gap)
+            said = any(gap) and gap[156:157] != b"g"  # that is pax's header for all members
+            bad["in a damaged shard"] += len(gap) > MOST_ZEROS or said
             end = tar.offset
             key, _, extension = member.name.rpartition(".")
             kind = KINDS.get(extension.lower())
-            if kind and member.isreg():
+            # ._name: what macOS adds to each file
+            if kind and member.isreg() and not Path(key).name.startswith("._"):
                 bad["named twice"] += kind in parts[key]
                 whole = member.offset_data + member.size <= length
                 parts[key].setdefault(kind, (member.offset_data, member.size) if whole else None)
@@ -1512,19 +1524,24 @@ class Listed:
     """
 
     def __init__(self, path):
-        self.path, self.opened, folder = path, path, path.parent
+        self.path, folder = path, path.parent
         with open(path, "rb") as file:
             self.ends = np.cumsum([len(line) for line in file])  # of the first line, then records
+        self.digest = zlib.crc32(self.ends.tobytes())
         try:
             head = json.loads(read_bytes(path, 0, self.ends[0]))
             self.kind, self.answers = head["kind"], head.get("answers")
             self.fields = RECORD[self.kind]
             self.bad = Counter(head["unusable"])
-            if head["samples"] != len(self) or self.bad.total() < 0:
+            if head["samples"] != len(self):
                 raise ValueError
-            self.command = (f"run python data/prepare.py {head['name']} "
-                            f"{shlex.quote(os.path.normpath(folder / head['root']))} "
-                            f"--out {shlex.quote(str(folder))}")
+            if self.kind == "questions" and not (self.answers and are_texts(self.answers)):
+                raise ValueError
+            self.command = "mend it"
+            if head["made_from"]:
+                self.command = (f"run python data/prepare.py {head['name']} "
+                                f"{shlex.quote(os.path.normpath(folder / head['root']))} "
+                                f"--out {shlex.quote(str(folder))}")
             for source in head["made_from"]:
                 file = folder / source["file"]
                 if file.exists() and stamp(file) != [source["size"], source["time"]]:
@@ -1541,7 +1558,7 @@ class Listed:
         try:
             record = json.loads(read_bytes(self.path, start, end - start))
             *texts, last = (record[name] for name in self.fields)
-            if isinstance(last, list) and set(map(type, texts + last)) == {str}:
+            if are_texts(last) and are_texts(texts):
                 return record
             raise ValueError
         except (ValueError, KeyError, TypeError, RecursionError):
@@ -1555,7 +1572,7 @@ class Listed:
         image = read_bytes(self.path.parent / record["image"])
         if self.kind == "questions":
             return image, (record["question"], record["answers"], record.get("kind"))
-        return image, record["captions"]  # none in a test split
+        return image, clean_captions(record["captions"])
 
 
 class Mixture(ConcatDataset):
@@ -1568,7 +1585,7 @@ class Mixture(ConcatDataset):
 
     def __init__(self, names, parts):
         super().__init__(parts)
-        self.names = names
+        self.names, self.digest = names, [part.digest for part in parts]
 
     def key(self, i):
         part = bisect.bisect_right(self.cumulative_sizes, i)
@@ -1582,7 +1599,8 @@ class Subset(torch.utils.data.Subset):
 
     def __init__(self, data, indices):
         super().__init__(data, indices)
-        self.kind, self.answers = data.kind, getattr(data, "answers", None)
+        self.kind = data.kind
+        self.answers, self.digest = (getattr(data, name, None) for name in ("answers", "digest"))
 
     def key(self, i):
         return self.dataset.key(self.indices[i])
@@ -1592,8 +1610,8 @@ class ImageFolder:
     """Images in one folder per class: root/<class>/..., or root/<split>/<class>/...
 
     split "train", "val" or "test"; "test" falls back on val/, then on root itself. A class is
-    called as its folder, with spaces for _ and -. In a folder "imagenet" they are called by wnid;
-    names and templates come from data/. UserError when there are no images.
+    called as its folder, with spaces for _ and -. Where all are ImageNet's wnids, names and
+    templates come from data/. UserError when there are no images.
     """
 
     kind, templates = "classes", ["a photo of a {}."]
@@ -1605,7 +1623,8 @@ class ImageFolder:
             folder = root / "val" if splits else root
         # Labels must mean the same in each split, even if a class is absent from one.
         names = sorted({path.name for parent in splits or [root] for path in parent.iterdir()
-                        if path.is_dir() and not path.name.startswith(".")})
+                        if path.is_dir() and not path.name.startswith(HIDDEN)
+                        and any(files_below(path, IMAGE_TYPES))})
         self.images = []
         for label, name in enumerate(names):
             self.images += [(path, label) for path in files_below(folder / name, IMAGE_TYPES)]
@@ -1614,9 +1633,12 @@ class ImageFolder:
                             f"compressed ones) and no image {folder}/<class>/* (see "
                             "data/README.md)")
         self.classes = [name.replace("_", " ").replace("-", " ") for name in names]
-        if root.name == "imagenet":
+        if all(re.fullmatch(r"n\d{8}", name) for name in names):
             self.classes = imagenet_names(names)
             self.templates = read_text(DATA / "templates_imagenet.txt").splitlines()
+        if rank() == 0:
+            print(f"{split}: {len(self):,} images in {len(names):,} classes, "
+                  f"{', '.join(self.classes[:3])} ..., of {folder}")
 
     def __len__(self):
         return len(self.images)
@@ -1631,8 +1653,8 @@ def imagenet_names(folders):
     names = dict(line.split("\t") for line in read_text(DATA / "imagenet_classes.tsv").splitlines())
     for folder in folders:
         if folder not in names:
-            raise UserError(f"{folder} is no ImageNet class, a wnid as in {DATA}/imagenet_classes"
-                            ".tsv: call the folder of another set differently")
+            raise UserError(f"{folder} is none of ImageNet's 1,000 wnids, as in "
+                            f"{DATA}/imagenet_classes.tsv")
     return [names[folder] for folder in folders]
 
 
@@ -1741,19 +1763,17 @@ def open_captions(root, split, ending, reader):
         return None
     data = reader(path)
     check_bad(data.bad, len(data), path)
-    opened = data.opened
     if held_out and split in ("train", "val"):
         cut = len(data) - min(5000, len(data) // 100)
         data = Subset(data, range(cut) if split == "train" else range(cut, len(data)))
     if rank() == 0:
-        print(f"{split}: {len(data):,} images with {data.kind}, of {opened}")
+        print(f"{split}: {len(data):,} images with {data.kind}, of {path}")
     return data if len(data) else None
 
 
 def training_set(cfg, image_size, long_tail=0.0, duplicates=0.0):
     """The captioned training set a Config names; with --keep, those samples of it."""
     if cfg.data == "emoji":
-        from data.emoji import scenes
         data = scenes.EmojiScenes("train", cfg.scenes, image_size, cfg.seed, cfg.concepts,
                                   cfg.difficulty, cfg.noise, long_tail, duplicates)
     else:
@@ -1814,7 +1834,6 @@ def evaluation_sets(cfg, image_size, split):
 
 def emoji_sets(cfg, image_size, split):
     """Zero-shot by concept; in the test also by group, and retrieval of whole scenes."""
-    from data.emoji import scenes
     looks = cfg.concepts, cfg.difficulty
     found = {"concept": scenes.EmojiClasses(split, image_size, "concept", *looks)}
     if split == "test":
@@ -1826,7 +1845,6 @@ def emoji_sets(cfg, image_size, split):
 def question_set(cfg, image_size, split):
     """The questions a Config names: about emoji scenes, 500 for "val" and "test", or on disk."""
     if cfg.data == "emoji":
-        from data.emoji import scenes
         count, seed = (cfg.scenes, cfg.seed) if split == "train" else (500, 0)
         return scenes.EmojiQuestions(split, count, image_size, seed, cfg.concepts, cfg.difficulty)
     data = open_set(cfg.data, data_folder(cfg, cfg.data), split)
@@ -2090,8 +2108,9 @@ def evaluate(encoders, tokenizer, data, image_size, workers, train=None):
 
 
 def unreadable(data, read):
-    """How many images of a set were left out, if any."""
+    """How many samples of a set were left out, if any. UserError when they are more than 10 %."""
     lost = len(data) - len(read)
+    check_bad(Counter(unreadable=lost), len(read), f"evaluation on {data.kind}")
     return {"unreadable": lost} if lost else {}
 
 
@@ -2285,6 +2304,7 @@ def test_checkpoint(cfg, size, encoders):
     """--evaluate, --linear-probe: {key: {"<set>_<metric>": value}} of the test sets."""
     sets = evaluation_sets(cfg, size.image_size, "test")
     training = evaluation_sets(cfg, size.image_size, "train") if cfg.linear_probe else {}
+    training = {name: data for name, data in training.items() if data.kind == "classes"}
     return score_sets(encoders, size.tokenizer(), sets, size.image_size, loader_workers(cfg),
                       training)
 
@@ -2423,9 +2443,9 @@ def count_ngrams(sentence):
 
 
 def bleu(references, hypotheses):
-    """BLEU-1, -2, -3 and -4 of a corpus (Papineni et al. 2002, section 2), as in pycocoevalcap.
+    """BLEU-4 of a corpus (Papineni et al. 2002, section 2), as in pycocoevalcap.
 
-    BLEU-n = exp(min(0, 1 - r/c)) (p_1 ... p_n)^(1/n), in 0..1. p_n: n-grams of the hypotheses that
+    exp(min(0, 1 - r/c)) (p_1 p_2 p_3 p_4)^(1/4), in 0..1. p_n: n-grams of the hypotheses that
     a reference has, each counted at most as often as in one reference, over all n-grams of the
     hypotheses. c: words of the hypotheses; r: words of the references closest in length, the
     shorter one of two. references: N lists of R strings; hypotheses: N strings.
@@ -2445,8 +2465,7 @@ def bleu(references, hypotheses):
     # pycocoevalcap's 1e-15 and 1e-9 stand for zeros: nothing matched gives a score close to 0.
     precisions = (matched + 1e-15) / (total + 1e-9)
     ratio = (total[0] + 1e-15) / (closest + 1e-9)
-    means = np.cumprod(precisions) ** (1 / np.arange(1, 5))
-    return means * np.exp(min(0, 1 - 1 / ratio))
+    return precisions.prod() ** (1 / 4) * math.exp(min(0, 1 - 1 / ratio))
 
 
 def cider_d(references, hypotheses):
@@ -2533,28 +2552,26 @@ def vqa_accuracy(answer, human_answers):
 
 @torch.no_grad()
 def caption_scores(data, image_size, generate, workers=0):
-    """{"bleu1" ... "bleu4" in percent, "cider": 100 x CIDEr-D} of a set, by COCO's formulas.
+    """{"bleu4" in percent, "cider": 100 x CIDEr-D} of a set, by COCO's formulas.
 
     generate: (B, 3, S, S) uint8 -> list of B captions. Images that cannot be read are left out,
-    counted as "unreadable". Without references (a test split) nothing is scored: {}. The domains of
-    a list (nocaps') add "cider_in", "cider_near" and "cider_out": each is scored as a set of its
-    own, with its own document frequencies, as is usual for nocaps. So "cider" is not their mean.
+    counted as "unreadable". The domains of a list (nocaps') add "cider_in", "cider_near" and
+    "cider_out": each is scored as a set of its own, with its own document frequencies, as is usual
+    for nocaps. So "cider" is not their mean.
     """
     captions, references, places = [], [], []
     for images, indices, targets in batches(data, image_size, workers, "captioning"):
         captions += map(ptb_tokenize, generate(images))
         references += [list(map(ptb_tokenize, texts)) for texts in targets]
         places += indices
-    if not any(references):
-        return {}
     scores = unreadable(data, places)
-    scores |= {f"bleu{n}": 100 * value for n, value in enumerate(bleu(references, captions), 1)}
+    scores["bleu4"] = 100 * bleu(references, captions)
     scores["cider"] = 100 * cider_d(references, captions).mean()
     domains = [data.record(i).get("domain") for i in places] if isinstance(data, Listed) else []
     for domain in sorted(set(domains) - {None}):
         part = [n for n, d in enumerate(domains) if d == domain]
         found = cider_d([references[n] for n in part], [captions[n] for n in part])
-        scores["cider_" + domain.removesuffix("-domain")] = 100 * found.mean()
+        scores[f"cider_{domain}".removesuffix("-domain")] = 100 * found.mean()
     return scores
 
 
@@ -2570,7 +2587,8 @@ def answer_questions(data, image_size, answer, workers=0):
     for images, places, targets in batches(data, image_size, workers, "answering"):
         answers = answer(images, [question for question, *_ in targets])
         for i, text, (_, humans, kind) in zip(places, answers, targets, strict=True):
-            results.append({"question_id": data.key(i), "answer": text})
+            key = data.key(i)  # VQAv2's are numbers
+            results.append({"question_id": int(key) if key.isdecimal() else key, "answer": text})
             if humans:
                 accuracy = 100 * vqa_accuracy(text, humans)
                 accuracies["accuracy"].append(accuracy)

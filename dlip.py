@@ -41,7 +41,7 @@ self- and cross-attention as KL; learning rate 5e-4 times 0.85 an epoch, 20 epoc
 from an ImageNet ViT (--vision-init; without, Flickr30K's TR@1 is 74.5 in place of 85.5), the text
 network afresh: a BERT's weights, not offered here, made it 85.9.
 
-Assumptions, where the public text is silent. Each is ours, not the paper's:
+Assumptions, where the public text is silent. Each is ours unless marked, none the paper's:
   A1  L_HR is the sum of four batch means of 1 - cosine [near]: at the CLS of image and text, at
       [ENC] and at [DEC], each after the ITC projection of its own model; the teacher's is frozen,
       since a learned one could agree on a constant (--hr, --lambda-hr). [DEC] comes first in a
@@ -95,6 +95,7 @@ from torch.utils.checkpoint import checkpoint
 
 import common
 from common import UserError, average_gradients, gather, normalise, option, rank, world_size
+from data.emoji import scenes
 
 # Letters in shape comments: B images or texts (in the losses: b of this process against the B of
 # all), S pixels of an image's side, N tokens, M tokens attended to, D width, E width of the joint
@@ -107,6 +108,7 @@ from common import UserError, average_gradients, gather, normalise, option, rank
 
 TASKS = ("retrieval", "caption", "vqa")
 PROMPT = "a picture of "  # what every caption begins with, after pre-training [BLIP]
+SIZES = ["tiny", "small", "middle", "base"]  # of VIT and BERT
 HR_PARTS = ("img", "text", "vl_e", "vl_d")
 # prefixes of the weights without which a teacher or a task cannot work
 NEEDED = {"teacher": ("text_encoder.", "text_decoder.", "vision_proj.", "text_proj."),
@@ -140,9 +142,8 @@ class Config(common.RunConfig):  # data, out, resume, ablate, seed, device, ...
     alpha: float = option(0.4, "share of the momentum similarities in ITC's targets", (0, 1))
     alpha_ramp: float = option(2.0, "epochs over which that share rises from 0")
 
-    vit: str = option("small", "size of the image encoder", ["tiny", "small", "middle", "base"],
-                      section="model")
-    bert: str = option("small", "size of the text network", ["tiny", "small", "middle", "base"])
+    vit: str = option("small", "size of the image encoder", SIZES, section="model")
+    bert: str = option("small", "size of the text network", SIZES)
     fusion_layers: int = option(12, "cross-attention in the top k layers, at most in all", (1, 12))
     image_size: int = option(40, "image side in pixels")
     vision_init: str | None = option(None, "start from this ImageNet ViT (timm, DeiT)")
@@ -162,7 +163,7 @@ class Config(common.RunConfig):  # data, out, resume, ablate, seed, device, ...
     answer_k: int = option(16, "answers that are scored whole, chosen by their first token")
 
     scenes: int = option(9000, "training scenes", section="emoji scenes (--data emoji)")
-    concepts: int = option(50, "how many concepts are drawn")
+    concepts: int = option(50, "how many concepts are drawn", (4, 412))
     difficulty: str = option("easy", "objects, sizes, backgrounds", ["easy", "medium", "hard"])
     noise: float = option(0.2, "share of scenes with another's caption", (0, 1))
 
@@ -208,6 +209,7 @@ def configure(argv=None):
     stage = given.get("stage", "all" if data == "emoji" else "distil")
     tasks = {"emoji": TASKS, "vqav2": ("vqa",)}
     task = given.get("task", tasks.get(data, ("retrieval", "caption")))
+    # a recipe belongs to a stage, in fine-tuning and evaluation to a task
     key = task[0] if stage in ("finetune", "evaluate") else stage
     recipe = (EMOJI if data == "emoji" else LARGE).get(key, {})
     values = {**recipe, "stage": stage, "task": task}
@@ -233,11 +235,13 @@ def check(cfg):
                         "questions, the others captions")
     if cfg.stage == "finetune" and len(cfg.task) > 1:
         raise UserError("--stage finetune: name one --task, each has a recipe of its own")
-    if cfg.stage != "all" and bool(cfg.init) != tunes:
+    if not whole and bool(cfg.init) != tunes:
         raise UserError(f"--stage {cfg.stage}: --init FILE is what finetune and evaluate need, all "
                         "may have, and no other stage takes")
-    if not (cfg.vlp or distils(cfg)):
+    if not (tunes or cfg.vlp or distils(cfg)):
         raise UserError("--no-vlp without distillation leaves no loss")
+    if len(cfg.lr) > 2:
+        raise UserError("--lr takes one rate or two")
 
 
 def distils(cfg):
@@ -296,12 +300,12 @@ BERT = {"tiny": TextSize(192, 4, 4),
 
 
 # The same for the emoji scenes: small + small, the student, has 22.6 % of base + base.
-# VisionSize(width, layers, heads, patch, image_size),
+# VisionSize(width, layers, heads, patch),
 # TextSize(width, layers, fusion_layers, heads).
-DEMO_VIT = {"tiny": VisionSize(32, 4, 2, 8, 40),
-            "small": VisionSize(64, 4, 2, 8, 40),
-            "middle": VisionSize(96, 4, 3, 8, 40),
-            "base": VisionSize(128, 4, 4, 8, 40)}
+DEMO_VIT = {"tiny": VisionSize(32, 4, 2, 8),
+            "small": VisionSize(64, 4, 2, 8),
+            "middle": VisionSize(96, 4, 3, 8),
+            "base": VisionSize(128, 4, 4, 8)}
 DEMO_BERT = {"tiny": TextSize(32, 2, 2, 4, positions=32),
              "small": TextSize(64, 3, 3, 4, positions=32),
              "middle": TextSize(96, 3, 3, 4, positions=32),
@@ -703,7 +707,7 @@ class BLIP(nn.Module):
             """R lists of N ids, and which rows of the last call they go on with ->
             log-probabilities (R, V) of the token that follows."""
             ids = torch.tensor(prefixes, device=source.device)
-            if past[0]:  # only the last token is new
+            if past[0]:  # empty at the first call; later only the last token is new
                 ids = ids[:, -1:]
                 for pair in past:
                     pair[:] = [x[rows] for x in pair]
@@ -944,8 +948,8 @@ class DLIP(nn.Module):
         self.student = student
         self.prompt_length = prompt_length  # P, [DEC] included
         self.momentum = None
-        # ITC alone needs momentum encoders
-        if "retrieval" in cfg.task if cfg.stage == "finetune" else cfg.vlp:
+        contrasts = "retrieval" in cfg.task if cfg.stage == "finetune" else cfg.vlp
+        if contrasts:  # ITC alone needs momentum encoders
             self.momentum = copy.deepcopy(student).requires_grad_(False)
             del self.momentum.text_decoder, self.momentum.itm_head, self.momentum.temp
             Q = cfg.queue_size
@@ -1185,7 +1189,6 @@ def tokenizer_of(cfg):
     length = TEXT_LENGTH[cfg.task[0]] if cfg.init else 30
     words = None
     if cfg.data == "emoji":
-        from data.emoji import scenes
         length = 24
         words = scenes.emoji_words(cfg.concepts)
     return common.BertTokenizer(length, words)
@@ -1332,15 +1335,28 @@ class AnsweredQuestions:
         return image, [(question, answer) for answer in answers]
 
 
+SYMBOLS = r'[.!"()*#:;~]'  # what BLIP takes out of captions and questions
+
+
+def clean_caption(text):
+    """A caption as BLIP reads it: lower case, a space for SYMBOLS, at most 30 words."""
+    return " ".join(re.sub(SYMBOLS, " ", text.lower()).split()[:30])
+
+
+def clean_question(text):
+    """A question as BLIP reads it: lower case, SYMBOLS removed, at most 50 words."""
+    return " ".join(re.sub(SYMBOLS, "", text.lower()).split()[:50])
+
+
 def encode_captions(tokenizer, prompt, texts):
     """n strings -> ids (n, context)."""
-    return tokenizer([prompt + common.clean_blip_caption(text) for text in texts])
+    return tokenizer([prompt + clean_caption(text) for text in texts])
 
 
 def encode_pairs(tokenizer, pairs):
     """n pairs of question and answer -> ids (n, 2 context)."""
     questions, answers = zip(*pairs)
-    return torch.cat([tokenizer(map(common.clean_blip_question, questions)),
+    return torch.cat([tokenizer(map(clean_question, questions)),
                       tokenizer(answers)], 1)
 
 
@@ -1501,7 +1517,7 @@ class Predictor:
 
     def encode_text(self, captions):
         """Token ids (T, context) and ITC features (T, E)."""
-        ids = self.ids([common.clean_blip_caption(text) for text in captions])
+        ids = self.ids([clean_caption(text) for text in captions])
         with self.amp:
             return ids, self.blip.text_feature(self.blip.encode_text(ids))
 
@@ -1526,7 +1542,7 @@ class Predictor:
 
     def answer(self, answers, image, questions):
         """The likeliest of a list of answers to each question."""
-        ids = self.ids([common.clean_blip_question(text) for text in questions])
+        ids = self.ids([clean_question(text) for text in questions])
         candidates = common.trim_padding(self.ids(answers), 4)
         states, _ = self.encode_image(image)
         with self.amp:
@@ -1543,7 +1559,6 @@ def task_sets(cfg, task, split):
             data = common.Subset(data, range(len(data))[:5000])
         return {cfg.data: data}
     if cfg.data == "emoji":
-        from data.emoji import scenes
         # 300 scenes [choice]: few, so that every epoch of the demo can be validated
         return {"emoji": scenes.EmojiScenes(split, 300, cfg.image_size, concepts=cfg.concepts,
                                             difficulty=cfg.difficulty)}
@@ -1571,9 +1586,6 @@ def metrics_of(asked, data, rerank_k, answers=None):
         answer = partial(asked.answer, data.answers)
         given, metrics = common.answer_questions(data, cfg.image_size, answer, workers)
         if "accuracy" not in metrics:
-            for each in given:  # VQAv2's are numbers
-                number = each["question_id"]
-                each["question_id"] = int(number) if number.isdecimal() else number
             common.write_json(answers, given)
         return common.prefixed("vqa", metrics)
     return common.caption_scores(data, cfg.image_size, asked.caption, workers)
@@ -1726,7 +1738,7 @@ def draw_attention(path, models, images, captions):
     Cross-attention of the last layer, the mean over heads; of the word's first token. Of --stage
     all the models are those before fine-tuning, else the one of --init, whatever it is.
     """
-    captions = [common.clean_blip_caption(text) for text in captions]
+    captions = [clean_caption(text) for text in captions]
     before, words = zip(*(text.rpartition(" ")[::2] for text in captions))
     rows = [images]
     for asked in models.values():

@@ -8,7 +8,7 @@ val.jsonl, test.jsonl (vqav2: test-dev.jsonl too), those of them that the set ha
 says what it was made from and what could not be used, by reason; then comes one record a line:
 
     {"key", "image", "captions": [...], "domain" of nocaps}
-    {"key", "question_id", "image", "question", "answers": [...], "kind"}
+    {"key", "image", "question", "answers": [...], "kind"}
 
 `image` is relative to the list where that stands in DIR. The file that a record names is the file:
 only where the official files give nothing but a number is it found by that number. A sample that
@@ -31,6 +31,7 @@ from common import (
     NOT_DOWNLOADED,
     BadSample,
     UserError,
+    are_texts,
     check_bad,
     clean_captions,
     files_below,
@@ -100,8 +101,14 @@ class Lists:
         for split, lines in self.lines.items():  # before anything is removed or written
             if lines:
                 check_bad(self.bad[split], len(lines), self.out / f"{split}.jsonl")
-        for split in ("train", "val", "test", "test-dev"):  # of another time
-            (self.out / f"{split}.jsonl").unlink(missing_ok=True)
+        old = [self.out / f"{split}.jsonl" for split in ("train", "val", "test", "test-dev")]
+        old = [path for path in old if path.exists()]
+        for path in old:
+            if made_by_us(path) != name:
+                raise UserError(f"{path} is no list of {name} that this command has made: move it "
+                                "away, or take another --out")
+        for path in old:
+            path.unlink()
         for split in self.lines | self.bad:
             lines, bad, path = self.lines[split], self.bad[split], self.out / f"{split}.jsonl"
             if not lines:
@@ -112,6 +119,13 @@ class Lists:
             write_text(path, "\n".join([json.dumps(head), *lines.values()]) + "\n")
             for found, number in {"samples": len(lines), **notes}.items():
                 print(f"{path}: {number:,} {found}")
+
+
+def made_by_us(path):
+    """The name of the set that a list of this script is of; None of any other list."""
+    with contextlib.suppress(ValueError), open(path) as file:
+        head = json.loads(file.readline())
+        return field(head, "made_from") and field(head, "name")
 
 
 def field(entry, name):
@@ -244,7 +258,8 @@ def sbu(lists):
 def cc3m(lists):
     root = lists.root
     for split, folder in (("train", root), ("train", root / "train"), ("val", root / "val")):
-        tables = sorted(folder.glob("Train*.tsv")) or sorted(folder.glob("*.tsv"))
+        own = "*.tsv" if split == "val" else "[!V]*.tsv"  # not Validation_GCC-1.1.0-Validation.tsv
+        tables = sorted(folder.glob("Train*.tsv")) or sorted(folder.glob(own))
         if tables:
             rows = read_table(lists.source(tables[0]))
             add_rows(lists, split, tables[0], rows, folder / "images")
@@ -293,7 +308,7 @@ def nocaps(lists):
 def vqav2(lists):
     path = lists.root / "answer_list.json"
     lists.answers = lists.read(path)
-    if not isinstance(lists.answers, list) or set(map(type, lists.answers)) != {str}:
+    if not (lists.answers and are_texts(lists.answers)):
         raise UserError(f'{path} is no list of texts, ["yes", "no", ...]')
     for split, part in (("train", "train2014"), ("val", "val2014"), ("test", "test2015"),
                         ("test-dev", "test-dev2015")):
@@ -322,8 +337,7 @@ def read_questions(lists, split, part, path):
             if answered and not answers:
                 raise BadSample("without answers")
             image = image_file(lists.root, folders, f"{take(entry, 'image_id', int):012d}.jpg")
-            lists.add(split, str(number), image, question_id=number, question=question,
-                      answers=answers, kind=kind)
+            lists.add(split, str(number), image, question=question, answers=answers, kind=kind)
             lists.notes[split][FEW] += 0 < len(answers) < 10
 
 

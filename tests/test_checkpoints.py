@@ -166,6 +166,9 @@ def test_open_clip_config_is_used_whatever_the_file_holds(tmp_path):
     (tmp_path / "open_clip_config.json").write_text(text)
     size = assert_equal(tmp_path / "x.pt", model)
     assert size.pixel_statistics("cpu").unique().tolist() == [127.5]
+    (tmp_path / "open_clip_config.json").write_text(text.replace("128", "64"))  # of another model
+    with pytest.raises(UserError, match="--act"):
+        load(tmp_path / "x.pt")
 
 
 # ------------------------------------------------------------------------------- our own files

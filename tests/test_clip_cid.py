@@ -637,7 +637,7 @@ def test_the_exported_student_is_a_plain_clip(open_clip, tmp_path):
 class Colours:
     """Sample i is a plain colour of its own, with captions that name it; some cannot be read."""
 
-    kind, bad, broken = "captions", collections.Counter(), (5, 6, 31)
+    kind, digest, bad, broken = "captions", None, collections.Counter(), (5, 6, 31)
 
     def __len__(self):
         return 50  # of 40: the first ten again

@@ -328,14 +328,10 @@ def remove(name):
     return lambda folder: (folder / name).unlink()
 
 
-def other_keys(folder):
-    common.write_keys(folder / "keys.txt", common.read_keys(folder / "keys.txt")[1:])
-
-
 ON_A_RUN = {  # what is done to a finished run's folder, flags, words that the message must hold
     "another teacher": (None, "--stage embed --teacher {teacher}", "embeddings.json teacher delete"),
     "another precision": (None, "--stage embed --precision bf16", "precision bf16"),
-    "other samples": (other_keys, "--stage embed", "keys.txt samples"),
+    "other samples": (None, "--stage embed --root {other}", "embeddings.json samples 128 64 delete"),
     "another --remove": (None, "--stage balance --remove 0.3", "balance.json remove 0.437 0.3"),
     "another k": (None, "--stage cluster --k 4", "clusters.pt k 8 4 delete"),
     "image.npy cut": (cut("image.npy", 300), "--stage balance", "image.npy damaged"),
@@ -353,13 +349,15 @@ ON_A_RUN = {  # what is done to a finished run's folder, flags, words that the m
 def test_stale_and_damaged_files_are_refused(case, photos, whole, tmp_path):
     """One line, and nothing in the folder is overwritten."""
     change, flags, words = ON_A_RUN[case]
+    flags = flags.format(teacher=tmp_path / "teacher.pt", other=tmp_path / "other")
     out, teacher = tmp_path / "run", tmp_path / "teacher.pt"
     shutil.copytree(whole, out)
     shutil.copy(photos[-1], teacher)
+    write_shard(tmp_path / "other" / "train" / "0.tar", photo_samples(range(64)))
     if change:
         change(out)
     before = contents(out)
-    message = error("clip_cid", *photos, *flags.format(teacher=teacher).split(), "--out", out)
+    message = error("clip_cid", *photos, *flags.split(), "--out", out)
     missing = [word for word in words.split() if word not in message]
     assert not missing, message
     assert contents(out) == before
@@ -373,6 +371,8 @@ ON_NONE = {
     "--keep {missing}": "{missing}",
     "--teacher {missing}": "{missing} teacher",
     "--stage something": "--stage something",
+    "--stage teacher --filter none": "--filter --stage teacher",
+    "--evaluate {missing} --stage embed": "--stage --evaluate",
 }
 
 

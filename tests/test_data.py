@@ -97,7 +97,7 @@ def sentence(tokens):
 class Pictures:
     """A captioned set in memory; sample 3 is corrupt."""
 
-    kind = "captions"
+    kind, digest = "captions", 0
 
     def __init__(self, n=10, corrupt=(3,)):
         self.images = [picture(i, (96, 64), "PNG") for i in range(n)]
@@ -307,8 +307,10 @@ def test_truncated_shard_keeps_its_whole_samples(tmp_path, at):
 
 
 def test_damaged_and_joined_shards(tmp_path):
-    parts = [write_tar(tmp_path / f"{name}.part", pairs(name)).read_bytes() for name in "ab"]
-    (tmp_path / "joined.tar").write_bytes(b"".join(parts))  # cat a.tar b.tar
+    macos = [("._a.jpg", b""), ("._a.txt", b"")]
+    parts = [write_tar(tmp_path / f"{name}.part", pairs(name) + macos).read_bytes() for name in "ab"]
+    head = tarfile.TarInfo.create_pax_global_header({"comment": "git archive's"})
+    (tmp_path / "joined.tar").write_bytes(head + b"".join(parts))  # cat a.tar b.tar
     data = TarShards(tmp_path)
     assert samples_of(data) == {f"joined/{n}": (f"jpg {n}".encode(), [f"txt {n}"]) for n in "ab"}
     assert not +data.bad
@@ -378,7 +380,7 @@ def test_what_is_for_validation_is_not_trained_on(tmp_path, capsys):
     keys = ["cc3m-train-0000/cc3m-train-0000", "link/latest/linked"]
     assert [data.key(i) for i in range(len(data))] == keys
     out = capsys.readouterr().out
-    assert f"train: 2 images with captions, of 2 shards below {root}" in out
+    assert f"train: 2 images with captions, of {root}" in out
     write_tar(tmp_path / "only" / "val" / "0.tar", pairs("v"))
     assert "no captioned images" in refusal(training_set, config(data="x", root=tmp_path / "only"), 8)
 
@@ -401,7 +403,8 @@ def class_set(root, split="test"):
 
 def test_image_folder(tmp_path):
     write_classes(tmp_path / "test", ["hot_dog", "apple"])
-    write_classes(tmp_path / "train", ["hot_dog", "big-tree", "apple"])
+    write_classes(tmp_path / "train", ["hot_dog", "big-tree", "apple", "@eaDir", "apple/.thumbs"])
+    (tmp_path / "train" / "__MACOSX").mkdir()
     test, train = class_set(tmp_path), class_set(tmp_path, "train")
     assert test.classes == train.classes == ["apple", "big tree", "hot dog"]
     assert sorted(test[i] for i in range(6)) == sorted(
@@ -419,8 +422,8 @@ def test_imagenet(tmp_path):
     data = class_set(tmp_path / "imagenet")
     assert data.classes == ["tench", "goldfish"]
     assert len(data.templates) == 80 and all(text.count("{}") == 1 for text in data.templates)
-    write_classes(tmp_path / "other" / "imagenet", ["poodles"])
-    assert "poodles" in refusal(class_set, tmp_path / "other" / "imagenet")
+    write_classes(tmp_path / "other", ["n00000001"])
+    assert "n00000001" in refusal(class_set, tmp_path / "other")
 
 
 @pytest.mark.parametrize("name", sorted(common.TORCHVISION))
@@ -454,8 +457,7 @@ def write_list(root, split, count, kind="captions", **head):
     """A list as data/prepare.py writes it, of `count` images."""
     root.mkdir(parents=True, exist_ok=True)
     head = {"name": root.name, "kind": kind, "made_from": [], "unusable": {}, "notes": {},
-            "samples": count,
-            "root": ".", **head}
+            "answers": ["yes"], "samples": count, "root": ".", **head}
     records = [{"key": f"{split}-{i}", "image": f"{i}.jpg", "captions": [f"{root.name} {i}"]}
                for i in range(count)]
     for i in range(count):
@@ -538,6 +540,8 @@ def test_unprepared_data_is_refused_with_the_command(tmp_path, name):
 
 def test_captions_and_questions_are_not_confused(corpora):
     assert "no questions" in refusal(question_set, config(data="coco", root=corpora / "coco"), 8, "val")
+    write_list(corpora / "vqav2", "train", 3, kind="questions", answers="yes")
+    assert "is no list" in refusal(training_set, config(data="vqav2", root=corpora / "vqav2"), 8)
     write_list(corpora / "vqav2", "train", 3, kind="questions")
     assert "no captioned" in refusal(training_set, config(data="vqav2", root=corpora / "vqav2"), 8)
 

@@ -347,13 +347,11 @@ ERRORS = {
     "--data coco --stage all": "coco emoji",
     "--hr image": "image img text vl_e vl_d none",
     "--no-vlp --method blip": "--no-vlp loss",
-    "--no-vlp --hr none --attn none": "--no-vlp loss",
-    "--momentum 1.5": "--momentum 1.5",
     "--fusion-layers 0": "--fusion-layers 0 1",
     "--image-size 42": "42 8",
     "--scenes 8": "8 16 --batch-size",
     "--out {wrong}/file": "{wrong}/file",
-    "--ablate nothing": "nothing vlp all", "--ablate vlp --stage distil": "--ablate --stage", "--lr -1": "--lr -1",
+    "--ablate nothing": "nothing vlp all", "--ablate vlp --stage distil": "--ablate --stage", "--lr 1 2 3": "--lr two",
     "--teacher {wrong}/missing.pt": "{wrong}/missing.pt",
     "--teacher {wrong}/cut.pt": "{wrong}/cut.pt",
     "--teacher {wrong}": "{wrong}",
@@ -365,7 +363,6 @@ ERRORS = {
     "--stage finetune --task vqa": "finetune --init FILE",
     "--stage finetune --init {words}": "finetune --task",
     "--stage evaluate --init {words}": "{words} vocabulary 30,524 emoji",
-    "--stage evaluate --init {wrong}/other.pt": "{wrong}/other.pt",
     "--stage evaluate --task vqa --init {run}/distil/blip.pt": "{run}/distil/blip.pt fine-tuned vqa",
     "--data coco": "--teacher --method blip",
     "--data coco --teacher {words} --root {wrong}/empty": "{wrong}/empty",
@@ -421,7 +418,7 @@ def write_questions(root, split, answers):
     for i in range(16):
         name = f"{split}{i // 3}.jpg"
         (root / name).write_bytes(photo(i // 3))
-        lines.append({"key": str(i), "question_id": i, "image": name, "kind": "yes/no",
+        lines.append({"key": str(i), "image": name, "kind": "yes/no",
                       "question": f"is it number {i}?", "answers": answers})
     (root / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 

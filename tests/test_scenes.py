@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from common import BertTokenizer, clean_blip_caption, clean_blip_question
+from common import BertTokenizer
 from data.emoji import scenes
 from data.emoji.scenes import EmojiClasses, EmojiQuestions, EmojiScenes, emoji_answers, emoji_words
+from dlip import clean_caption, clean_question
 
 TABLE = Path(__file__).resolve().parents[1] / "data" / "emoji" / "emoji.tsv"
 ROWS = list(csv.DictReader(TABLE.read_text("utf-8").splitlines(), delimiter="\t"))
@@ -161,8 +162,8 @@ def test_small_vocabulary_covers_every_word(concepts):
     data = EmojiScenes("test", 300, 40, 1, concepts, "hard")
     texts = set(emoji_answers(concepts, "hard"))
     for i in range(300):
-        texts.update(map(clean_blip_caption, data.captions(i)))
-        texts.update(clean_blip_question(text) for _, *pair in data.questions(i) for text in pair)
+        texts.update(map(clean_caption, data.captions(i)))
+        texts.update(clean_question(text) for _, *pair in data.captions(i) for text in pair)
     assert small.vocab_size < 3000
     for text in texts:
         pieces = [small._tokens[i] for i in small.encode(text)]

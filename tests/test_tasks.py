@@ -193,27 +193,28 @@ def test_zero_shot_classifier_equals_a_loop():
 
 
 def test_sets_are_scored_without_their_unreadable_images():
-    tokenizer, kept = common.CLIPTokenizer(20), [0, 1, 3, 4, 5]
-    captions = [["a", "b c"], ["d"], ["never seen"], ["e", "f", "g"], ["h"], ["i"]]
+    tokenizer, kept = common.CLIPTokenizer(20), [0, 1, *range(3, 12)]
+    captions = [["a", "b c"], ["d"], ["never seen"], ["e", "f", "g"], ["h"], ["i"]] * 2
     names = {"classes": ["x", "y", "z"], "templates": ["{}", "the {}"]}
-    sets = {"a": Samples("captions", captions, (2,)), "b": Samples("classes", [0, 1, 1, 1, 0, 2], (2,), **names)}
+    sets = {"a": Samples("captions", captions, (2,)), "b": Samples("classes", [0, 1, 1, 1, 0, 2] * 2, (2,), **names)}
     encoders = {("online", 1 / 3): (colours, by_tokens), "inverted": (lambda x: colours(255 - x), by_tokens)}
     found = common.score_sets(encoders, tokenizer, sets, 16, 0, training={"b": sets["b"]})
     images = torch.from_numpy(np.stack([common.resize_center_crop(sets["a"][i][0], 16) for i in kept]))
     texts = by_tokens(tokenizer([text for i in kept for text in captions[i]]))
     classes = common.zero_shot_classifier(by_tokens, tokenizer, *names.values())
+    owners = common.owners([captions[i] for i in kept])
     for key, (encode, _) in encoders.items():
-        split = encode(images), torch.tensor([0, 1, 1, 0, 2])
-        wanted = common.prefixed("a", brute_force((split[0] @ texts.T).numpy(), [0, 0, 1, 2, 2, 2, 3, 4]))
+        split = encode(images), torch.tensor([0, 1, 1, 0, 2, 0, 1, 1, 1, 0, 2])
+        wanted = common.prefixed("a", brute_force((split[0] @ texts.T).numpy(), owners))
         wanted |= common.prefixed("b", common.zero_shot(*split, classes) | common.linear_probe(split, split, 3))
         assert found[key] == pytest.approx(wanted | {"a_unreadable": 1, "b_unreadable": 1})
 
 
 def test_evaluate_says_what_it_cannot_use():
     data = Samples("classes", [0, 1] * 5, (2,), classes=["x", "y"], templates=["{}"])
-    data.lost = range(10)
-    with pytest.raises(UserError, match="no readable image"):
-        common.evaluate({"": (colours, by_tokens)}, common.CLIPTokenizer(20), data, 16, 0)
+    for data.lost, words in ((range(10), "no readable image"), (range(2), "more than 10 %")):
+        with pytest.raises(UserError, match=words):
+            common.evaluate({"": (colours, by_tokens)}, common.CLIPTokenizer(20), data, 16, 0)
 
 
 def probe_data(count, seed):
@@ -266,9 +267,7 @@ def test_captions_are_scored_beside_their_references(monkeypatch):
     for name, places in ("cider_in", even), ("cider_out", odd), ("cider", even + odd):
         pairs = [references[i] for i in places], [given[i] for i in places]
         assert found[name] == pytest.approx(100 * common.cider_d(*pairs).mean())
-    bleu = [found[f"bleu{n}"] for n in (1, 2, 3, 4)]
-    assert bleu == pytest.approx(100 * common.bleu(*pairs))
-    assert common.caption_scores(Samples("captions", [[]] * 3), 16, generate) == {}
+    assert found["bleu4"] == pytest.approx(100 * common.bleu(*pairs))
 
 
 def test_answers_are_scored_as_one_by_one():
@@ -288,21 +287,6 @@ def test_answers_are_scored_as_one_by_one():
     for kind in ("yes/no", "other"):
         wanted[f"accuracy_{kind}"] = np.mean([value for i, value in accuracy.items() if kinds[i] == kind])
     assert scores == pytest.approx(wanted)
-
-
-# ------------------------------------------------------------------------- latency
-
-
-def test_latency_is_the_median_of_rounds_in_turn(monkeypatch):
-    clock = [0.0]
-    seconds = iter([9, 9, 9, 9, 0.03, 0.005, 0.04, 0.005, 5, 0.005, 0.03, 0.005, 0.05, 0.005])
-    monkeypatch.setattr(common.time, "perf_counter", lambda: clock[0])
-
-    def call():
-        clock[0] += next(seconds)
-
-    found = common.compare_latency({"slow": call, "fast": call}, "cpu", rounds=5)
-    assert found == pytest.approx({"slow": 40, "fast": 5})
 
 
 # ------------------------------------------------------------------------- pictures

@@ -17,7 +17,8 @@ import unicodedata
 import common
 import pytest
 import torch
-from common import BertTokenizer, CLIPTokenizer, UserError, clean_blip_caption, clean_blip_question
+from common import BertTokenizer, CLIPTokenizer, UserError
+from dlip import clean_caption, clean_question
 
 from harness import COCO_MINI
 
@@ -241,7 +242,7 @@ def test_published_ids_of_bert(bert):
 
 
 def test_bert_of_real_captions(bert, reference, captions):
-    assert not differing(bert, reference, captions + [clean_blip_caption(caption) for caption in captions])
+    assert not differing(bert, reference, captions + [clean_caption(caption) for caption in captions])
 
 
 def test_bert_of_every_character_alone_and_within_a_word(reference, assigned, newer_than_rust):
@@ -291,12 +292,8 @@ def test_small_vocabulary_of_bert(bert, captions, tmp_path):
     assert not differing(small, load_reference(tmp_path, tokens[:-2]), captions)
 
 
-def test_clean_caption():
-    assert clean_blip_caption('  A "dog" (brown): #1*!~;  runs.\n') == "a dog brown 1 runs"
-    assert clean_blip_caption("it's a well-known, t-shirt?one.two") == "it's a well-known, t-shirt?one two"
-    assert clean_blip_caption("a " * 40) == " ".join("a" * 30) and clean_blip_caption("..") == ""
-
-
-def test_clean_question():
-    assert clean_blip_question('What "color" is the dog(s)? one.two ') == "what color is the dogs? onetwo"
-    assert clean_blip_question("a " * 60) == " ".join("a" * 50)
+def test_clean_caption_and_question():
+    assert clean_caption('  A "dog" (brown): #1*!~;  runs.\n') == "a dog brown 1 runs"
+    assert clean_caption("a " * 40) == " ".join("a" * 30)
+    assert clean_question('What "color" is the dog(s)? one.two ') == "what color is the dogs? onetwo"
+    assert clean_question("a " * 60) == " ".join("a" * 50)

@@ -1,6 +1,6 @@
 """Scenes of emoji drawings with captions, classes and questions: the demos' data, drawn here.
 
-A scene shows one to three of up to 412 concepts (a dog, a rose, ...; default 150) as drawings of
+A scene shows one to three of up to 412 concepts (a dog, a rose, ...) as drawings of
 various artists, side by side or stacked, on a coloured background. Drawings are mirrored, turned
 and recoloured a little. All of it follows from (split, seed, index), so a scene is the same in
 whatever order, process or run it is asked for.
@@ -37,12 +37,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageOps
 
-from common import UserError
-
 HERE = Path(__file__).parent
 SPLITS = ("train", "val", "test")
 TILE, COLUMNS = 64, 22  # a sheet: tiles of 64 x 64 px, 22 in a row
-LARGE = 80  # px; smaller scenes are kept once drawn: 9,000 of 36 px are 50 MB
+LARGE = 80  # px; smaller scenes are kept once drawn: 9,000 of 45 px are 73 MB
 
 COLOURS = {  # of backgrounds; the first eight are light and stand out from the drawings
     "white": "#fafafa",
@@ -148,16 +146,14 @@ QUESTIONS = 6  # about each scene, see ask_scene
 
 @functools.cache
 def load_concepts(count):
-    """The first `count` rows of emoji.tsv, as dicts: the columns and three more. UserError when
-    there are not as many, or too few for a scene and its questions.
+    """The first `count` rows of emoji.tsv, of 412, as dicts: the columns and three more. Four at
+    least: up to three in a scene, and one that a question misses.
 
     "names": the phrase and its synonyms; "category": the group with its article, "an animal";
     "artists": {split: the sets whose drawing of the concept belongs to it}.
     """
     lines = (HERE / "emoji.tsv").read_text("utf-8").splitlines()
     rows = list(csv.DictReader(lines, delimiter="\t"))
-    if not 4 <= count <= len(rows):  # up to three in a scene, and one that a question misses
-        raise UserError(f"--concepts {count}: choose 4 to {len(rows)}")
     for concept, row in enumerate(rows):
         row["names"] = [row["phrase"], *filter(None, row["synonyms"].split("|"))]
         group = row["group"]
@@ -210,6 +206,7 @@ class EmojiScenes:
     duplicates: float = 0.0  # share of training scenes that nearly repeat an earlier one
 
     kind = "captions"
+    digest = None  # seed and flags tell all
 
     def __post_init__(self):
         self.rows = load_concepts(self.concepts)
@@ -260,10 +257,6 @@ class EmojiScenes:
         if training and rng.random() < self.noise:
             index = int(rng.integers(self.scenes))
         return caption_scene(rng, self.scene(index), self.rows, 1 if training else 5)
-
-    def questions(self, index):
-        """[(kind, question, answer)] about the scene, QUESTIONS of them."""
-        return ask_scene(self._rng(index, 3), self.scene(index), self.rows)
 
 
 class EmojiClasses:
@@ -317,9 +310,9 @@ class EmojiQuestions(EmojiScenes):
     def key(self, index):
         return f"{super().key(index // QUESTIONS)}-{index % QUESTIONS}"
 
-    def captions(self, scene):
-        """What is kept beside the image of a scene: here its questions."""
-        return self.questions(scene)
+    def captions(self, index):
+        """What is kept beside the image of a scene: here [(kind, question, answer)] about it."""
+        return ask_scene(self._rng(index, 3), self.scene(index), self.rows)
 
     def __getitem__(self, index):
         image, asked = super().__getitem__(index // QUESTIONS)
