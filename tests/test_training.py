@@ -315,8 +315,8 @@ def wrong(tmp_path_factory, photos_run):
 # What is given: words that the message must hold. {wrong}, {run}: the folders above and of a finished run.
 ERRORS = {
     "--keep-rat 0.5": "--keep-rat", "--method simclr": "--method simclr eclipse",
-    "--keep-rate 0": "--keep-rate 0", "--keep-rate nan": "--keep-rate", 
-    "--lr nan": "--lr", "--lr -1": "--lr -1", "--seed -1": "--seed -1",
+    "--keep-rate 0": "--keep-rate 0", "--keep-rate nan": "--keep-rate",
+    "--lr nan": "--lr", "--lr -1": "--lr -1",
     "--kd-ramp 0.5": "--kd-ramp", "--image-size 37": "37 8",
     "--kd-ramp 0.5 0.2": "--kd-ramp",
     "--concepts 413": "--concepts 413 412",
