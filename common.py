@@ -1636,9 +1636,9 @@ class ImageFolder:
         if all(re.fullmatch(r"n\d{8}", name) for name in names):
             self.classes = imagenet_names(names)
             self.templates = read_text(DATA / "templates_imagenet.txt").splitlines()
-        if rank() == 0:
-            print(f"{split}: {len(self):,} images in {len(names):,} classes, "
-                  f"{', '.join(self.classes[:3])} ..., of {folder}")
+        if rank() == 0:  # names: those of a folder too high are soon seen
+            print(f"{split}: {len(self):,} images of {len(names):,} classes ("
+                  f"{', '.join(self.classes[:3])} ...) in {folder}")
 
     def __len__(self):
         return len(self.images)

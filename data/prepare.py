@@ -93,8 +93,9 @@ class Lists:
         """Write the lists that hold something. UserError if none does, or too much is unusable."""
         if not any(self.lines.values()):
             first = next(iter(self.first.values()), "they list nothing")
-            raise UserError(f"nothing can be used of {', '.join(self.sources)} in {self.root}: "
-                            f"{first} (see data/README.md)")
+            sources = ", ".join(self.sources) or "*.tsv"
+            raise UserError(f"nothing can be used of {sources} in {self.root}: {first} (see "
+                            "data/README.md)")
         head = {"name": name, "kind": "questions" if self.answers else "captions",
                 "made_from": list(self.sources.values()),
                 "root": os.path.relpath(self.root, self.out), "answers": self.answers}
