@@ -927,7 +927,7 @@ def balance(cfg, embeddings, device):
             "kept": len(chosen),
             "distance": eps,
             "groups": int((sizes > 1).sum()),
-            "largest": sizes[:10].tolist(),
+            "largest": sizes[sizes > 1][:10].tolist(),
         }
         keys = [embeddings.keys[row] for row in rows[chosen.numpy()]]
         on_first(lambda: common.write_keys(out / "kept.txt", keys))

@@ -1408,7 +1408,6 @@ class TarShards:
         return read_bytes(self.shards[shard], image, image_size), clean_captions(texts)
 
 
-INDEX_VERSION = "2"  # another one when scan_shard finds other things
 ROW = np.dtype([("shard", "u4"), ("image", "i8"), ("image_size", "i8"), ("caption", "i8"),
                 ("caption_size", "i8"), ("is_json", "?")])  # 37 bytes
 
@@ -1421,7 +1420,8 @@ def load_index(root, shards):
     """
     # With the time: tar pads its files, so that a rewritten shard often keeps its size, and old
     # offsets would then pair images with captions wrongly.
-    state = str([(path.relative_to(root), *stamp(path)) for path in shards]) + INDEX_VERSION
+    # 2: another number when scan_shard finds other things.
+    state = "2" + str([(path.relative_to(root), *stamp(path)) for path in shards])
     cache = root / ".index.npz"
     with suppress(Exception):  # absent, or damaged in any way: build it again
         with np.load(cache) as index:
@@ -1483,8 +1483,9 @@ def scan_shard(path, bad):
             tar.members.clear()  # tarfile would keep all of them
             file.seek(end)
             gap = file.read(member.offset - end)
-            said = any(gap) and gap[156:157] != b"g"  # that is pax's header for all members
-            bad["in a damaged shard"] += len(gap) > MOST_ZEROS or said
+            # "g": pax's header for all members
+            bad["in a damaged shard"] += (len(gap) > MOST_ZEROS
+                                          or any(gap) and gap[156:157] != b"g")
             end = tar.offset
             key, _, extension = member.name.rpartition(".")
             kind = KINDS.get(extension.lower())
@@ -2098,7 +2099,7 @@ def evaluate(encoders, tokenizer, data, image_size, workers, train=None):
             texts = embed_texts(encode_text, tokenizer, list(itertools.chain(*targets)))
             found = retrieval(x, texts, owners(targets))
         scores[key] = found | unreadable(data, targets)
-    if train is not None:
+    if train and data.kind == "classes":
         test = features, targets
         train = embed_images(encoders, train, image_size, workers)
         for i, key in enumerate(encoders):
@@ -2304,7 +2305,6 @@ def test_checkpoint(cfg, size, encoders):
     """--evaluate, --linear-probe: {key: {"<set>_<metric>": value}} of the test sets."""
     sets = evaluation_sets(cfg, size.image_size, "test")
     training = evaluation_sets(cfg, size.image_size, "train") if cfg.linear_probe else {}
-    training = {name: data for name, data in training.items() if data.kind == "classes"}
     return score_sets(encoders, size.tokenizer(), sets, size.image_size, loader_workers(cfg),
                       training)
 
@@ -2620,7 +2620,7 @@ def print_table(cells, path=None):
 def shown(value):
     if isinstance(value, str):
         return value
-    return f"{value:.3g}" if abs(value) < 10 else f"{value:.1f}"
+    return f"{round(value, 6):.3g}" if abs(value) < 10 else f"{value:.1f}"
 
 
 # a `$` in a caption is no formula
@@ -2690,10 +2690,10 @@ def draw_retrieval(path, encoders, tokenizer, sets, image_size):
         encode_image, encode_text = encoders
         scores = encode_text(tokenizer(captions[:6])) @ encode_image(images).T
         best = scores.topk(min(5, len(images))).indices.cpu()
-        own = best == torch.arange(len(best))[:, None]
-        marks = ["✓ its own" if its else "" for its in own.flatten()]
-        title = f"the best of {len(images)} images for each caption"
-        plot_grid(path, images[best], captions, marks, title)
+        places = 1 + (scores > scores.diag()[:, None]).sum(1)
+        names = [f"{text}\n(its own image: no. {place})" for text, place in zip(captions, places)]
+        plot_grid(path, images[best], names, [],
+                  f"the best of {len(images)} images for each caption")
 
 
 @picture
@@ -2704,10 +2704,10 @@ def plot_curves(path, title):
     figure, ((losses, scores),) = new_figure(1, 2, (11, 4.5), title)
     for name in names[names.index("loss"):]:
         logged = [(float(row["epoch"]), float(row[name])) for row in rows if row[name]]
-        if logged and not name.endswith("_scale"):
+        if logged and not name.endswith(("_scale", "_entropy")):
             axis = scores if name.startswith("val_") else losses
-            axis.plot(*zip(*logged), ".-", ms=2, label=name)
+            axis.plot(*zip(*logged), ".-", lw=3 if name == "loss" else 1.5, label=name)
     for axis in (losses, scores):
-        axis.set_xlabel("epoch")
-        axis.legend(fontsize=9)
+        axis.set(xlabel="epoch", visible=bool(axis.lines))  # there may be no validation
+        axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path)

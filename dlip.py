@@ -217,6 +217,8 @@ def configure(argv=None):
         values["rerank_k"] = 128  # [BLIP]
 
     name = given.get("method", "dlip") if stage in ("all", "distil") else stage
+    if stage in ("finetune", "evaluate"):
+        name = "-".join([stage, *task])
     stem = "runs/ablation_dlip" if "ablate" in given else f"runs/{name}-{data}"
     cfg = common.fill_config(Config, values, given, stem)
     check(cfg)
@@ -232,7 +234,7 @@ def check(cfg):
                         "emoji; with others the stages are run one by one, each with its data")
     if tunes and ("vqa" in cfg.task) != (cfg.data == "vqav2") and cfg.data != "emoji":
         raise UserError(f"--task {' '.join(cfg.task)} is not for --data {cfg.data}: vqav2 has "
-                        "questions, the others captions")
+                        "questions (yours: --data vqav2 --root FOLDER), the others captions")
     if cfg.stage == "finetune" and len(cfg.task) > 1:
         raise UserError("--stage finetune: name one --task, each has a recipe of its own")
     if not whole and bool(cfg.init) != tunes:
@@ -1217,7 +1219,7 @@ def open_blip(path, cfg, tokenizer, *how):
     vocab = blip.size.text.vocab
     if vocab != tokenizer.vocab_size:
         raise UserError(f"{path} has a vocabulary of {vocab:,} tokens, --data {cfg.data} "
-                        f"{tokenizer.vocab_size:,}: it was trained on other data")
+                        f"{tokenizer.vocab_size:,}: it was trained on other data or --concepts")
     return blip
 
 
@@ -1490,7 +1492,7 @@ def finish(run, student, state):
     run.save_model("blip.pt", student)
     common.write_json(run.folder / "results.json", {"seed": cfg.seed, **state})
     common.plot_curves(run.folder / "curves.png",
-                       f"{cfg.stage} on {cfg.data}: losses, validation in %")
+                       f"{run.folder.name} on {cfg.data}: losses, validation score")
 
 
 # ------------------------------------------------------------------------ evaluation, pictures
