@@ -225,8 +225,6 @@ def configure(argv=None):
     """
     given = common.parse_command_line(Config, __doc__, argv)
     asked = Config(**given)
-    if asked.ablate and "filter" in given:
-        raise UserError("--filter: not with --ablate, whose arms have one each")
     if asked.stage == "teacher" and PLAIN_CLIP.keys() & given.keys():
         raise UserError("--method, --filter: not with --stage teacher, which trains a plain CLIP")
     if asked.evaluate and "stage" in given:
@@ -949,8 +947,7 @@ def choose(cfg, x):
     many as balance would keep, each a group of its own, ε = 0."""
     if cfg.filter == "random":
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(cfg.seed))
-        count = min(round(cfg.remove * len(x)), len(x) - 1)
-        return order[count:].sort().values, torch.arange(len(x)), 0.0
+        return order[round(cfg.remove * len(x)):].sort().values, torch.arange(len(x)), 0.0
     group, eps = find_groups(x, cfg.eps, cfg.remove)
     return centres(x, group), group, eps
 
@@ -1264,7 +1261,7 @@ def ablation_arms(cfg):
         "cluster_terms": ("hard", "kl"),
         "instance": ("intra", "both", "logit-kl"),
         "prototypes": ("teacher", "learned"),
-        "k": (max(1, cfg.k // 4), cfg.k * 4),
+        "k": (cfg.k // 4, cfg.k * 4),
         "sample_rate": (0.25, 0.5),
         "teacher_scale": (8.0, 100.0),
     }

@@ -583,9 +583,11 @@ class StopRequest:
         """Whether to stop now; several processes agree on it where `synchronise` is true."""
         return (synchronise or world_size() == 1) and any(gather_objects(self.asked))
 
-    def __exit__(self, *exception):
+    def __exit__(self, error="", *_):
         for signum in self.SIGNALS:
             signal.signal(signum, signal.default_int_handler)  # raises KeyboardInterrupt
+        if self.asked and error is None:  # in the last step, or behind it
+            raise KeyboardInterrupt("stopped after the last step; the same with --resume goes on")
 
 
 # ------------------------------------------------------------------------------------- ablation
@@ -600,11 +602,17 @@ def run_arms(cfg, given, arms, baselines, first=()):
     so an interrupted ablation goes on. Writes table.md, and difference_to_BASELINE.md of each
     baseline that was run. Returns {arm: [results.json of each seed]}.
     """
-    if "method" in given:
-        raise UserError("--method: not with --ablate, whose arms have one each")
+    for name in ("method", "filter", "stage", "evaluate", "seed"):
+        if name in given:
+            raise UserError(f"{flag(name)}: not with --ablate, whose arms have one each")
     if world_size() > 1:
         raise UserError("--ablate: not under torchrun; --jobs runs several arms at a time")
     script = sys.modules[type(cfg).__module__].__file__
+    for name, fields in arms.items():  # UserError where one was run with other settings
+        for folder in Path(cfg.out, name.replace(" ", "_")).glob("seed*"):
+            settings = {**vars(cfg), **fields, "resume": True, "out": folder}
+            del settings["seed"]
+            fill_config(type(cfg), {}, settings, folder)
     alone = {name: value for name, value in given.items()
              if name not in ("ablate", "seeds", "jobs")}
     commands = []
@@ -614,8 +622,6 @@ def run_arms(cfg, given, arms, baselines, first=()):
                 raise UserError(f"--ablate {name!r}: no such arm; there are {['all', *arms]}")
             out = Path(cfg.out, name.replace(" ", "_"), f"seed{seed}")
             fields = {**alone, **arms[name], "seed": seed, "out": out}
-            # UserError where the arm was run with other flags
-            fill_config(type(cfg), {}, {**fields, "resume": True}, out)
             if not (out / "results.json").is_file() and fields not in commands:
                 commands.append(fields)
     if commands:
@@ -661,24 +667,6 @@ def run_commands(script, commands, jobs):
             list(pool.map(work, range(jobs)))
         finally:
             list(waiting)  # nobody takes another after Ctrl-C
-
-
-@contextmanager
-def command_beside(script, fields):
-    """Run a script with {field: value} while the body of `with` runs, then wait for it; each has
-    half of the CPU's threads. UserError when it fails. When the body does, it is told to end."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads // 2 or 1)
-    process = start_command(script, fields, "OMP_NUM_THREADS", torch.get_num_threads())
-    try:
-        yield
-        end_command(process, fields)
-        torch.set_num_threads(threads)
-    except BaseException:
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(5)  # after Ctrl-C it ends by itself
-        process.terminate()
-        raise
 
 
 def start_command(script, fields, variable, value):
@@ -841,8 +829,8 @@ def read_content(path):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-               "BF16": torch.bfloat16, "I64": torch.int64, "BOOL": torch.bool}
+SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+               "I64": torch.int64}
 
 
 def read_safetensors(path):
@@ -1241,7 +1229,7 @@ def decode(image, shrink):
     """
     width, height = image.size
     shrink = max(shrink, 1)
-    if image.mode in ("F", "I") and image.format == "TIFF":
+    if image.mode in ("F", "I"):
         raise BadSample("image of 32 bits a pixel")
     try:
         draft = image.draft("RGB", (width // shrink, height // shrink))  # None: not a JPEG
@@ -1483,9 +1471,7 @@ def scan_shard(path, bad):
             tar.members.clear()  # tarfile would keep all of them
             file.seek(end)
             gap = file.read(member.offset - end)
-            # "g": pax's header for all members
-            bad["in a damaged shard"] += (len(gap) > MOST_ZEROS
-                                          or any(gap) and gap[156:157] != b"g")
+            bad["in a damaged shard"] += len(gap) > MOST_ZEROS or any(gap)
             end = tar.offset
             key, _, extension = member.name.rpartition(".")
             kind = KINDS.get(extension.lower())
@@ -1824,6 +1810,8 @@ def evaluation_sets(cfg, image_size, split):
             raise UserError(f"--eval-data: two sets are called {label}")
         data = open_set(label, data_folder(cfg, name), split)
         if data is not None:
+            if data.kind == "questions":
+                raise UserError(f"{name} holds questions: those are for dlip.py --task vqa")
             found[label] = data
         elif split == "test" and name not in parts:
             raise UserError(f"--eval-data {name} has no test split: a list test.jsonl, or shards "

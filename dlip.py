@@ -76,9 +76,10 @@ import copy
 import math
 import os
 import re
+import subprocess
 import sys
 from collections import Counter, OrderedDict
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -1633,6 +1634,24 @@ def teacher_command(cfg):
     return {**changed, "init": teacher_file(cfg), "out": Path(cfg.out, "teacher")}
 
 
+@contextmanager
+def command_beside(fields):
+    """Run this script with {field: value} while the body of `with` runs, then wait for it; each has
+    half of the CPU's threads. UserError when it fails. When the body does, it is told to end."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads // 2 or 1)
+    process = common.start_command(__file__, fields, "OMP_NUM_THREADS", torch.get_num_threads())
+    try:
+        yield
+        common.end_command(process, fields)
+        torch.set_num_threads(threads)
+    except BaseException:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(5)  # after Ctrl-C it ends by itself
+        process.terminate()
+        raise
+
+
 def run_stages(cfg):
     """What --stage names, in folders below --out; common.Run refuses one that holds a run already,
     unless --resume."""
@@ -1646,7 +1665,7 @@ def run_stages(cfg):
         build(cfg, tokenizer)
         load_teacher(cfg, tokenizer, device)
     beside = teacher_command(cfg) if rank() == 0 else None
-    with common.command_beside(__file__, beside) if beside else nullcontext():
+    with command_beside(beside) if beside else nullcontext():
         if not cfg.init:
             stage = "teacher" if cfg.stage == "teacher" else "distil"
             # reads captions, validates by retrieval
@@ -1761,25 +1780,24 @@ def draw_attention(path, models, images, captions):
 
 
 def costs(models, device):
-    """{who: {"parameters_M", "GMACs", "latency_ms", "batch_ms"}} of {who: Predictor}.
+    """{who: {"parameters_M", "GMACs", "latency_ms"}} of {who: Predictor}.
 
     Parameters as the paper counts them: cross-attention included, no decoder, no heads. MACs and
     latency are those of one image at --image-size (the paper's Table 1: 224) and one unimodal text
-    of the tokenizer's length (the paper's: 30); batch_ms that of 32 pairs.
+    of the tokenizer's length (the paper's: 30).
     """
     found, calls = {}, {}
     for who, asked in models.items():
         blip, side = asked.blip, asked.cfg.image_size
-        for n in (1, 32):
-            image = torch.randn(n, 3, side, side, device=device)
-            ids = torch.full((n, asked.tokenizer.context_length), blip.size.text.sep, device=device)
-            calls[who, n] = partial(encode_pair, blip, image, ids)
+        image = torch.randn(1, 3, side, side, device=device)
+        ids = torch.full((1, asked.tokenizer.context_length), blip.size.text.sep, device=device)
+        calls[who] = partial(encode_pair, blip, image, ids)
         count = count_parameters(blip)
         found[who] = {"parameters_M": (count["visual_encoder"] + count["text_encoder"]) / 1e6,
-                      "GMACs": common.multiply_adds(calls[who, 1]) / 1e9}
+                      "GMACs": common.multiply_adds(calls[who]) / 1e9}
     times = common.compare_latency(calls, device)
     for who, cell in found.items():
-        cell.update(latency_ms=times[who, 1], batch_ms=times[who, 32])
+        cell["latency_ms"] = times[who]
     return found
 
 
@@ -1815,7 +1833,7 @@ def ablation_arms(cfg):
 def main(argv=None):
     cfg, given = configure(argv)
     if cfg.ablate:  # tests/EVIDENCE.md has the paper's numbers
-        given["with_teacher"] = False
+        cfg.with_teacher = given["with_teacher"] = False
         common.run_arms(cfg, given, ablation_arms(cfg), baselines=("vlp", "dlip"))
     else:
         run_stages(cfg)

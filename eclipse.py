@@ -805,12 +805,12 @@ def draw_sweet_spot(path, arms, results):
 
 def main(argv=None):
     cfg, given, loaded = configure(argv)
-    if cfg.evaluate:
-        evaluate_checkpoint(cfg, loaded)
-    elif cfg.ablate:
+    if cfg.ablate:
         arms = ablation_arms(cfg)
         results = common.run_arms(cfg, given, arms, baselines=("clip", "eclipse"))
         draw_sweet_spot(f"{cfg.out}/sweet_spot.png", arms, results)
+    elif cfg.evaluate:
+        evaluate_checkpoint(cfg, loaded)
     else:
         train(cfg, loaded)
 

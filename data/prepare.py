@@ -102,8 +102,8 @@ class Lists:
         for split, lines in self.lines.items():  # before anything is removed or written
             if lines:
                 check_bad(self.bad[split], len(lines), self.out / f"{split}.jsonl")
-        old = [self.out / f"{split}.jsonl" for split in ("train", "val", "test", "test-dev")]
-        old = [path for path in old if path.exists()]
+        old = [path for path in self.out.glob("*.jsonl")
+               if path.stem in ("train", "val", "test", "test-dev")]
         for path in old:
             if made_by_us(path) != name:
                 raise UserError(f"{path} is no list of {name} that this command has made: move it "

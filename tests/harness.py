@@ -154,7 +154,7 @@ def equal(a, b):
 def cells_of(folder):
     """The cells of results.json without what depends on the machine's speed."""
     cells = json.loads((folder / "results.json").read_text())["cells"]
-    timed = ("images_per_second", "latency_ms", "batch_ms")
+    timed = ("images_per_second", "latency_ms")
     return {name: {key: value for key, value in cell.items() if key not in timed}
             for name, cell in cells.items()}
 

@@ -365,12 +365,9 @@ def test_stale_and_damaged_files_are_refused(case, photos, whole, tmp_path):
 
 ON_NONE = {
     "--stage cluster --k 120": "--k 120",
-    "--remove 43.7": "--remove 43.7",
-    "--sample-rate 2": "--sample-rate 2",
     "--stage distil --batch-size 512": "512 --batch-size",
     "--keep {missing}": "{missing}",
     "--teacher {missing}": "{missing} teacher",
-    "--stage something": "--stage something",
     "--stage teacher --filter none": "--filter --stage teacher",
     "--evaluate {missing} --stage embed": "--stage --evaluate",
 }

@@ -309,8 +309,7 @@ def test_truncated_shard_keeps_its_whole_samples(tmp_path, at):
 def test_damaged_and_joined_shards(tmp_path):
     macos = [("._a.jpg", b""), ("._a.txt", b"")]
     parts = [write_tar(tmp_path / f"{name}.part", pairs(name) + macos).read_bytes() for name in "ab"]
-    head = tarfile.TarInfo.create_pax_global_header({"comment": "git archive's"})
-    (tmp_path / "joined.tar").write_bytes(head + b"".join(parts))  # cat a.tar b.tar
+    (tmp_path / "joined.tar").write_bytes(b"".join(parts))  # cat a.tar b.tar
     data = TarShards(tmp_path)
     assert samples_of(data) == {f"joined/{n}": (f"jpg {n}".encode(), [f"txt {n}"]) for n in "ab"}
     assert not +data.bad
@@ -543,6 +542,7 @@ def test_captions_and_questions_are_not_confused(corpora):
     write_list(corpora / "vqav2", "train", 3, kind="questions", answers="yes")
     assert "is no list" in refusal(training_set, config(data="vqav2", root=corpora / "vqav2"), 8)
     write_list(corpora / "vqav2", "train", 3, kind="questions")
+    assert "holds questions" in refusal(evaluation_sets, config(data="vqav2", root=corpora / "vqav2"), 8, "train")
     assert "no captioned" in refusal(training_set, config(data="vqav2", root=corpora / "vqav2"), 8)
 
 
