@@ -907,7 +907,7 @@ def write_row(array, row, vector):
 def balance(cfg, embeddings, device):
     """--stage balance: the rows of the embeddings that --filter keeps.
 
-    kept.txt holds their keys; balance.json, written last of the two, the settings and figures.
+    kept.txt holds their keys; balance.json, written last, the settings and figures.
     """
     image, out = embeddings.open("image"), Path(cfg.out)
     rows = np.flatnonzero(image.any(1))  # the images that could be read
@@ -929,7 +929,6 @@ def balance(cfg, embeddings, device):
         }
         keys = [embeddings.keys[row] for row in rows[chosen.numpy()]]
         on_first(lambda: common.write_keys(out / "kept.txt", keys))
-        on_first(lambda: common.write_json(out / "balance.json", report))
         if rank() == 0:
             print(f"{cfg.filter}: {len(chosen):,} of {len(rows):,} images kept")
             if cfg.filter == "balance":
@@ -939,6 +938,7 @@ def balance(cfg, embeddings, device):
                 stays = torch.zeros(len(rows)).index_fill_(0, chosen, 1)
                 draw_groups(out / "balance.png", embeddings, rows, group, stays,
                             "semantic balance: of the largest groups 12 each, what stays first")
+        on_first(lambda: common.write_json(out / "balance.json", report))
     return common.listed(embeddings.keys, out / "kept.txt")
 
 
@@ -968,11 +968,11 @@ def cluster(cfg, embeddings, kept, device):
         x = torch.from_numpy(embeddings.open("image")[kept]).to(device)
         centroids, label, cosine, objective = kmeans(x, cfg.k, cfg.seed)
         found = {**settings, "centroids": centroids.cpu(), "label": label}
-        on_first(lambda: common.replace_file(path, lambda new: torch.save(found, new)))
         if rank() == 0:
             print(f"k-means: k = {cfg.k}, mean cosine {objective[0]:.4f} -> {objective[-1]:.4f}")
             draw_groups(path.with_suffix(".png"), embeddings, kept, label, cosine,
                         "the largest clusters, the images nearest to the centre first")
+        on_first(lambda: common.replace_file(path, lambda new: torch.save(found, new)))
     return found["centroids"], found["label"]
 
 

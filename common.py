@@ -415,7 +415,8 @@ def read_csv(path):
 def environment():
     """git commit, version, hardware and command, for config.json."""
     return {
-        "commit": subprocess.getoutput(f'git -C "{DATA.parent}" describe --always --dirty'),
+        "commit": subprocess.getoutput(
+            f'git -C "{DATA.parent}" describe --always --dirty 2>{os.devnull}'),
         "torch": torch.__version__,
         "cpu_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
