@@ -243,8 +243,6 @@ def check(cfg):
                         "may have, and no other stage takes")
     if not (tunes or cfg.vlp or distils(cfg)):
         raise UserError("--no-vlp without distillation leaves no loss")
-    if len(cfg.lr) > 2:
-        raise UserError("--lr takes one rate or two")
 
 
 def distils(cfg):

@@ -93,7 +93,7 @@ class Lists:
         """Write the lists that hold something. UserError if none does, or too much is unusable."""
         if not any(self.lines.values()):
             first = next(iter(self.first.values()), "they list nothing")
-            sources = ", ".join(self.sources) or "*.tsv"
+            sources = ", ".join(self.sources) or "a table *.tsv (V*.tsv: in val/)"
             raise UserError(f"nothing can be used of {sources} in {self.root}: {first} (see "
                             "data/README.md)")
         head = {"name": name, "kind": "questions" if self.answers else "captions",
@@ -259,7 +259,7 @@ def sbu(lists):
 def cc3m(lists):
     root = lists.root
     for split, folder in (("train", root), ("train", root / "train"), ("val", root / "val")):
-        own = "*.tsv" if split == "val" else "[!V]*.tsv"  # not Validation_GCC-1.1.0-Validation.tsv
+        own = "*.tsv" if split == "val" else "[!Vv]*.tsv"  # Validation_GCC-1.1.0-Validation.tsv
         tables = sorted(folder.glob("Train*.tsv")) or sorted(folder.glob(own))
         if tables:
             rows = read_table(lists.source(tables[0]))

@@ -349,7 +349,7 @@ ERRORS = {
     "--no-vlp --method blip": "--no-vlp loss",
     "--image-size 42": "42 8",
     "--scenes 8": "8 16 --batch-size",
-    "--ablate vlp --stage distil": "--ablate --stage", "--lr 1 2 3": "--lr two",
+    "--ablate vlp --stage distil": "--ablate --stage",
     "--teacher {wrong}/missing.pt": "{wrong}/missing.pt",
     "--teacher {wrong}/cut.pt": "{wrong}/cut.pt",
     "--teacher {wrong}": "{wrong}",

@@ -212,7 +212,7 @@ def test_sets_are_scored_without_their_unreadable_images():
 
 def test_evaluate_says_what_it_cannot_use():
     data = Samples("classes", [0, 1] * 5, (2,), classes=["x", "y"], templates=["{}"])
-    for data.lost, words in ((range(10), "no readable image"), (range(2), "more than 10 %")):
+    for data.lost, words in ((range(10), "no sample"), (range(9), "more than 10 %")):
         with pytest.raises(UserError, match=words):
             common.evaluate({"": (colours, by_tokens)}, common.CLIPTokenizer(20), data, 16, 0)
 
