@@ -774,7 +774,7 @@ class Embeddings:
         digest = hashlib.md5(repr((self.keys, data.digest)).encode()).hexdigest()
         self.settings = {
             **data_set,
-            "samples": f"{len(self.keys)} of digest {digest}",
+            "keys": f"{len(self.keys)} of digest {digest}",
             **settings_of(cfg, "keep", "precision", "act"),
             "teacher": f"{teacher}, {found.st_size} bytes, {found.st_mtime_ns}",
         }
@@ -1131,7 +1131,7 @@ def train(cfg, loaded=None):
     torch.manual_seed(cfg.seed)
     model = build(cfg, loaded, **taught).to(device)
     optimiser = build_optimiser(model, cfg, device)
-    state = run.load_state(len(samples), model=model, optimiser=optimiser, scaler=scaler)
+    state = run.load_state(samples, model=model, optimiser=optimiser, scaler=scaler)
     steps_per_epoch = len(samples) // cfg.batch_size
     steps = cfg.epochs * steps_per_epoch
     if cfg.samples:

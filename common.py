@@ -258,6 +258,12 @@ def rank():
     return int(os.environ["RANK"]) if world_size() > 1 else 0
 
 
+def say(text):
+    """Print a line, once for all processes."""
+    if rank() == 0:
+        print(text)
+
+
 def start_device(name, seed):
     """Join the processes torchrun started, pick the device (auto: CUDA, else MPS, else CPU), seed.
 
@@ -470,12 +476,13 @@ class Run:
         """The loop's counters at the last checkpoint, its tensors loaded into the parts.
 
         A run that starts, or whose first checkpoint is still to come, gets fresh counters. parts:
-        model, optimiser, scaler. UserError when the checkpoint is damaged, or when the training
-        set no longer has as many samples: its steps per epoch would be others.
+        model, optimiser, scaler. UserError when the checkpoint is damaged, or when the samples, a
+        TrainSamples, are no longer those it was trained on (so far as their number and digest say).
         """
         path, self.parts = self.folder / "last.pt", parts
+        found = [len(samples), samples.data.digest]
         if not (self.cfg.resume and path.exists()):
-            return {"step": 0, "best": -1.0, "best_step": 0, "bad": 0, "samples": samples}
+            return {"step": 0, "best": -1.0, "best_step": 0, "bad": 0, "samples": found}
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             state = saved["state"]
@@ -484,9 +491,9 @@ class Run:
         except Exception:  # the reader raises errors of many types on damaged files
             raise UserError(f"{path} is damaged or of another model: delete it, and this training "
                             "starts anew") from None
-        if state["samples"] != samples:
-            raise UserError(f"--resume: the run in {self.folder} has {state['samples']:,} training "
-                            f"samples, now there are {samples:,}: take another --out")
+        if state["samples"] != found:
+            raise UserError(f"--resume: the {found[0]:,} training samples are not those of the run "
+                            f"in {self.folder}: take another --out")
         if rank() > 0:
             state["bad"] = 0  # rank 0 holds the sum
         return state
@@ -584,11 +591,11 @@ class StopRequest:
         """Whether to stop now; several processes agree on it where `synchronise` is true."""
         return (synchronise or world_size() == 1) and any(gather_objects(self.asked))
 
-    def __exit__(self, error="", *_):
+    def __exit__(self, error="", *_):  # note() calls it as well, and is no end
         for signum in self.SIGNALS:
             signal.signal(signum, signal.default_int_handler)  # raises KeyboardInterrupt
         if self.asked and error is None:  # in the last step, or behind it
-            raise KeyboardInterrupt("stopped after the last step; the same with --resume goes on")
+            raise KeyboardInterrupt("stopped behind the last step; --resume makes the rest")
 
 
 # ------------------------------------------------------------------------------------- ablation
@@ -603,7 +610,7 @@ def run_arms(cfg, given, arms, baselines, first=()):
     so an interrupted ablation goes on. Writes table.md, and difference_to_BASELINE.md of each
     baseline that was run. Returns {arm: [results.json of each seed]}.
     """
-    for name in ("method", "filter", "stage", "evaluate", "seed"):
+    for name in "method filter stage evaluate seed".split():
         if name in given:
             raise UserError(f"{flag(name)}: not with --ablate, whose arms have one each")
     if world_size() > 1:
@@ -1625,9 +1632,9 @@ class ImageFolder:
         if root.name == "imagenet" or any(re.fullmatch(r"n\d{8}", name) for name in names):
             self.classes = imagenet_names(names)
             self.templates = read_text(DATA / "templates_imagenet.txt").splitlines()
-        if rank() == 0:  # names: those of a folder too high are soon seen
-            print(f"{split}: {len(self):,} images of {len(names):,} classes ("
-                  f"{', '.join(self.classes[:3])} ...) in {folder}")
+        # with names: those of a folder too high are soon seen
+        say(f"{split}: {len(self):,} images of {len(names):,} classes ("
+            f"{', '.join(self.classes[:3])} ...) in {folder}")
 
     def __len__(self):
         return len(self.images)
@@ -1755,8 +1762,7 @@ def open_captions(root, split, ending, reader):
     if held_out and split in ("train", "val"):
         cut = len(data) - min(5000, len(data) // 100)
         data = Subset(data, range(cut) if split == "train" else range(cut, len(data)))
-    if rank() == 0:
-        print(f"{split}: {len(data):,} images with {data.kind}, of {path}")
+    say(f"{split}: {len(data):,} images with {data.kind}, of {path}")
     return data if len(data) else None
 
 
@@ -1818,8 +1824,8 @@ def evaluation_sets(cfg, image_size, split):
         elif split == "test" and name not in parts:
             raise UserError(f"--eval-data {name} has no test split: a list test.jsonl, or shards "
                             "in test/ (see data/README.md)")
-    if split == "test" and not found and rank() == 0:
-        print("no test set: nothing will be scored at the end (--eval-data names one)")
+    if split == "test" and not found:
+        say("no test set: nothing will be scored at the end (--eval-data names one)")
     return found
 
 
@@ -2027,14 +2033,13 @@ def check_bad(bad, good, where):
         line = f"{where}: {bad.total():,} of {good + bad.total():,} samples cannot be used: {words}"
         if count > 0.1 * (good + count):
             raise UserError(f"{line}; more than 10 % is too many (see data/README.md)")
-        if rank() == 0:
-            print(line)
+        say(line)
 
 
 def check_epoch(state, name):
     """check_bad of what the processes met in an epoch; the count starts anew."""
     bad = Counter(unreadable=sum(gather_objects(state["bad"])))
-    check_bad(bad, state["samples"] - bad.total(), name)
+    check_bad(bad, state["samples"][0] - bad.total(), name)
     state["bad"] = 0
 
 

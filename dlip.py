@@ -1326,7 +1326,7 @@ class AnsweredQuestions:
     """Questions for training: a "caption" is the question with one of its human answers (A5)."""
 
     def __init__(self, data):
-        self.data, self.key = data, data.key
+        self.data, self.key, self.digest = data, data.key, data.digest
 
     def __len__(self):
         return len(self.data)
@@ -1434,7 +1434,7 @@ def train(cfg, stages):
     validation = task_sets(cfg, cfg.task[0], "val")
 
     run = common.Run(cfg, student.size, LOG_COLUMNS)
-    state = run.load_state(len(samples), model=model, optimiser=optimiser, scaler=scaler)
+    state = run.load_state(samples, model=model, optimiser=optimiser, scaler=scaler)
     steps_per_epoch = len(samples) // cfg.batch_size
     steps = max(1, round(cfg.epochs * steps_per_epoch))
     loader = common.train_loader(samples, cfg, steps, state["step"], device)
@@ -1445,8 +1445,7 @@ def train(cfg, stages):
         for blip in filter(None, (student, model.momentum, teacher)):
             blip.visual_encoder.compile()  # in place: the parameter names stay as they are
     peak = peak_lr(cfg, student.size.text.width)
-    if rank() == 0:
-        print(f"\n{cfg.out}: {steps} steps, peak learning rate {peak:g}")
+    common.say(f"\n{cfg.out}: {steps} steps, peak learning rate {peak:g}")
 
     progress = common.Progress(cfg, state, steps, steps_per_epoch)
     with common.StopRequest() as stop, progress:

@@ -617,7 +617,7 @@ def train(cfg, loaded=None):
                                   cfg.seed)
 
     run = common.Run(cfg, size, LOG_COLUMNS)
-    state = run.load_state(len(samples), model=model, optimiser=optimiser, scaler=scaler)
+    state = run.load_state(samples, model=model, optimiser=optimiser, scaler=scaler)
     steps_per_epoch = len(samples) // cfg.batch_size
     steps = cfg.epochs * steps_per_epoch
     loader = common.train_loader(samples, cfg, steps, state["step"], device)

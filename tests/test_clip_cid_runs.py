@@ -331,7 +331,7 @@ def remove(name):
 ON_A_RUN = {  # what is done to a finished run's folder, flags, words that the message must hold
     "another teacher": (None, "--stage embed --teacher {teacher}", "embeddings.json teacher delete"),
     "another precision": (None, "--stage embed --precision bf16", "precision bf16"),
-    "other samples": (None, "--stage embed --root {other}", "embeddings.json samples 128 64 delete"),
+    "other samples": (None, "--stage embed --root {other}", "embeddings.json keys 128 64 delete"),
     "another --remove": (None, "--stage balance --remove 0.3", "balance.json remove 0.437 0.3"),
     "another k": (None, "--stage cluster --k 4", "clusters.pt k 8 4 delete"),
     "image.npy cut": (cut("image.npy", 300), "--stage balance", "image.npy damaged"),

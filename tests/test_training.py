@@ -170,9 +170,9 @@ def test_spawned_workers(emoji_run, tmp_path):
 def test_resume_after_samples_were_lost(photos, photos_run, tmp_path):
     shutil.copytree(photos_run, tmp_path / "run")
     root = write_photos(tmp_path / "photos")
-    write_shard(root / "train" / "00001.tar", photo_samples(range(64, 100)))
-    message = error("eclipse", "--resume", "--root", root, "--out", tmp_path / "run")
-    assert "128" in message and "100" in message
+    for last in (100, 128):  # fewer; as many, but others
+        write_shard(root / "train" / "00001.tar", photo_samples(range(64, last), lambda i: photo(0)))
+        assert f"the {last} training" in error("eclipse", "--resume", "--root", root, "--out", tmp_path / "run")
 
 
 def test_a_broken_pipe_stops_cleanly(tmp_path):
@@ -318,7 +318,6 @@ ERRORS = {
     "--keep-rate 0": "--keep-rate 0", "--keep-rate nan": "--keep-rate",
     "--lr nan": "--lr", "--lr -1": "--lr -1",
     "--kd-ramp 0.5": "--kd-ramp", "--image-size 37": "37 8",
-    "--kd-ramp 0.5 0.2": "--kd-ramp",
     "--concepts 413": "--concepts 413 412",
     "--resume --out {wrong}/foreign": "foreign/config.json",
     "--resume --out {wrong}/half": "half/config.json",
